@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from itertools import count, pairwise
 from typing import Any
 
@@ -16,11 +18,13 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedModel,
-    Qwen3Config,
 )
+from transformers.models.mistral import modeling_mistral
 
+from selfdraft import Tree
 from selfdraft.errors import ModelUnsupported
 from selfdraft.models import probe
+from selfdraft.models.head import Tail
 from selfdraft.models.hf import HfModel
 from selfdraft.models.probe import RowRange
 
@@ -58,28 +62,83 @@ class Scaled(torch.nn.Module):
         return 2 * self.inner(hidden)  # type: ignore[no-any-return]
 
 
-def test_logits_made_outside_the_head_take_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where base model and head apart do not give the model's logits, the whole forward is used."""
+def test_logits_made_outside_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the base model runs apart where it can; else the whole forward does."""
     model: PreTrainedModel = tiny_llama()
     head = model.lm_head
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: Scaled(head))
-    scaled = HfModel(model)
-    assert scaled._base is model
-    assert scaled.vocab_size == 320
+    apart = HfModel(model)
+    assert isinstance(apart._head, Tail)
+    assert apart._base is model.model
+    logits = some_logits(apart)
+    monkeypatch.setattr(Tail, "__call__", lambda self, hidden: 2 * head(hidden))
+    whole = HfModel(model)
+    assert whole._base is model
+    assert whole.vocab_size == 320
+    assert torch.equal(some_logits(whole), logits)
 
 
-def test_windows_are_refused_and_named() -> None:
-    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 320}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    window = MistralConfig(**small, **heads, sliding_window=32)
-    mixed = Qwen3Config(
-        **small, **heads, layer_types=["full_attention", "sliding_attention"], sliding_window=16
-    )
-    for config in (window, mixed):
-        with pytest.raises(ModelUnsupported, match=f"{config.model_type}.*sliding"):
-            HfModel(AutoModelForCausalLM.from_config(config))
-    config = MistralConfig(**small, **heads, sliding_window=None)
-    assert HfModel(AutoModelForCausalLM.from_config(config)).name == "mistral"
+def some_logits(model: HfModel) -> torch.Tensor:
+    rows = model.forward([Tree.chain([3, 4, 5])], [model.pool().open()])
+    return model.head(rows, [range(3)])[0]
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 320,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+def mistral(window: int | None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = MistralConfig(**SMALL, sliding_window=window, initializer_range=0.2)
+    return AutoModelForCausalLM.from_config(config).double()
+
+
+def keeps_its_window(patch: pytest.MonkeyPatch, size: int) -> None:
+    """A forward that has its window from somewhere else than the config."""
+    make = modeling_mistral.create_sliding_window_causal_mask
+
+    def fixed(config: MistralConfig, **rest: Any) -> Any:
+        config = copy.deepcopy(config)
+        config.sliding_window = size
+        return make(config=config, **rest)
+
+    patch.setattr(modeling_mistral, "create_sliding_window_causal_mask", fixed)
+
+
+def test_windows_are_probed_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of thousands costs no more to probe than a short one; the config is as it was."""
+    lengths: list[int] = []
+    own = HfModel.reference
+
+    def spy(self: HfModel, tokens: Sequence[int], *rest: Any) -> torch.Tensor:
+        lengths.append(len(tokens))
+        return own(self, tokens, *rest)
+
+    monkeypatch.setattr(HfModel, "reference", spy)
+    model = HfModel(mistral(4096), "fast")
+    assert max(lengths) < 32
+    assert [kind.size for kind in model.kinds.values()] == [4096]
+    assert model.model.config.sliding_window == 4096
+
+
+def test_windows_that_cannot_be_made_short_are_probed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeps_its_window(monkeypatch, 40)
+    assert [kind.size for kind in HfModel(mistral(40), "fast").kinds.values()] == [40]
+    with pytest.raises(ModelUnsupported, match="does not verify a tree"):
+        HfModel(mistral(60), "fast")
+    with pytest.raises(ModelUnsupported, match="windows of 4096 tokens are too long to probe"):
+        HfModel(mistral(4096), "fast")
+
+
+def test_no_window_no_rule() -> None:
+    assert [kind.size for kind in HfModel(mistral(None), "fast").kinds.values()] == [None]
 
 
 def test_frequencies_that_switch_with_length_bound_the_context() -> None:

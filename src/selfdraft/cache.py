@@ -9,7 +9,9 @@ Live sessions sit in the first lanes so that attention reads a view. When one le
 takes its place: one copy per departure, none per step. A forward over lanes that are not neighbours
 (while a prompt is read beside running sessions) gathers them, which is slower and equally right.
 
-Buffers grow by doubling, in blocks of slots. In exact mode they hold float64, converted once here.
+Buffers grow by a sixteenth at least, in blocks of slots: a slot is copied some 16 times in all, which
+is little beside the attention that reads it at every step, and little memory lies idle. In exact mode
+they hold float64, converted once here.
 """
 
 from __future__ import annotations
@@ -103,13 +105,17 @@ class Lanes(transformers.Cache):
         if buffer is not None and self.reach <= slots and len(self.lanes) <= lanes:
             return buffer
         if self.reach > slots:
-            slots = -(-max(self.reach, 2 * slots) // BLOCK) * BLOCK
+            slots = -(-max(self.reach, slots + slots // 16) // BLOCK) * BLOCK
         if len(self.lanes) > lanes:
             lanes = max(len(self.lanes), 2 * lanes)
-        shape = (lanes, new.shape[1], slots, new.shape[3])
-        grown = torch.zeros(shape, dtype=self.dtype or new.dtype, device=new.device)
-        if buffer is not None:
-            grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+        if buffer is None:
+            buffer = new.new_zeros((0, new.shape[1], 0, new.shape[3]), dtype=self.dtype or new.dtype)
+        return self._grow(buffer, lanes, slots)
+
+    def _grow(self, buffer: Tensor, lanes: int, slots: int) -> Tensor:
+        """A larger buffer with the same contents, zeroed elsewhere."""
+        grown = buffer.new_zeros((lanes, buffer.shape[1], slots, buffer.shape[3]))
+        grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
         return grown
 
     def read(self, buffer: Tensor) -> Tensor:
@@ -142,6 +148,18 @@ class Lanes(transformers.Cache):
         for buffer in self._buffers():
             buffer[lane.index, :, first : first + len(rows)] = buffer[lane.index][:, rows]
 
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give one lane the first slots of another."""
+        for layer in self.own:
+            for name in ("keys", "values"):
+                buffer = getattr(layer, name)
+                if buffer is not None and target >= buffer.shape[0]:
+                    buffer = self._grow(buffer, max(len(self.lanes), 2 * buffer.shape[0]), buffer.shape[2])
+                    setattr(layer, name, buffer)
+                if buffer is not None:
+                    buffer[target, :, :length] = buffer[source, :, :length]
+
     def _buffers(self) -> list[Tensor]:
         pairs = ((layer.keys, layer.values) for layer in self.own)
         return [buffer for pair in pairs for buffer in pair if buffer is not None]
@@ -162,6 +180,16 @@ class Lane:
         assert not flight, "an ordinary model finishes every row"
         self.lanes.move(self, path)
         self.length += len(path)
+
+    def cut(self, length: int) -> None:
+        assert length <= self.length
+        self.length = length
+
+    def copy(self, source: Lane, length: int) -> None:
+        assert self.length == 0
+        assert length <= source.length
+        self.lanes.copy(source.index, self.index, length)
+        self.length = length
 
     def close(self) -> None:
         self.lanes.release(self)

@@ -4,7 +4,7 @@ sampling do not."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ class Cache(Protocol):
 
     def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
         """Keep these rows of the last forward, path first; drop the others. Costs O(len(path))."""
+
+    def cut(self, length: int) -> None:
+        """Keep the first tokens only."""
+
+    def copy(self, source: Self, length: int) -> None:
+        """Take over, while still empty, the first tokens of another cache of the same pool."""
 
     def close(self) -> None:
         """Give the memory back. The cache is not used again."""
@@ -59,6 +65,9 @@ class Model(Protocol):
 
     def forward(self, trees: Sequence[Tree], caches: Sequence[Cache]) -> Rows:
         """Run one tree per cache, all caches from one pool. Writes behind each cache's length."""
+
+    def cost(self, rows: int) -> float:
+        """What a step with so many rows takes, in units of one with a single row. Measured at first use."""
 
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of the rows asked for: per session [len(index), vocab_size], in the model's dtype."""

@@ -1,8 +1,9 @@
 """Any Hugging Face causal language model with ordinary attention, through transformers' own forward.
 
 One forward carries one tree per session: rows padded to the widest tree (a pad row repeats row 0),
-positions from the depth, an additive mask built row by row from the tree. The base model runs first;
-the head runs on the rows asked for, later, because with a large vocabulary it decides the speed.
+positions from the depth, an additive mask built row by row from the tree, from which each kind of layers
+gets its own (`masks`). The base model runs first; the head (`head`) runs on the rows asked for, later,
+because with a large vocabulary it decides the speed.
 
 Numerics. "fast" runs all rows in one call. "exact" gives every row the same bits whatever the tree,
 the batch or the step: attention in float64, and every call of the model within a range of row counts
@@ -14,17 +15,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..cache import Lane, Lanes
 from ..errors import ModelUnsupported
 from ..tree import Tree
-from . import Cache, Rows, attention, probe
+from . import Cache, Rows, attention, masks, probe
+from .cost import StepTimes, step_times
+from .head import Head, split
+from .load import transformers_model
 
 Numerics = Literal["exact", "fast"]
 
@@ -41,28 +45,28 @@ class HfRows:
 class HfModel:
     """A transformers model behind the engine's interface.
 
+    model: a transformers model, or a peft model around one, its adapter at work. It stays the caller's.
     numerics: "exact" or "fast"; None is exact on the CPU in up to 32 bits where it can be had, else fast.
     The model's attention implementation is set to this package's. Raises ModelUnsupported where the
     model does not verify trees, or not exactly although that was asked for.
     """
 
-    def __init__(self, model: PreTrainedModel, numerics: Numerics | None = None) -> None:
-        self.model = model.eval()
-        self.device = model.device
-        self.dtype = model.dtype
-        self.context = probe.context(model)
-        self.numerics: Numerics = numerics or default_numerics(self.device, self.dtype)
+    def __init__(self, model: torch.nn.Module, numerics: Numerics | None = None) -> None:
+        self._given = model.eval()
+        self.model: Any = transformers_model(model)  # its class mixes in more than its type says
+        self.device = self.model.device
+        self.dtype = self.model.dtype
+        self.context = probe.context(self.model)
+        self.numerics: Numerics = "fast"  # until the probe has found exact to be possible
         self.rows = probe.RowRange()  # the whole range, until a narrower one is found
-        self._base = cast(Any, model.base_model)
-        self._embed = model.get_input_embeddings()
-        self._head = cast(Any, model.get_output_embeddings())
-        with probe.naming(model):
-            probe.check_windows(model)
-            model.set_attn_implementation(attention.NAME)
-            self.vocab_size: int = self._find_head()
-            probe.check_tree(self)
-        if self.numerics == "exact":
-            self._find_rows(refuse=numerics is not None)
+        self._times: StepTimes | None = None
+        own = self.model.config._attn_implementation
+        self.own_attention: str = "eager" if own == attention.NAME else own  # as the model came here
+        with probe.naming(self.model, "its forward is not that of a causal language model"):
+            self.kinds = masks.kinds(self.model)
+            self.model.set_attn_implementation(attention.NAME)
+            self.vocab_size, self._base, self._head = self._split()
+        self._settle(numerics)
 
     @property
     def name(self) -> str:
@@ -97,14 +101,15 @@ class HfModel:
         pieces = self.rows.pieces(rows, len(lanes))
         width = pieces[-1][1]
         pool = lanes[0].lanes
-        ids, positions, mask = self._layout(trees, lanes, width, pool.bind(lanes, width))
+        ids, positions, seen = self._layout(trees, lanes, width, pool.bind(lanes, width))
+        made = masks.masks(self.kinds, seen, positions)
         hidden = []
         for start, stop in pieces:
             pool.start = start
             output = self._base(
-                inputs_embeds=self._embed(ids[:, start:stop]),
+                input_ids=ids[:, start:stop],
                 position_ids=positions[:, start:stop],
-                attention_mask=mask[:, :, start:stop],
+                attention_mask=masks.rows(made, start, stop),
                 past_key_values=pool,
                 use_cache=True,
             )
@@ -129,6 +134,11 @@ class HfModel:
         to = self.device
         return torch.tensor(ids, device=to), torch.tensor(positions, device=to), mask.to(to)
 
+    def cost(self, rows: int) -> float:
+        if self._times is None:
+            self._times = step_times(self)
+        return self._times(rows)
+
     @torch.inference_mode()
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
         rows = cast(HfRows, rows)
@@ -147,38 +157,53 @@ class HfModel:
             parts.append(full[: len(part)])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    @torch.inference_mode()
-    def reference(self, tokens: Sequence[int]) -> Tensor:
-        """Logits of transformers' own forward, without cache or mask of ours, [tokens, vocabulary]."""
-        ids = torch.tensor([list(tokens)], device=self.device)
-        return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits[0])
-
-    def _find_rows(self, refuse: bool) -> None:
-        """Settle the row counts of exact numerics; where there are none, refuse or go on without."""
+    @contextmanager
+    def attending(self, implementation: str) -> Iterator[None]:
+        """Meanwhile the model computes attention by another implementation, if it lets that be chosen."""
+        chosen = self.model.config._attn_implementation == attention.NAME
+        if chosen:
+            self.model.set_attn_implementation(implementation)
         try:
-            self.rows = probe.row_range(self)
-        except ModelUnsupported as error:
-            if refuse:
-                raise
-            warnings.warn(f"{error}. Going on with fast numerics", stacklevel=3)
-            self.numerics, self.rows = "fast", probe.RowRange()
+            yield
+        finally:
+            if chosen:
+                self.model.set_attn_implementation(attention.NAME)
 
     @torch.inference_mode()
-    def _find_head(self) -> int:
-        """Settle how logits come from hidden states; the vocabulary's size.
+    def reference(self, tokens: Sequence[int], attention: str | None = None) -> Tensor:
+        """Logits of transformers' own forward, no cache or mask of ours, [tokens, vocabulary].
 
-        Base model and output layer are called apart, if that gives the logits of the whole; some
-        architectures scale or cap logits between. There the whole model runs, and `head` selects.
+        attention: the implementation; None is the one the model came with.
         """
-        tokens = list(range(4))
+        ids = torch.tensor([list(tokens)], device=self.device)
+        with self.attending(attention or self.own_attention):
+            return cast(Tensor, self._given(input_ids=ids, use_cache=False).logits[0])
+
+    @torch.inference_mode()
+    def _split(self) -> tuple[int, Any, Head]:
+        """The vocabulary's size; the parts that make hidden states and logits."""
+        tokens = range(4)
         own = self.reference(tokens)
-        ids = torch.tensor([tokens], device=self.device)
-        if self._head is not None:
-            apart = self._head(self._base(input_ids=ids, use_cache=False)[0])[0]
-            if torch.equal(apart, own):
-                return own.shape[-1]
-        self._base, self._head = self.model, torch.nn.Identity()
-        return own.shape[-1]
+        with self.attending(self.own_attention):
+            base, head = split(self.model, torch.tensor([tokens], device=self.device), own)
+        return own.shape[-1], base, head
+
+    def _settle(self, asked: Numerics | None) -> None:
+        """Pass the probe, and find the row counts of exact numerics if they are wanted; where there are
+        none, refuse if they were asked for, else go on without."""
+        with probe.naming(self.model, "its forward does not take a tree"):
+            probe.check_tree(self)
+        if (asked or default_numerics(self.device, self.dtype)) == "fast":
+            return
+        self.numerics = "exact"
+        try:
+            with probe.naming(self.model, "its attention does not take the float64 keys of exact numerics"):
+                self.rows = probe.row_range(self)
+        except ModelUnsupported as error:
+            if asked == "exact":
+                raise
+            warnings.warn(f"{error}. Going on with fast numerics", stacklevel=4)
+            self.numerics, self.rows = "fast", probe.RowRange()
 
 
 def default_numerics(device: torch.device, dtype: torch.dtype) -> Numerics:

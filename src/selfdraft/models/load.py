@@ -1,4 +1,5 @@
-"""From a name to a model and its tokenizer: an embedded model, a folder, or an id on the Hugging Face hub."""
+"""From a name to a model and its tokenizer: an embedded model, a folder, or an id on the Hugging Face hub.
+From an object that a user has loaded to the transformers model in it."""
 
 from __future__ import annotations
 
@@ -45,6 +46,20 @@ def load_pretrained(
     if missing:
         raise ModelCorrupt(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
     return model.to(where), tokenizer
+
+
+def transformers_model(loaded: torch.nn.Module) -> PreTrainedModel:
+    """The model itself, or the one that a peft wrapper holds, with the wrapper's adapter at work in it.
+
+    Raises ModelUnsupported for any other object.
+    """
+    inside = cast(Any, loaded).get_base_model() if hasattr(loaded, "get_base_model") else loaded
+    if not isinstance(inside, PreTrainedModel):
+        raise ModelUnsupported(
+            f"{type(loaded).__name__} is not a model; give a name, a transformers model, or a peft model "
+            "around one"
+        )
+    return inside
 
 
 def torch_device(device: str | None) -> torch.device:

@@ -1,0 +1,274 @@
+"""Every type of model that works gives, for every branch of a tree, the logits of its own forward.
+
+The reference is transformers' own forward without cache, mask or attention of ours. Histories are longer
+than two and a half windows and read in pieces, two sessions of different lengths run together, and the
+rows of an accepted branch are kept and built upon. Each planted fault is refused at load, by the probe.
+
+`python tests/test_conformance.py` writes docs/models.md from the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from selfdraft import Limits, Tree
+from selfdraft.errors import ModelUnsupported
+from selfdraft.methods.plain import Plain
+from selfdraft.models import attention, masks
+from selfdraft.models.head import Tail
+from selfdraft.models.hf import HfModel
+from selfdraft.verify.adversaries import Oracle
+
+import faults
+from architectures import REFUSED, WINDOW, WORKING, build, known
+from drafting import random_prompt, run
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+TREES = (
+    Tree(tuple(random_prompt(12, 3)), (-1, 0, 0, 1, 1, 2, 3, 0, 7, 3, 4, 10)),
+    Tree(tuple(random_prompt(5, 4)), (-1, 0, 1, 0, 3)),
+)
+KEPT = ((0, 1, 4, 10, 11), (0, 3, 4))  # a branch of each tree whose rows lie apart
+HISTORIES = (random_prompt(30, 1), random_prompt(21, 2))
+AFTER = Tree.chain(random_prompt(4, 5))
+PIECE = 11  # tokens of a history that are read at once
+NEW = 6  # tokens of a text
+SAMPLE = ("llama", "gpt2", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3", "opt", "falcon", "gptj")
+WINDOWED = [
+    *("afmoe", "cohere2", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss"),
+    *("llama4_text", "mimo_v2_flash", "mistral", "mixtral", "modernbert-decoder", "olmo3", "phi3"),
+    *("qwen2", "qwen3_moe", "starcoder2"),
+]
+
+
+def types(names: Sequence[str]) -> pytest.MarkDecorator:
+    """A test for each type that the transformers at hand has."""
+    missing = pytest.mark.skip(reason="not in this transformers")
+    return pytest.mark.parametrize(
+        "kind", [pytest.param(name, marks=() if known(name) else missing) for name in names]
+    )
+
+
+@torch.inference_mode()
+def own(model: PreTrainedModel, text: Sequence[int]) -> Tensor:
+    """Logits of the model's own forward, [tokens, vocabulary]."""
+    logits: Tensor = model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+    return logits.double()
+
+
+def branches(tree: Tree) -> list[list[int]]:
+    leaves = sorted(set(range(len(tree))) - set(tree.parents))
+    return [tree.visible[leaf].nonzero().flatten().tolist() for leaf in leaves]
+
+
+def reference(model: PreTrainedModel, history: list[int], tree: Tree, kept: Sequence[int]) -> Tensor:
+    """Logits of all rows of a tree behind a history, then of AFTER behind the kept branch."""
+    logits = torch.full((len(tree), model.config.get_text_config().vocab_size), torch.nan).double()
+    for branch in branches(tree):
+        logits[branch] = own(model, [*history, *(tree.tokens[row] for row in branch)])[len(history) :]
+    text = [*history, *(tree.tokens[row] for row in kept)]
+    return torch.cat([logits, own(model, [*text, *AFTER.tokens])[len(text) :]])
+
+
+@torch.inference_mode()
+def ours(model: HfModel) -> list[Tensor]:
+    """The same of both sessions, run together."""
+    pool = model.pool()
+    caches = [pool.open(), pool.open()]
+    for cache, history in zip(caches, HISTORIES, strict=True):
+        for start in range(0, len(history), PIECE):
+            chunk = history[start : start + PIECE]
+            model.forward([Tree.chain(chunk)], [cache])
+            cache.keep(range(len(chunk)), [])
+    first = model.head(model.forward(TREES, caches), [range(len(tree)) for tree in TREES])
+    for cache, path in zip(caches, KEPT, strict=True):
+        cache.keep(path, [])
+    then = model.head(model.forward([AFTER] * 2, caches), [range(len(AFTER))] * 2)
+    return [torch.cat(pair).double() for pair in zip(first, then, strict=True)]
+
+
+def greedy(model: PreTrainedModel, text: Sequence[int]) -> list[int]:
+    text = list(text)
+    for _ in range(NEW):
+        text.append(int(own(model, text)[-1].argmax()))
+    return text[-NEW:]
+
+
+@types(list(WORKING))
+def test_trees_have_the_logits_of_the_models_own_forward(kind: str) -> None:
+    model = build(kind, WORKING[kind])
+    wanted = [reference(model, *case) for case in zip(HISTORIES, TREES, KEPT, strict=True)]
+    text = greedy(model, HISTORIES[1])
+    wrapped = HfModel(model, "fast")
+    tolerance = 2e-5 if model.dtype == torch.float64 else 1e-4
+    for got, logits in zip(ours(wrapped), wanted, strict=True):
+        error = (got - logits).norm(dim=-1) / logits.norm(dim=-1)
+        assert error.max() <= tolerance
+    assert run(wrapped, Plain(), HISTORIES[1], limits=Limits(NEW)).emitted == text
+
+
+@types(list(REFUSED))
+def test_what_cannot_verify_a_tree_is_refused_by_name(kind: str) -> None:
+    reason, extra = REFUSED[kind]
+    with pytest.raises(ModelUnsupported, match=f"model type '{kind}'.*{reason}"):
+        HfModel(build(kind, extra), "fast")
+
+
+def whole_text(patch: pytest.MonkeyPatch) -> None:
+    """One mask for all layers."""
+    patch.setattr(masks, "masks", lambda kinds, seen, positions: dict.fromkeys(kinds, seen))
+
+
+def one_more(patch: pytest.MonkeyPatch) -> None:
+    """Windows and chunks of one token more."""
+    kinds = masks.kinds
+
+    def wider(*args: Any) -> Mapping[str, masks.Kind]:
+        return {name: widen(kind) for name, kind in kinds(*args).items()}
+
+    def widen(kind: masks.Kind) -> masks.Kind:
+        size = kind.size or 0
+        return replace(kind, rule=lambda lane, head, q, k: kind.rule(lane, head, q, k) | (k == q - size))
+
+    patch.setattr(masks, "kinds", wider)
+
+
+@types(WINDOWED)
+@pytest.mark.parametrize("fault", [whole_text, one_more])
+def test_wrong_windows_are_seen_at_load(
+    kind: str, fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(ModelUnsupported, match="does not verify a tree"):
+        HfModel(build(kind, WORKING[kind]), "fast")
+
+
+@types(SAMPLE)
+@pytest.mark.parametrize("fault", [faults.tree_mask, faults.positions])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_wrong_trees_are_seen_at_load(
+    kind: str, fault: faults.Patch, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(ModelUnsupported, match="does not verify a tree"):
+        HfModel(build(kind, WORKING[kind], dtype), "fast")
+
+
+@types(["cohere2", "gemma2", "mistral", "gpt_oss"])
+def test_exact_texts_over_windows(kind: str) -> None:
+    """The drafted text is the plain one to the bit, far behind the first window."""
+    try:
+        model = HfModel(build(kind, WORKING[kind], torch.bfloat16), "exact")
+    except ModelUnsupported as error:
+        pytest.skip(str(error))  # of this machine's kernels, not of the windows
+    plain = run(model, Plain(), HISTORIES[0]).emitted
+    drafted = run(model, Oracle(plain), HISTORIES[0])
+    assert drafted.emitted == plain
+    assert len(drafted.runs) < len(plain)
+
+
+def features(kind: str) -> str:
+    """A row of the page: what was seen while the probe ran."""
+    seen: set[str] = set()
+    scores, read = attention._scores, attention._read
+
+    def spy_scores(*args: Any) -> Tensor:
+        seen.update(["capped scores"] if args[-1] is not None else [])
+        return scores(*args)
+
+    def spy_read(*args: Any) -> Tensor:
+        seen.update(["sinks"] if args[2] is not None else [])
+        return read(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_scores", spy_scores)
+        patch.setattr(attention, "_read", spy_read)
+        model = HfModel(build(kind, WORKING[kind]), "fast")
+    kinds = {name.split("_")[0] or "sliding" if k.size else "full" for name, k in model.kinds.items()}
+    head = "whole forward" if model._base is model.model else "output layer"
+    if isinstance(model._head, Tail):
+        head = "output layer and what follows it"
+    return f"| `{kind}` | {', '.join(sorted(kinds))} | {', '.join(sorted(seen))} | {head} | {wide(kind)} |"
+
+
+def wide(kind: str) -> str:
+    """Do its layers take keys in float64, as exact numerics need it?"""
+    model = HfModel(build(kind, WORKING[kind], torch.float32), "fast")
+    model.numerics = "exact"
+    try:
+        model.forward([AFTER], [model.pool().open()])
+    except RuntimeError:
+        return "no"
+    return "if the rows allow"
+
+
+def refusal(kind: str) -> str:
+    reason, extra = REFUSED[kind]
+    why = {
+        "keep a state": "layers that keep a running state",
+        "does not verify a tree": "other logits than its own forward, silently",
+        "does not take a tree": "its forward raises",
+    }[reason]
+    given = ", ".join(f"`{name}`" for name in extra if name in ("alibi",))
+    return f"| `{kind}`{' with ' + given if given else ''} | {why} |"
+
+
+def page() -> str:
+    works = "\n".join(features(kind) for kind in sorted(WORKING))
+    refused = "\n".join(refusal(kind) for kind in sorted(REFUSED))
+    return TEMPLATE.format(
+        version=transformers.__version__, count=len(WORKING), works=works, refused=refused, window=WINDOW
+    )
+
+
+TEMPLATE = """\
+# Models
+
+Written by `python tests/test_conformance.py`; the test suite compares. transformers {version}.
+
+Whether a model can be used is measured when it is loaded, not looked up: the logits of a tree of tokens
+are compared with the model's own forward of its branches, and what differs is refused with the reason.
+So a type that is missing here may well work. The {count} types of the first table were tried as tiny
+random models, every weight moved, windows of {window} tokens, in float64: trees behind histories of
+several windows, two sessions together, branches kept and built upon, and a text.
+
+- layers: whether they see all of the text (full), a sliding window or a chunk. Mixed types get one mask each.
+- scores: capped (Gemma 2), and attention sinks (GPT-OSS).
+- logits: from the rows asked for alone. "What follows" are scales, caps and such, by the model's own code.
+- exact: whether exact numerics are possible, if at some number of rows every row keeps its bits; that is
+  measured at load and differs by machine and dtype. "No": the layers compute with cached keys in the model's
+  own dtype, by code of their own. Mixtures of experts change row counts by routing and often keep no bits.
+
+| type | layers | scores | logits | exact |
+|---|---|---|---|---|
+{works}
+
+Types that were tried and are refused:
+
+| type | why |
+|---|---|
+{refused}
+"""
+
+
+@pytest.mark.skipif(
+    PAGE.exists() and f"transformers {transformers.__version__}." not in PAGE.read_text(),
+    reason="the page is for another transformers",
+)
+def test_the_page_says_what_is_measured() -> None:
+    assert PAGE.read_text() == page()
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    PAGE.write_text(page())
