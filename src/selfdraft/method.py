@@ -9,12 +9,25 @@ Methods are found through the entry-point group `selfdraft.methods`, the built-i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from .step import Step
 from .tree import Tree
+
+Noise = Callable[[int, Sequence[int]], Sequence[float]]
+Cost = Callable[[int], float]
+
+
+def silent(position: int, tokens: Sequence[int]) -> Sequence[float]:
+    """The noise of a greedy request: none."""
+    return [0.0] * len(tokens)
+
+
+def free(rows: int) -> float:
+    """The cost of a step where nothing was measured: the same whatever its rows."""
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -22,12 +35,19 @@ class Request:
     """What a drafter may know of the request it drafts for.
 
     prompt: its token ids. references: token ids of texts the answer may quote. seed: for drafters
-    that guess at random, so that a run repeats itself in time as well as in text.
+    that guess at random. temperature: of the sampling, 0 is greedy. noise: the Gumbel noise that the
+    sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
+    text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
+    log-probability plus noise. cost: what a step takes with so many rows of this session, measured, in
+    units of a step with one; it may change while others join and leave.
     """
 
     prompt: Sequence[int]
     references: Sequence[Sequence[int]] = ()
     seed: int = 0
+    temperature: float = 0.0
+    noise: Noise = silent
+    cost: Cost = free
 
 
 class Drafter(Protocol):

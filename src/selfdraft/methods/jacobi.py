@@ -1,36 +1,167 @@
 """Jacobi decoding, the decoding of CLLM (arXiv 2403.00835, section 3).
 
-As published: a block of `block` tokens, the first of them known, the rest drawn at random from the
-text so far. Each pass replaces every guess by the model's pick after the token before it; the right
-prefix is emitted, and the block goes on with what is left of it until it is empty. On an ordinary
-model this gains little; on one tuned for consistency (CLLM) several tokens settle per pass.
+A window of guesses stands behind the last token. Each pass replaces every guess by the model's pick
+after the token before it; the right prefix is emitted, and what is left moves up. The window is always
+refilled, from what the text's own n-grams and those of discarded tails would copy (Lookahead's pool,
+arXiv 2402.02057), so that no row is random where something is known. These are bets like the
+guesses themselves (`worth`), which may branch.
+
+How long the window is follows from how often its guesses come true, by how far ahead they stand, and
+from what rows cost: on an ordinary model it is short or nothing, on one tuned for consistency (CLLM)
+tens of rows. Guesses are judged as the text comes, whether or not they were run; where none are made, a
+small share of the time is spent on making some. When sampling, a guess has the noise of its position in
+it already.
+
+`faithful` is the method as published: a block of `block` tokens, the first of them known, the rest
+drawn at random from the text so far; the block goes on with what is left of it until it is empty. On an
+ordinary model this gains little; on one tuned for consistency several tokens settle per pass.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from annotated_types import Ge
 
-from ..method import Request
+from ..copies import PRIOR, Copies, Places
+from ..method import Drafter, Request
 from ..step import Step
 from ..tree import Tree
+from ..worth import LEAST, MARGIN, Bet, Growth, Odds
+
+AHEAD = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)  # a guess 1, 2, 3-4, 5-8, ... rows ahead, after right ones
+POOL = 0.1  # what once followed the same two tokens, off the text
+PROBE = 8  # rows of a window that is run to learn
+SHARE = 0.01  # of the time, for probing
 
 
 @dataclass(frozen=True)
 class Jacobi:
-    """block: rows of a fresh block (n), the known token's own among them."""
+    """block: rows a step may have, the known token's own among them (n). faithful: draft as published,
+    where block is 16, the rows of a fresh block."""
 
-    block: Annotated[int, Ge(1)] = 16
+    block: Annotated[int, Ge(1)] | None = None
+    faithful: bool = False
 
-    def drafter(self, request: Request) -> JacobiDrafter:
-        return JacobiDrafter(self.block, random.Random(request.seed))
+    def drafter(self, request: Request) -> Drafter:
+        if self.faithful:
+            return FaithfulDrafter(self.block or 16, random.Random(request.seed))
+        return JacobiDrafter(self.block or 64, request)
+
+
+class Point(NamedTuple):
+    """A point of a draft. at: index of the next token in the text; before: the two tokens before it."""
+
+    at: int
+    before: tuple[int, int]
+    places: Places
 
 
 class JacobiDrafter:
+    def __init__(self, block: int, request: Request) -> None:
+        self.block = block
+        self.dice = random.Random(request.seed)
+        self.copies = Copies((), request.prompt)
+        self.guesses: dict[int, int] = {}  # index in the text -> token
+        self.pool: dict[tuple[int, int], int] = {}
+        self.ahead = Odds(dict(enumerate(AHEAD)))
+        guessed: dict[Hashable, float] = {("guess", i): odds for i, odds in enumerate(AHEAD)}
+        noise = request.noise if request.temperature > 0 else None
+        self.growth = Growth(self, Odds(PRIOR | guessed | {"pool": POOL}), request.cost, noise, block)
+        self.length = 0
+        self.credit = 0.3  # time that may go to probing, in steps of one row
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        self.length = len(tokens)
+        before = (tokens[-2] if len(tokens) > 1 else -1, tokens[-1])
+        tree = self.growth.tree(tokens, Point(len(tokens), before, self.copies.read(tokens)))
+        return self._refill(tree, tokens, self._window(len(tree)))
+
+    def observe(self, step: Step) -> None:
+        emitted = step.emitted
+        self.growth.learn(emitted)
+        for i, token in enumerate(emitted):
+            guess = self.guesses.get(self.length + i)
+            if guess is not None:
+                self.ahead.learn(_far(i), guess == token)
+            if guess != token:
+                break
+        self._remember(step)
+
+    def bets(self, state: Point) -> Sequence[Bet]:
+        bets: list[Bet] = self.copies.bets(state.places)
+        guess = self.guesses.get(state.at)
+        if guess is not None:
+            bets.append(Bet(("guess", _far(state.at - self.length)), {guess: 1.0}))
+        pooled = self.pool.get(state.before)
+        if pooled is not None:
+            bets.append(Bet("pool", {pooled: 1.0}))
+        return bets
+
+    def follow(self, state: Point, token: int) -> Point:
+        return Point(state.at + 1, (state.before[1], token), self.copies.follow(state.places, token))
+
+    def _window(self, rows: int) -> int:
+        """Rows that the window is worth; those of a probe, where there is time for one.
+
+        With so many guesses standing, a step yields the tokens that they promise, and as many rows more
+        are needed for as many guesses to stand after it.
+        """
+        best, window, tokens, reached = MARGIN, 1, 1.0, 1.0
+        for guesses in range(1, self.block):
+            reached *= self.ahead[_far(guesses - 1)]
+            tokens += reached
+            if reached < LEAST or guesses + int(tokens) > self.block:
+                break
+            rate = tokens / self.growth.cost(guesses + int(tokens))
+            if rate > best:
+                best, window = rate, guesses + int(tokens)
+        probe = min(PROBE, self.block)
+        if max(rows, window) >= probe:
+            return window
+        self.credit += SHARE
+        extra = self.growth.cost(probe) - self.growth.cost(max(rows, window))
+        if extra > self.credit:
+            return window
+        self.credit -= extra
+        return probe
+
+    def _refill(self, tree: Tree, tokens: Sequence[int], window: int) -> Tree:
+        """The tree, its first line of rows made as long as the window where there is room."""
+        row = 0
+        line = list(tokens[-2:])
+        for child, parent in enumerate(tree.parents[1:], start=1):
+            if parent == row:
+                row = child
+                line.append(tree.tokens[child])
+        more: list[int] = []
+        first = len(tokens) + tree.depth[row]
+        for at in range(first, min(len(tokens) + window - 1, first + self.block - len(tree))):
+            known = self.guesses.get(at, self.pool.get((line[-2], line[-1])) if len(line) > 1 else None)
+            line.append(self.dice.choice(tokens) if known is None else known)
+            more.append(line[-1])
+        return tree.hang(row, more) if more else tree
+
+    def _remember(self, step: Step) -> None:
+        """The picks off the path: guesses for positions to come, n-grams for the pool."""
+        tree, path = step.tree, set(step.path)
+        far = len(step.path)
+        self.guesses = {}
+        for row, depth in enumerate(tree.depth):
+            if depth >= far:
+                self.guesses.setdefault(self.length + depth, step.picks[row])
+            if row not in path and row:
+                self.pool[tree.tokens[tree.parents[row]], tree.tokens[row]] = step.picks[row]
+
+
+def _far(ahead: int) -> int:
+    return min(ahead.bit_length(), len(AHEAD) - 1)
+
+
+class FaithfulDrafter:
     def __init__(self, block: int, dice: random.Random) -> None:
         self.block = block
         self.dice = dice

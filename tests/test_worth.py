@@ -1,0 +1,144 @@
+"""Trees by expected tokens per time: against exhaustive search, simulation, and silence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdraft import worth
+from selfdraft.worth import MARGIN, Bet, Growth, Odds, wins
+
+
+class Told:
+    """A source of fixed bets: path of tokens -> chances of those that may follow, one bet each."""
+
+    def __init__(self, chances: Mapping[tuple[int, ...], Mapping[int, float]]) -> None:
+        self.chances = chances
+
+    def odds(self) -> Odds:
+        return Odds({(path, t): p for path, own in self.chances.items() for t, p in own.items()})
+
+    def bets(self, state: tuple[int, ...]) -> Sequence[Bet]:
+        return [Bet((state, token), {token: 1.0}) for token in self.chances.get(state, ())]
+
+    def follow(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
+        return (*state, token)
+
+
+PATHS: list[tuple[int, ...]] = [(), (0,), (1,), (0, 0), (1, 0)]
+chance = st.floats(0.01, 0.99)
+trees = st.fixed_dictionaries({path: st.tuples(chance, chance) for path in PATHS})
+
+
+def best_rate(told: Told, cost: Callable[[int], float], most: int) -> float:
+    """Over all trees: expected tokens per time."""
+    reached = {(): 1.0}
+    for path in PATHS:
+        first, second = told.chances[path][0], told.chances[path][1]
+        reached[(*path, 0)] = reached[path] * first
+        reached[(*path, 1)] = reached[path] * (1 - first) * second
+    nodes = [path for path in reached if path]
+    drafts = (
+        rows
+        for count in range(most)
+        for rows in combinations(nodes, count)
+        if all(row[:-1] in rows for row in rows if len(row) > 1)
+    )
+    return max((1 + sum(reached[row] for row in rows)) / cost(len(rows) + 1) for rows in drafts)
+
+
+@given(trees, st.floats(0.01, 0.5), st.floats(0, 2))
+def test_no_tree_is_worth_more(
+    given: Mapping[tuple[int, ...], Sequence[float]], slope: float, jump: float
+) -> None:
+    """Where silence is not as good; the cost jumps in the middle."""
+
+    def cost(rows: int) -> float:
+        return 1 + slope * (rows - 1) + jump * (rows > 3)
+
+    told = Told({path: dict(enumerate(own)) for path, own in given.items()})
+    tree = Growth(told, told.odds(), cost, None, most=5).tree([5], ())
+    reached, paths = [1.0], [()]
+    for token, parent in list(zip(tree.tokens, tree.parents, strict=True))[1:]:
+        first, second = given[paths[parent]]
+        reached.append(reached[parent] * (first if token == 0 else (1 - first) * second))
+        paths.append((*paths[parent], token))
+    best, mine = best_rate(told, cost, most=5), sum(reached) / cost(len(tree))
+    assert mine == pytest.approx(best, abs=1e-9) or (mine == 1 and best <= MARGIN + 1e-9)
+
+
+def test_chances_under_known_noise_are_calibrated() -> None:
+    """Tokens picked by log q + g: predicted chances come true, and the best of them beats the best q."""
+    dice = np.random.default_rng(0)
+    trials, vocabulary = 20_000, 12
+    q = dice.dirichlet(np.full(vocabulary, 0.4), trials)
+    noise = dice.gumbel(size=(trials, vocabulary))
+    picked = (np.log(q) + noise).argmax(1)
+    # Of two candidates each; the rest of the vocabulary is not known.
+    chance = np.array([[wins(q[i, t], noise[i, t]) for t in (0, 1)] for i in range(trials)])
+    came = picked[:, None] == np.arange(2)
+    for low in np.arange(0, 1, 0.1):
+        inside = (chance >= low) & (chance < low + 0.1)
+        assert chance[inside].mean() == pytest.approx(came[inside].mean(), abs=0.04)
+    by_chance, by_q = came[np.arange(trials), chance.argmax(1)], came[np.arange(trials), q[:, :2].argmax(1)]
+    assert by_chance.mean() > 1.15 * by_q.mean()
+
+
+def test_noise_that_is_not_heard_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "wins", lambda chance, noise: chance)
+    with pytest.raises(AssertionError):
+        test_chances_under_known_noise_are_calibrated()
+
+
+def test_growth_asks_for_the_noise_of_the_right_position() -> None:
+    asked: dict[int, set[int]] = {}
+
+    def noise(position: int, tokens: Sequence[int]) -> Sequence[float]:
+        assert not asked.get(position, set()) & set(tokens), "asked twice"
+        asked.setdefault(position, set()).update(tokens)
+        return [4.0 if token == 1 else -4.0 for token in tokens]
+
+    source = Told({(): {0: 0.4, 1: 0.4}, (1,): {1: 0.9}})
+    growth = Growth(source, source.odds(), lambda rows: 1 + rows / 50, noise, most=8)
+    assert growth.tree([9, 9, 9], ()).tokens[:3] == (9, 1, 1)
+    growth.tree([9, 9, 9], ())
+    assert asked == {3: {0, 1}, 4: {1}} | {p: t for p, t in asked.items() if p > 4 or (p == 4 and t == {1})}
+
+
+def success_ends_silence() -> list[int]:
+    """Rows of 40 steps of a drafter whose guess, thought unlikely, always comes."""
+    source = Told({(): {1: 0.05}, (1,): {1: 0.9}})
+    odds = source.odds()
+    growth = Growth(source, odds, lambda rows: 1 + rows / 10, None, most=8)
+    rows = []
+    for _ in range(40):
+        rows.append(len(growth.tree([1], ())))
+        growth.learn([1, 1][: rows[-1]])
+    return rows
+
+
+def test_silence_does_not_end_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = success_ends_silence()
+    assert rows[0] == 1
+    assert rows[-1] == 3
+    keep = Growth.learn
+    monkeypatch.setattr(Growth, "learn", lambda self, new: keep(self, new) if len(new) > 1 else None)
+    assert success_ends_silence()[-1] == 1, "without virtual learning"
+
+
+def test_odds_follow_what_happens() -> None:
+    dice = random.Random(0)
+    odds = Odds({"kind": 0.9})
+    for _ in range(300):
+        odds.learn("kind", dice.random() < 0.3)
+    assert odds["kind"] == pytest.approx(0.3, abs=0.15)
+    for _ in range(300):
+        odds.learn("kind", True)
+    assert odds["kind"] > 0.95
+    assert odds.counts["kind"][1] <= worth.MEMORY
