@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from selfdraft import Sampler, Tree, engine
+from selfdraft import Sampler, Tree, session
 from selfdraft.cache import Lanes
+from selfdraft.draw import Draw
 from selfdraft.models.hf import HfModel
 from selfdraft.noise import Noise
 
@@ -51,7 +52,7 @@ def noise_key(patch: pytest.MonkeyPatch) -> None:
 
 def eos_cut(patch: pytest.MonkeyPatch) -> None:
     """The end of text is looked for in the last emitted token alone."""
-    patch.setattr(engine, "first_end", lambda tokens, eos: len(tokens) - 1 if tokens[-1] in eos else None)
+    patch.setattr(session, "first_end", lambda tokens, eos: len(tokens) - 1 if tokens[-1] in eos else None)
 
 
 def filters(patch: pytest.MonkeyPatch) -> None:
@@ -60,4 +61,9 @@ def filters(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Sampler, "_filter", lambda self, logits: logits if len(logits) > 1 else keep(self, logits))
 
 
-FAULTS = [tree_mask, rows_kept, positions, noise_key, eos_cut, filters]
+def penalties(patch: pytest.MonkeyPatch) -> None:
+    """Penalties count the text, but not a row's ancestors in the tree."""
+    patch.setattr(Draw, "_before", lambda self, tails: (self._counts[None], self._seen[None]))
+
+
+FAULTS = [tree_mask, rows_kept, positions, noise_key, eos_cut, filters, penalties]

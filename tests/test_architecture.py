@@ -22,18 +22,28 @@ ALLOWED = {
     "method": {"tree", "step"},
     "noise": set(),
     "sampling": {"noise"},
+    "draw": {"sampling"},
     "options": set(),
     "text": set(),
     "cache": set(),
     "models": {"cache", "tree", "models"},
     "methods": {"method", "options"},
-    "methods.*": {"method", "step", "tree"},
-    "engine": {"method", "models", "sampling", "step", "tree"},
-    "generation": {"engine", "method", "methods", "models", "options", "sampling", "text"},
-    "verify": {"engine", "generation", "method", "methods", "models", "sampling", "step", "tree"},
-    "bench": {"engine", "generation", "method", "methods", "models", "options", "sampling", "step", "text"}
-    | {"tree"},
-    "cli": {"bench", "cli", "generation", "methods", "models", "verify"},
+    "occurrences": set(),
+    "worth": {"tree"},
+    "copies": {"occurrences", "worth"},
+    "references": set(),
+    "methods.*": {"copies", "method", "step", "tree", "worth"},
+    "session": {"draw", "method", "models", "step", "tree"},
+    "engine": {"draw", "method", "models", "sampling", "session", "tree"},
+    "answer": {"models", "options", "sampling", "session", "text"},
+    "generation": {"answer", "engine", "method", "methods", "models", "references", "session", "text"},
+    "conversation": {"answer", "engine", "generation", "session"},
+    "huggingface": {"engine", "method", "methods", "models", "references", "sampling", "session", "text"},
+    "verify": {"draw", "engine", "generation", "method", "methods", "models", "sampling", "session"}
+    | {"step", "tree"},
+    "bench": {"answer", "engine", "generation", "method", "methods", "models", "options", "sampling"}
+    | {"session", "step", "text", "tree"},
+    "cli": {"answer", "bench", "cli", "generation", "methods", "models", "verify"},
 }
 
 
@@ -64,10 +74,12 @@ def test_imports_point_one_way(file: Path) -> None:
 def test_public_surface() -> None:
     assert selfdraft.__all__ == [
         "Chunk",
+        "Conversation",
         "Drafter",
         "Engine",
         "Limits",
         "Method",
+        "Options",
         "Request",
         "Result",
         "Sampler",
@@ -76,7 +88,9 @@ def test_public_surface() -> None:
         "Step",
         "Stream",
         "TextGenerator",
+        "TokenLogprob",
         "Tree",
+        "hook",
         "load",
     ]
     for name in selfdraft.__all__:
@@ -90,8 +104,8 @@ def test_there_is_one_loop() -> None:
     """One place calls the model's forward for drafted rows; no method is named outside its file, the
     command line's defaults apart."""
     callers = [f.name for f in SOURCE.rglob("*.py") if "model.forward(" in f.read_text()]
-    assert sorted(callers) == ["engine.py", "probe.py"]
-    for part in ("engine", "step", "tree", "cache", "sampling", "generation"):
+    assert sorted(callers) == ["cost.py", "engine.py", "probe.py"]
+    for part in ("engine", "session", "draw", "step", "tree", "cache", "sampling", "generation"):
         text = (SOURCE / f"{part}.py").read_text().lower()
         tree = ast.parse(text)
         names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,37 @@ def test_generate_json(command: Run, folder: Path, tmp_path: Path) -> None:
     assert record["identical"] is True
     assert record["plain"]["text"] == record["text"]
     assert (record["tokens"], record["method"], record["plain"]["method"]) == (20, "llma", "plain")
+
+
+def test_generate_takes_every_parameter(command: Run, folder: Path) -> None:
+    model = ("--model", str(folder), "-n", "12")
+    code, out, _ = command(
+        *("generate", "def add", *model, "--json", "--temperature", "0.8", "--seed", "3", "--n", "2"),
+        *("--repetition-penalty", "1.2", "--presence-penalty", "0.1", "--frequency-penalty", "0.1"),
+        *("--logit-bias", "5=-inf", "--logit-bias", "6=1.5", "--min-new-tokens", "3", "--ignore-eos"),
+        *("--logprobs", "2", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01"),
+    )
+    assert code == 0
+    records = json.loads(out.splitlines()[-1])
+    assert [record["sample"] for record in records] == [0, 1]
+    assert all(len(record["logprobs"]) == record["tokens"] == 12 for record in records)
+    assert all(5 not in [top["token"] for top in record["logprobs"]] for record in records)
+    code, out, _ = command("generate", "def add", *model, "--n", "2", "--temperature", "1")
+    assert "--- sample 1" in out
+    text = json.loads(command("generate", "def add", *model, "--json")[1].splitlines()[-1])["text"]
+    stop = next(char for char in text[2:] if char.isascii())
+    record = json.loads(command("generate", "def add", *model, "--json", "--stop", stop)[1].splitlines()[-1])
+    assert (record["text"], record["finish_reason"]) == (text[: text.index(stop)], "stop")
+
+
+def test_generate_chats(command: Run, folder: Path, tmp_path: Path) -> None:
+    chatty = tmp_path / "chatty"
+    shutil.copytree(folder, chatty)
+    (chatty / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    words = ("generate", "hello", "--model", str(chatty), "-n", "5", "--chat", "--json")
+    told = json.loads(command(*words, "--system", "brief")[1].splitlines()[-1])
+    raw = command("generate", "[brief][hello]", "--model", str(chatty), "-n", "5", "--json")[1]
+    assert told["prompt_tokens"] == json.loads(raw.splitlines()[-1])["prompt_tokens"] - 1, "no <bos> added"
 
 
 def test_generate_reads_prompts_from_everywhere(command: Run, folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft import Sampler, TextGenerator, cli, engine
+from selfdraft import Sampler, TextGenerator, cli, session
 from selfdraft.models.hf import HfModel
 from selfdraft.noise import Noise
 from selfdraft.verify import Verification, verify
@@ -128,7 +128,7 @@ def test_command_line(
     assert code == 0
     assert "exact" in out
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "first_end", lambda tokens, eos: None)
+        patch.setattr(session, "first_end", lambda tokens, eos: None)
         code, out, _ = run()
         assert code == 1
         assert "broken" in out

@@ -14,11 +14,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Engine, Limits, Session
+    from .answer import Chunk, Options, Result
+    from .conversation import Conversation
+    from .engine import Engine
     from .errors import SelfdraftError
-    from .generation import Chunk, Result, Stream, TextGenerator, load
+    from .generation import Stream, TextGenerator, load
+    from .huggingface import hook
     from .method import Drafter, Method, Request
     from .sampling import Sampler
+    from .session import Limits, Session, TokenLogprob
     from .step import Step
     from .tree import Tree
 
@@ -26,10 +30,12 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Chunk",
+    "Conversation",
     "Drafter",
     "Engine",
     "Limits",
     "Method",
+    "Options",
     "Request",
     "Result",
     "Sampler",
@@ -38,16 +44,22 @@ __all__ = [
     "Step",
     "Stream",
     "TextGenerator",
+    "TokenLogprob",
     "Tree",
+    "hook",
     "load",
 ]
 
 _HOME = {
-    "engine": ("Engine", "Limits", "Session"),
+    "conversation": ("Conversation",),
+    "engine": ("Engine",),
     "errors": ("SelfdraftError",),
-    "generation": ("Chunk", "Result", "Stream", "TextGenerator", "load"),
+    "answer": ("Chunk", "Options", "Result"),
+    "generation": ("Stream", "TextGenerator", "load"),
+    "huggingface": ("hook",),
     "method": ("Drafter", "Method", "Request"),
     "sampling": ("Sampler",),
+    "session": ("Limits", "Session", "TokenLogprob"),
     "step": ("Step",),
     "tree": ("Tree",),
 }

@@ -3,109 +3,25 @@
 Plain decoding is the method that proposes nothing. Prefill is the same forward over the prompt, its
 path forced, one call of at most 512 rows between decode steps, so that a long prompt never stalls
 the sessions that run. Sessions join (`submit`) and leave (when finished, or by `cancel`) between
-steps, with their own lengths, methods and sampling.
+steps, with their own lengths, methods and sampling. A session may start from another's cache, as far
+as their tokens agree: samples of one prompt, turns of one conversation.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
 
 import torch
-from torch import Tensor
 
+from .draw import Draw
 from .errors import InvalidOption, InvalidPrompt, InvalidTree
-from .method import Drafter, Method, Request
+from .method import Method, Request
 from .models import Cache, Model
 from .sampling import Sampler
-from .step import Step, accept
+from .session import Limits, Session
 from .tree import Tree
-
-PREFILL = 512  # rows of one prefill call, at most
-
-FinishReason = Literal["eos", "length", "context", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where a text ends. max_new_tokens: tokens to add, at most. eos: ids that end it, kept in it."""
-
-    max_new_tokens: int = 256
-    eos: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidOption(f"max_new_tokens must be at least 1; got {self.max_new_tokens}")
-
-
-@dataclass(eq=False)
-class Session:
-    """One request under way. Root rule: once ready, cache.length == len(tokens) - 1.
-
-    tokens: prompt and text so far. runs: tokens emitted by each decode step. rows: rows those steps
-    ran. prefills: forwards that read the prompt. prefill_seconds, seconds: what the engine's calls that
-    read the prompt, and its decode steps, took; time between them belongs to others and is not counted.
-    """
-
-    prompt: Sequence[int]
-    drafter: Drafter
-    sampler: Sampler
-    limits: Limits
-    cache: Cache
-    context: int
-    tokens: list[int] = field(init=False)
-    runs: list[int] = field(default_factory=list)
-    rows: int = 0
-    prefills: int = 0
-    finish_reason: FinishReason | None = None
-    prefill_seconds: float = 0.0
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
-
-    @property
-    def emitted(self) -> Sequence[int]:
-        """The tokens added to the prompt so far."""
-        return self.tokens[len(self.prompt) :]
-
-    @property
-    def room(self) -> int:
-        """Tokens that may still be added."""
-        added = len(self.tokens) - len(self.prompt)
-        return min(self.limits.max_new_tokens - added, self.context - len(self.tokens))
-
-    @property
-    def ready(self) -> bool:
-        """Has the prompt been read?"""
-        return self.cache.length == len(self.tokens) - 1
-
-    def unread(self) -> Sequence[int]:
-        """The part of the prompt that the next prefill call reads; empty when there is none left."""
-        start = self.cache.length
-        return self.tokens[start : min(start + PREFILL, len(self.tokens) - 1)]
-
-    def propose(self) -> Tree:
-        """The drafter's tree, less the rows that could not be emitted any more."""
-        return self.drafter.propose(self.tokens).prune(self.room - 1)
-
-    def advance(self, tree: Tree, scores: Tensor, picks: Sequence[int], done: Sequence[bool]) -> None:
-        """Take the picks of one forward: extend the text, keep the rows, tell the drafter."""
-        path, flight = accept(tree, picks, done)
-        end = first_end([picks[row] for row in path], self.limits.eos)
-        if end is not None:
-            path, self.finish_reason = path[: end + 1], "eos"
-        step = Step(tree, scores, picks, path, flight)
-        self.cache.keep(path, flight)
-        self.tokens += step.emitted
-        self.runs.append(len(path))
-        self.rows += len(tree)
-        if self.finish_reason is None and self.room == 0:
-            self.finish_reason = "context" if len(self.tokens) == self.context else "length"
-        self.drafter.observe(step)  # last: it is others' code, and what it raises must not break the rule
 
 
 class Engine:
@@ -123,20 +39,41 @@ class Engine:
         sampler: Sampler | None = None,
         limits: Limits | None = None,
         references: Sequence[Sequence[int]] = (),
+        *,
+        logprobs: int | None = None,
+        start: Session | None = None,
+        keep: bool = False,
     ) -> Session:
-        """Let a session join. Raises InvalidPrompt for a prompt that is empty, too long or not of ids."""
+        """Let a session join.
+
+        references: ids that drafters may copy from. logprobs: note each token's, and those of so many
+        alternatives. start: a session of this engine whose cache it uses, as far as the tokens agree: a
+        copy, or the cache itself if that session has ended and kept it. keep: do not free the cache at the
+        end, for a session that starts from it; `release` does. Raises InvalidPrompt for a prompt that is
+        empty, too long or not of ids, and InvalidOption.
+        """
         self._check(prompt)
-        sampler = sampler or Sampler()
+        limits, sampler = limits or Limits(), sampler or Sampler()
+        if logprobs is not None and not 0 <= logprobs <= self.model.vocab_size:
+            raise InvalidOption(f"logprobs must be from 0 to {self.model.vocab_size}; got {logprobs}")
+        vocabulary, device = self.model.vocab_size, self.model.device
+        draw = Draw(sampler, prompt, vocabulary, device, limits.eos, limits.min_new_tokens)
+        request = Request(
+            tuple(prompt), references, sampler.seed, sampler.temperature, draw.noise, self._cost
+        )
+        drafter = method.drafter(request)
+        cache = self._cache(prompt, start)
         session = Session(
-            prompt=tuple(prompt),
-            drafter=method.drafter(Request(tuple(prompt), references, sampler.seed)),
-            sampler=replace(sampler),  # noise that is remembered lives as long as the session
-            limits=limits or Limits(),
-            cache=self.pool.open(),
-            context=self.model.context,
+            request.prompt, drafter, draw, limits, cache, self.model.context, top=logprobs, keep=keep
         )
         self.sessions.append(session)
         return session
+
+    def release(self, session: Session) -> None:
+        """Free the cache that an ended session kept; what was started from it goes on."""
+        if session.keep and session not in self.sessions:
+            session.keep = False
+            session.cache.close()
 
     def cancel(self, session: Session) -> None:
         """Let a session leave before its end; what it has emitted stays readable."""
@@ -173,17 +110,39 @@ class Engine:
         """Sessions that have ended leave."""
         for session in [s for s in self.sessions if s.finish_reason is not None]:
             self.sessions.remove(session)
-            session.cache.close()
+            if not session.keep:
+                session.cache.close()
+
+    def _cache(self, prompt: Sequence[int], start: Session | None) -> Cache:
+        """A cache that holds what the prompt shares with another session; the last token stays unread."""
+        if start is None:
+            return self.pool.open()
+        pairs = zip(prompt[:-1], start.tokens[: start.cache.length], strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        shared = min(len(prompt) - 1, start.cache.length) if shared is None else shared
+        if start in self.sessions:
+            cache = self.pool.open()
+            cache.copy(start.cache, shared)
+            return cache
+        assert start.keep, "the session's cache is gone"
+        start.keep = False
+        start.cache.cut(shared)
+        return start.cache
+
+    def _cost(self, rows: int) -> float:
+        """What a step takes in which each session that is ready has so many rows; of one row: 1."""
+        live = max(1, sum(session.ready for session in self.sessions))
+        return self.model.cost(rows * live) / self.model.cost(live)
 
     def _decode(self, live: Sequence[Session]) -> None:
         start = time.perf_counter()
         trees = [self._checked(session.propose(), session) for session in live]
         rows = self.model.forward(trees, [session.cache for session in live])
         logits = self.model.head(rows, [range(len(tree)) for tree in trees])
-        scores = [s.sampler.scores(x, _positions(s, t)) for s, t, x in zip(live, trees, logits, strict=True)]
+        scores = [s.draw.scores(x, _tails(t)) for s, t, x in zip(live, trees, logits, strict=True)]
         picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), trees)
-        for session, tree, mine, own, done in zip(live, trees, scores, picks, rows.done, strict=True):
-            session.advance(tree, mine, own, done)
+        for session, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True):
+            session.advance(*mine)
         took = time.perf_counter() - start
         for session in live:
             session.seconds += took
@@ -226,14 +185,13 @@ class Engine:
             )
 
 
-def first_end(tokens: Sequence[int], eos: frozenset[int]) -> int | None:
-    """Where the text ends within these tokens, if it does; plain decoding would have stopped there."""
-    return next((i for i, token in enumerate(tokens) if token in eos), None)
-
-
-def _positions(session: Session, tree: Tree) -> list[int]:
-    """Index in the text of the token that each row predicts."""
-    return [len(session.tokens) + depth for depth in tree.depth]
+def _tails(tree: Tree) -> list[Sequence[int]]:
+    """Per row, the tokens between the text and the one that the row predicts: its own and its ancestors',
+    the root's apart, which the text has already."""
+    tails: list[Sequence[int]] = [()]
+    for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
+        tails.append((*tails[parent], token))
+    return tails
 
 
 def _split(flat: Sequence[int], trees: Sequence[Tree]) -> list[Sequence[int]]:

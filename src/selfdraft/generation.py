@@ -2,102 +2,53 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import cast, overload
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import methods
-from .engine import Engine, FinishReason, Limits, Session
+from .answer import Chunk, Options, Result
+from .engine import Engine
 from .errors import AdapterError, InvalidOption, InvalidPrompt, InvalidReference
 from .method import Method
 from .models.hf import HfModel, Numerics
 from .models.load import load_pretrained
-from .options import read
-from .sampling import Sampler
-from .text import Detokenizer
+from .references import spellings
+from .session import Session
+from .text import Detokenizer, StopStrings
 
 Prompt = str | Sequence[int]
-Grade = Literal["base", "tuned"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What one request may set. See `Sampler` and `Limits`; seed None draws one and reports it."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer and how it was made.
-
-    ids: new tokens, the one that ended the text included; tokens: their number. runs: tokens each
-    forward yielded. forwards: decode forwards, prefill apart. tokens_per_forward: per step, the
-    model's own token counted. rows_per_forward: tokens run per forward. seconds: what the decode steps
-    took; prefill_seconds: what reading the prompt took. grade: the text is that of the base
-    checkpoint, or of tuned weights. finish_reason: eos, length, context, or cancelled.
-    """
-
-    model: str
-    method: str
-    grade: Grade
-    text: str
-    ids: Sequence[int]
-    runs: Sequence[int]
-    prompt_tokens: int
-    tokens: int
-    forwards: int
-    tokens_per_forward: float
-    rows_per_forward: float
-    seconds: float
-    prefill_seconds: float
-    tokens_per_second: float
-    finish_reason: FinishReason
-    seed: int
-    temperature: float
-    dtype: str
-    device: str
-    numerics: Numerics
-
-    def figures(self) -> dict[str, object]:
-        """All of it but the ids and runs, for printing and JSON."""
-        return {name: value for name, value in asdict(self).items() if name not in ("ids", "runs")}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one forward added: its ids, and the text that they complete."""
-
-    ids: Sequence[int]
-    text: str
+Message = Mapping[str, str]
 
 
 class Stream:
     """Chunks of one answer as they are made; `result` holds what there is, at any time."""
 
-    def __init__(self, generator: TextGenerator, engine: Engine, session: Session, method: str) -> None:
+    def __init__(self, generator: TextGenerator, engine: Engine, session: Session) -> None:
         self._generator = generator
         self._engine = engine
         self._session = session
-        self._method = method
 
     def __iter__(self) -> Iterator[Chunk]:
-        text = Detokenizer(self._generator.tokenizer)
+        text = Detokenizer(self._generator.tokenizer, self._session.prompt)
+        stop = self._session.limits.stop
+        waiting, shown = "", 0  # text that may begin a stop string, and how much was shown before it
         for ids in self._engine.run(self._session):
-            yield Chunk(ids, text.add(ids, last=self._session.finish_reason is not None))
+            waiting += text.add(ids)
+            if self._session.finish_reason is not None:
+                waiting = self.result.text[shown:]
+                safe = len(waiting)
+            else:
+                safe = stop.safe(waiting) if isinstance(stop, StopStrings) else len(waiting)
+            yield Chunk(ids, waiting[:safe])
+            waiting, shown = waiting[safe:], shown + safe
 
     @property
     def result(self) -> Result:
-        return self._generator.result(self._session, self._method)
+        return self._generator.result(self._session)
 
 
 class TextGenerator:
@@ -118,32 +69,65 @@ class TextGenerator:
         self.eos = _end_ids(model, tokenizer)
 
     @overload
-    def generate(self, prompt: Prompt, *, references: Sequence[Prompt] = (), **options: object) -> Result: ...
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        references: Sequence[Prompt] = (),
+        n: None = None,
+        **options: object,
+    ) -> Result: ...
     @overload
     def generate(
-        self, prompt: list[str], *, references: Sequence[Prompt] = (), **options: object
+        self,
+        prompt: list[str] | Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        references: Sequence[Prompt] = (),
+        n: int | None = None,
+        **options: object,
     ) -> list[Result]: ...
     def generate(
-        self, prompt: Prompt | list[str], *, references: Sequence[Prompt] = (), **options: object
+        self,
+        prompt: list[str] | Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        references: Sequence[Prompt] = (),
+        n: int | None = None,
+        **options: object,
     ) -> Result | list[Result]:
-        """The answer to a prompt (text or token ids), or to several, which then run as one batch.
+        """The answer to a prompt (text or token ids), or to several texts, which then run as one batch.
 
-        references: texts or ids that the answer may quote. options: the fields of `Options`.
+        messages: instead of a prompt, a conversation, `{"role": ..., "content": ...}` each, in the form of
+        the tokenizer's chat template. references: texts or ids that the answer may quote. n: so many samples
+        of each prompt, a list then. options: the fields of `Options`.
         """
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
-        prompts = cast(list[Prompt], prompt if several else [prompt])
+        prompts = cast(list[Prompt | None], prompt if several else [prompt])
+        asked = Options.read(options)
+        if n is not None and (n < 1 or (n > 1 and asked.temperature == 0)):
+            raise InvalidOption(f"n={n}: give at least 1; more than 1 only with a temperature above 0")
         engine = Engine(self.model)
-        sessions = [self._submit(engine, one, references, options) for one in prompts]
+        ids = [self.ids(one, messages) for one in prompts]
+        sessions = [s for one in ids for s in self._samples(engine, one, references, asked, n or 1)]
         while engine.sessions:
             engine.step()
-        results = [self.result(session, self.method_name) for session in sessions]
-        return results if several else results[0]
+        results = [self.result(session) for session in sessions]
+        return results if several or n is not None else results[0]
 
-    def stream(self, prompt: Prompt, *, references: Sequence[Prompt] = (), **options: object) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        references: Sequence[Prompt] = (),
+        **options: object,
+    ) -> Stream:
         """The same answer, chunk by chunk."""
         engine = Engine(self.model)
-        session = self._submit(engine, prompt, references, options)
-        return Stream(self, engine, session, self.method_name)
+        session = self.submit(engine, self.ids(prompt, messages), references, Options.read(options))
+        return Stream(self, engine, session)
 
     def using(self, method: str | Method, options: Mapping[str, object] | None = None) -> TextGenerator:
         """The same model with another method."""
@@ -157,65 +141,105 @@ class TextGenerator:
             return list(text)
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=special))
 
-    def result(self, session: Session, method: str) -> Result:
+    def ids(self, prompt: Prompt | None, messages: Sequence[Message] | None = None) -> Sequence[int]:
+        """Token ids of a prompt, or of messages in the form of the tokenizer's chat template.
+
+        Raises InvalidPrompt, and InvalidOption where there is no template.
+        """
+        if (prompt is None) == (messages is None):
+            raise InvalidPrompt("give one of prompt and messages")
+        if prompt is not None:
+            if isinstance(prompt, str) and not prompt:
+                raise InvalidPrompt("the prompt is empty; give some text")
+            return self.encode(prompt)
+        if not self.tokenizer.chat_template:
+            raise InvalidOption(f"{self.name}: its tokenizer has no chat template; give a prompt instead")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                cast(list[dict[str, str]], messages), add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever a template raises about messages it does not take
+            raise InvalidPrompt(f"the chat template does not take these messages: {error}") from error
+        return self.encode(cast(str, text), special=False)
+
+    def references(self, given: Sequence[Prompt]) -> list[Sequence[int]]:
+        """Token ids of reference texts, in the spellings that another text may give them; ids pass as they
+        are. Raises InvalidReference."""
+        if isinstance(given, str):
+            raise InvalidReference("references is a list of texts or of lists of ids; got one text")
+        return spellings(lambda text: self.encode(text, special=False), given)
+
+    def submit(
+        self,
+        engine: Engine,
+        ids: Sequence[int],
+        references: Sequence[Prompt],
+        options: Options,
+        sample: int = 0,
+        start: Session | None = None,
+        keep: bool = False,
+    ) -> Session:
+        """Let a request join an engine of this model; see `Engine.submit`."""
+        return engine.submit(
+            ids,
+            self.method,
+            options.sampler(sample),
+            options.limits(self.tokenizer, self.eos),
+            self.references(references),
+            logprobs=options.logprobs,
+            start=start,
+            keep=keep,
+        )
+
+    def result(self, session: Session) -> Result:
         """What a session has come to."""
         ids = list(session.emitted)
-        seconds = session.seconds
+        sampler = session.draw.sampler
+        text = Detokenizer(self.tokenizer, session.prompt).add(ids, last=True)
         return Result(
             model=self.name,
-            method=method,
+            method=self.method_name,
             grade="base",
-            text=Detokenizer(self.tokenizer).add(ids, last=True),
+            text=text if session.watch is None else text[: session.watch.cut],
             ids=ids,
+            logprobs=None if session.top is None else tuple(session.logprobs),
             runs=tuple(session.runs),
             prompt_tokens=len(session.prompt),
+            reused=session.reused,
             tokens=len(ids),
             forwards=len(session.runs),
             tokens_per_forward=len(ids) / max(1, len(session.runs)),
             rows_per_forward=session.rows / max(1, len(session.runs)),
-            seconds=seconds,
+            seconds=session.seconds,
             prefill_seconds=session.prefill_seconds,
-            tokens_per_second=len(ids) / seconds if ids else 0.0,
+            tokens_per_second=len(ids) / session.seconds if ids else 0.0,
             finish_reason=session.finish_reason or "cancelled",
-            seed=session.sampler.seed,
-            temperature=session.sampler.temperature,
+            seed=sampler.seed,
+            sample=sampler.sample,
+            temperature=sampler.temperature,
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.model.device),
             numerics=self.model.numerics,
         )
 
-    def _submit(
-        self,
-        engine: Engine,
-        prompt: Prompt,
-        references: Sequence[Prompt],
-        given: Mapping[str, object],
-    ) -> Session:
-        if isinstance(prompt, str) and not prompt:
-            raise InvalidPrompt("the prompt is empty; give some text")
-        if isinstance(references, str):
-            raise InvalidReference("references is a list of texts or of lists of ids; got one text")
-        options = read(Options, given, "generate")
-        sampler = Sampler(
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            seed=secrets.randbits(63) if options.seed is None else options.seed,
-        )
-        return engine.submit(
-            self.encode(prompt),
-            self.method,
-            sampler,
-            Limits(options.max_new_tokens, self.eos),
-            [self.encode(text, special=False) for text in references],
-        )
+    def _samples(
+        self, engine: Engine, ids: Sequence[int], references: Sequence[Prompt], options: Options, count: int
+    ) -> Iterator[Session]:
+        """Sessions of one prompt, which is read once."""
+        first = self.submit(engine, ids, references, options)
+        yield first
+        while count > 1 and not first.ready:
+            engine.step()
+        for sample in range(1, count):
+            start = first if first in engine.sessions else None
+            yield self.submit(engine, ids, references, options, sample, start)
 
 
 def load(
-    model: str = "pico",
+    model: str | torch.nn.Module = "pico",
     method: str | Method = "plain",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     options: Mapping[str, object] | None = None,
     adapter: str | None = None,
     dtype: str | None = None,
@@ -224,20 +248,27 @@ def load(
 ) -> TextGenerator:
     """Load a model to generate with.
 
-    model: "pico" (embedded), a folder, or a hub id. method: a name (see `selfdraft.methods.available`),
-    with its `options`, or a `Method`. adapter: none of the methods at hand uses one yet. dtype: None
-    keeps the checkpoint's. device: None is CUDA if there is one. numerics: "exact" gives every token
-    the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
-    exact on the CPU, where the probe at load finds it possible. Raises a SelfdraftError that says what was
-    wrong.
+    model: "pico" (embedded), a folder, or a hub id; or a transformers model that is loaded already, with
+    its `tokenizer`, wrapped by peft or quantised as it may be. method: a name (see
+    `selfdraft.methods.available`), with its `options`, or a `Method`. adapter: none of the methods at hand
+    uses one yet. dtype: None keeps the checkpoint's. device: None is CUDA if there is one. numerics:
+    "exact" gives every token the same bits whatever the method, the batch or the step; "fast" does not
+    promise that; None is exact on the CPU, where the probe at load finds it possible. Raises a
+    SelfdraftError that says what was wrong.
     """
     if adapter is not None:
         raise AdapterError(f"adapter {adapter!r}: no installed method takes an adapter")
     if numerics not in (None, "exact", "fast"):
         raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}")
     _resolve(method, options)  # a wrong name is told before the weights are read
-    pretrained, tokenizer = load_pretrained(model, dtype, device)
-    return TextGenerator(HfModel(pretrained, numerics), tokenizer, method, options, model)
+    if isinstance(model, str):
+        loaded, own = load_pretrained(model, dtype, device)
+        return TextGenerator(HfModel(loaded, numerics), tokenizer or own, method, options, model)
+    if tokenizer is None:
+        raise InvalidOption("a model that is loaded already needs its tokenizer: load(model, tokenizer=...)")
+    if dtype is not None or device is not None:
+        raise InvalidOption("dtype and device go with a model's name; a loaded model has its own")
+    return TextGenerator(HfModel(model, numerics), tokenizer, method, options)
 
 
 def read_reference(path: Path) -> str:

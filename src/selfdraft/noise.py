@@ -63,7 +63,14 @@ class Noise:
         self._blocks: dict[int, Tensor] = {}
 
     def at(self, positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
-        """float32 [len(positions), vocabulary]."""
+        """float32 [len(positions), vocabulary]. What lies before these positions is forgotten."""
+        noise = self.peek(positions, vocabulary, device)
+        first = min(positions) // self.BLOCK
+        self._blocks = {b: block for b, block in self._blocks.items() if b >= first}
+        return noise
+
+    def peek(self, positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
+        """The same, for positions that may lie ahead of those in use."""
         if self._of != (vocabulary, device):
             self._of, self._blocks = (vocabulary, device), {}
         needed = {position // self.BLOCK for position in positions}
@@ -71,6 +78,4 @@ class Noise:
             spans = [block * self.BLOCK + i for block in missing for i in range(self.BLOCK)]
             fresh = gumbel(self.seed, self.sample, spans, vocabulary, device).split(self.BLOCK)
             self._blocks |= dict(zip(missing, fresh, strict=True))
-        first = min(positions) // self.BLOCK
-        self._blocks = {b: noise for b, noise in self._blocks.items() if b >= first}
         return torch.stack([self._blocks[p // self.BLOCK][p % self.BLOCK] for p in positions])

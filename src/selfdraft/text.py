@@ -3,35 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+from .errors import InvalidOption
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders show for half a character
+CONTEXT = 16  # tokens of the prompt looked at, at most, for how the text behind them begins
 
 
 class Detokenizer:
     """Decodes a growing list of ids in pieces. The work per piece does not grow with the text.
 
-    A piece is held back while it ends inside a character (decoders show U+FFFD there). Decoding starts
-    with the piece before, because tokenizers treat the first token of a text differently, and a piece
-    that was shown starts at the border of a character.
+    A piece is held back while it ends inside a character. Decoding starts with the piece before, because
+    tokenizers treat the first token of a text differently, and a piece that was shown starts at the
+    border of a character. The first piece is decoded behind the end of the prompt, for the same reason.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
+        self.ids = self._context(prompt)
         self.before = 0  # start of the piece that was shown last
-        self.shown = 0  # its end
+        self.shown = len(self.ids)  # its end
+        self.known = len(self._decode(self.ids))  # characters of that piece, decoded alone
 
     def add(self, ids: Sequence[int], last: bool = False) -> str:
         """The new text that these ids complete; with `last`, also what was held back."""
         self.ids += ids
-        known = self._decode(self.ids[self.before : self.shown])
-        text = self._decode(self.ids[self.before :])
-        if len(text) <= len(known) or (text.endswith("\N{REPLACEMENT CHARACTER}") and not last):
+        text = self._fresh()
+        if not text or (text.endswith(BROKEN) and not last):
             return ""
         self.before, self.shown = self.shown, len(self.ids)
-        return text[len(known) :]
+        self.known = len(self._decode(self.ids[self.before :]))
+        return text
+
+    @property
+    def held(self) -> str:
+        """What is held back, as far as it is whole characters."""
+        return self._fresh().rstrip(BROKEN)
+
+    def _fresh(self) -> str:
+        """What the ids say that have not been shown."""
+        if self.shown == len(self.ids):
+            return ""
+        return self._decode(self.ids[self.before :])[self.known :]
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """The fewest tokens at the end of the prompt that are text without half a character, if any are."""
+        for count in range(1, min(CONTEXT, len(prompt)) + 1):
+            text = self._decode(prompt[-count:])
+            if text and BROKEN not in text:
+                return list(prompt[-count:])
+        return []
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+@dataclass(frozen=True)
+class StopStrings:
+    """Strings that end a text, which is cut before the first of them. The token that completes it is kept.
+    Raises InvalidOption for an empty string."""
+
+    tokenizer: PreTrainedTokenizerBase
+    strings: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not all(self.strings):
+            raise InvalidOption("stop: an empty string would end every text before it begins")
+
+    def watch(self, prompt: Sequence[int]) -> StopWatch:
+        """A search in the answer to a prompt."""
+        return StopWatch(self.strings, Detokenizer(self.tokenizer, prompt))
+
+    def safe(self, text: str) -> int:
+        """How much of a text, in which no string stands, can be shown: its end may begin one."""
+        starts = range(max(0, len(text) - max(map(len, self.strings)) + 1), len(text))
+        return next((i for i in starts if any(s.startswith(text[i:]) for s in self.strings)), len(text))
+
+
+class StopWatch:
+    """The search for stop strings in one answer, token by token, at a cost that does not grow with it."""
+
+    def __init__(self, strings: Sequence[str], text: Detokenizer) -> None:
+        self.strings = strings
+        self.text = text
+        self.cut: int | None = None
+        self.length = 0  # characters read
+        self.tail = ""  # the last of them, as many as a stop string may reach back
+
+    def find(self, tokens: Sequence[int], least: int) -> int | None:
+        """Index of the token that completes a stop string; those before index `least` do not count."""
+        reach = max(map(len, self.strings)) - 1
+        for index, token in enumerate(tokens):
+            fresh = self.text.add([token])
+            before = len(self.tail)
+            text = self.tail + (fresh or self.text.held)
+            # An occurrence that ended before this token was found then, or did not count.
+            starts = [text.find(s, max(0, before - len(s) + 1)) for s in self.strings]
+            if index >= least and max(starts) >= 0:
+                self.cut = self.length - before + min(start for start in starts if start >= 0)
+                return index
+            self.length += len(fresh)
+            self.tail = (self.tail + fresh)[-reach:] if reach else ""
+        return None

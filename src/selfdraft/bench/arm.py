@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .. import methods
-from ..engine import Engine, Limits, first_end
+from ..engine import Engine
 from ..errors import InvalidOption
 from ..generation import TextGenerator
 from ..method import Method
 from ..models.hf import HfModel
 from ..sampling import Sampler
+from ..session import Limits, first_end
 
 PLAIN = "plain"  # the method that the others are compared with
 GENERATE = "generate"  # the baseline they are compared with

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine import Engine, Limits
+from ..engine import Engine
 from ..method import Request
 from ..models.hf import HfModel
+from ..session import Limits
 from ..step import Step
 from ..tree import Tree
 from .interval import median

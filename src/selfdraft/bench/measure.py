@@ -76,7 +76,7 @@ class Bench:
                 continue
             self._warm(work)
             prompt = self.prompt(work, item, turn)
-            references = [self.generator.encode(text, special=False) for text in item.references]
+            references = self.generator.references(item.references)
             for arm in missing:
                 self.journal.add(self._measured(arm, keys[arm], prompt, references, work.length))
                 tell(keys[arm])
@@ -115,7 +115,7 @@ class Bench:
             return
         self.warmed.add(work.name)
         prompt = self.generator.encode(work.items[0].turns[0])
-        references = [self.generator.encode(text, special=False) for text in work.items[0].references]
+        references = self.generator.references(work.items[0].references)
         for arm in self.arms:
             arm.answer(prompt, references, min(WARM, work.length))
 

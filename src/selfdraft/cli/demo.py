@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..generation import Result, TextGenerator
+    from ..answer import Result
+    from ..generation import TextGenerator
 
 OLD = '''def load_settings(path, defaults=None):
     """Read settings from a file and merge them with the defaults."""

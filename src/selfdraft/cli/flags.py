@@ -29,12 +29,12 @@ Numerics = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]
 
 
-def method_options(pairs: Sequence[str] | None) -> dict[str, object]:
-    """NAME=VALUE pairs as a mapping; the method reads the values."""
+def pairs(flag: str, given: Sequence[str] | None) -> dict[str, object]:
+    """NAME=VALUE pairs as a mapping; who takes them reads the values."""
     options: dict[str, object] = {}
-    for pair in pairs or ():
+    for pair in given or ():
         name, equals, value = pair.partition("=")
         if not equals:
-            raise InvalidOption(f"--option takes NAME=VALUE; got {pair!r}")
+            raise InvalidOption(f"{flag} takes NAME=VALUE; got {pair!r}")
         options[name] = value
     return options

@@ -68,14 +68,14 @@ def verify(
     generator = load(
         model,
         method,
-        options=flags.method_options(option),
+        options=flags.pairs("--option", option),
         adapter=adapter,
         dtype=dtype,
         device=device,
         numerics=numerics,  # type: ignore[arg-type]
     )
     ids = [generator.encode(text) for text in texts]
-    copied = [generator.encode(text, special=False) for text in quoted]
+    copied = generator.references(quoted)
     result = put_to_the_test(generator, ids, max_new_tokens, seeds, seed, copied, _progress)
     about = {
         "model": model,

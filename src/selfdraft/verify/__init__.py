@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..engine import Limits
 from ..errors import ModelUnsupported
 from ..generation import TextGenerator
 from ..method import Method
 from ..methods import create
 from ..models.hf import HfModel
 from ..sampling import Sampler
+from ..session import Limits
 from .adversaries import Garbage, Oracle
 from .compare import Case, Check, Comparison, Difference, answer, batch, drafted, ends, follow, logits_after
 from .distribution import Fit, fits
@@ -97,12 +97,13 @@ def verify(
     """Put a generator's method to the test on prompts of token ids.
 
     Each prompt is answered greedily, at temperature 0.8 with `seeds` seeds from `seed` on, and once with
-    all filters. references: ids that drafters may copy from. progress: wraps the list of cases, to show
-    how far it is.
+    all filters and a repetition penalty. references: ids that drafters may copy from. progress: wraps the
+    list of cases, to show how far it is.
     """
     model = generator.model
     sampled = [Sampler(0.8, seed=seed + i) for i in range(seeds)]
-    samplers = [Sampler(), *sampled, Sampler(0.9, top_k=50, top_p=0.9, min_p=0.02, seed=seed)]
+    filters: dict[str, Any] = {"top_k": 50, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 0.8}
+    samplers = [Sampler(), *sampled, Sampler(0.9, **filters, seed=seed)]
     limits = Limits(max_new_tokens, generator.eos)
     cases = [Case(i, tuple(p), s, limits, references) for i, p in enumerate(prompts) for s in samplers]
     plain_method = create("plain")
@@ -161,15 +162,13 @@ def _noise_of(model: HfModel, text: Sequence[int]) -> float:
 
 @contextmanager
 def _their_attention(model: HfModel) -> Iterator[None]:
-    """Let transformers' own attention run meanwhile, without the defaults of the model's generation
-    config, which may bring processors that nobody asked for."""
-    ours, config = model.model.config._attn_implementation, model.model.generation_config
-    model.model.set_attn_implementation("sdpa")
-    model.model.generation_config = GenerationConfig()
+    """Let the attention that the model came with run meanwhile, without the defaults of the model's
+    generation config, which may bring processors that nobody asked for."""
+    config, model.model.generation_config = model.model.generation_config, GenerationConfig()
     try:
-        yield
+        with model.attending(model.own_attention):
+            yield
     finally:
-        model.model.set_attn_implementation(ours)
         model.model.generation_config = config
 
 

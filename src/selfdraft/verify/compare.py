@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..engine import Engine, Limits, Session
+from ..draw import Draw
+from ..engine import Engine
 from ..method import Method, Request
 from ..methods import create
 from ..models.hf import HfModel
 from ..sampling import Sampler
+from ..session import Limits, Session
 from ..step import Step
 from ..tree import Tree
 from .adversaries import Garbage, Oracle
@@ -186,8 +188,9 @@ def _difference(
     margin, ulps, reproduces = math.inf, math.inf, False
     if expected is not None and got is not None:
         logits = logits_after(model, case, before)
-        scores = case.sampler.scores(logits[None], [len(case.prompt) + at])[0]
-        margin = _margin(case.sampler, logits, scores, expected, got, len(case.prompt) + at)
+        text = [*case.prompt, *before]
+        scores = _scores(case.sampler, text, logits)
+        margin = _margin(case.sampler, text, logits, expected, got)
         size = max(abs(float(logits[expected])), abs(float(logits[got])), 1e-30)
         ulps = margin / (2.0 ** math.floor(math.log2(size)) * torch.finfo(model.dtype).eps)
         reproduces = int(scores.argmax()) == expected
@@ -196,20 +199,25 @@ def _difference(
     return Difference(check, *where, expected, got, margin, ulps, reproduces)
 
 
-def _margin(
-    sampler: Sampler, logits: Tensor, scores: Tensor, expected: int, got: int, position: int
-) -> float:
+def _scores(sampler: Sampler, text: Sequence[int], logits: Tensor) -> Tensor:
+    """Scores of the token behind a text, [vocabulary]."""
+    return Draw(sampler, text, len(logits), logits.device).scores(logits[None], [()])[0]
+
+
+def _margin(sampler: Sampler, text: Sequence[int], logits: Tensor, expected: int, got: int) -> float:
     """How far logits would have to move for `got` to be picked: by its score, or past a filter's edge."""
+    scores = _scores(sampler, text, logits)
     if scores[got].isfinite():
         return float(scores[expected] - scores[got])
-    free = Sampler(sampler.temperature, seed=sampler.seed, sample=sampler.sample)
-    unfiltered = free.scores(logits[None], [position])[0]
-    short = logits[scores.isfinite()].min() - logits[got]
+    unfiltered = _scores(replace(sampler, top_k=0, top_p=1.0, min_p=0.0), text, logits)
+    processed = _scores(replace(sampler, temperature=0.0), text, logits)
+    short = processed[scores.isfinite()].min() - processed[got]
     return float(torch.maximum(unfiltered[expected] - unfiltered[got], short))
 
 
 def _from(case: Case, plain: Sequence[int], start: int) -> Case:
-    """The case with plain's first tokens as part of its prompt."""
+    """The case with plain's first tokens as part of its prompt. Of the penalties, only repetition takes
+    prompt and answer alike, so only that may be set."""
     left = Limits(max(1, case.limits.max_new_tokens - start), case.limits.eos)
     return replace(case, prompt=[*case.prompt, *plain[:start]], limits=left)
 

@@ -1,0 +1,203 @@
+"""What a request may ask for, end to end: stops, ends, samples, logprobs, chats and kept sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import selfdraft
+from selfdraft import Conversation, TextGenerator, errors
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path) -> TextGenerator:
+    return selfdraft.load(str(folder), "jacobi")
+
+
+@pytest.fixture
+def chatty(folder: Path) -> TextGenerator:
+    generator = selfdraft.load(str(folder), "llma")
+    generator.tokenizer.chat_template = TEMPLATE
+    return generator
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}])
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_a_stop_string_cuts_text_and_tokens(
+    generator: TextGenerator, sampling: dict[str, float], width: int
+) -> None:
+    """Tokens up to the one that completes it, text up to where it begins, streamed or not."""
+    free = generator.generate("def add", max_new_tokens=30, **sampling)
+    for start in range(0, len(free.text) - width, 7):
+        stop = free.text[start : start + width]
+        if "\N{REPLACEMENT CHARACTER}" in stop:
+            continue
+        cut = generator.generate("def add", stop=[stop, "never seen"], max_new_tokens=30, **sampling)
+        assert cut.text == free.text[: free.text.index(stop)]
+        assert cut.finish_reason == "stop"
+        assert list(cut.ids) == list(free.ids[: cut.tokens])
+        decode = generator.tokenizer.decode
+        assert stop in decode(cut.ids)
+        assert stop not in decode(cut.ids[:-1])
+        stream = generator.stream("def add", stop=stop, max_new_tokens=30, **sampling)
+        assert "".join(chunk.text for chunk in stream) == stream.result.text == cut.text
+
+
+def test_text_that_only_began_a_stop_string_is_shown(generator: TextGenerator) -> None:
+    free = generator.generate("def add", max_new_tokens=30)
+    nearly = [free.text[i : i + 3] + "\N{BELL SYMBOL}" for i in range(len(free.text) - 3)]
+    stream = generator.stream("def add", stop=nearly, max_new_tokens=30)
+    assert "".join(chunk.text for chunk in stream) == stream.result.text == free.text
+    assert stream.result.finish_reason == "length"
+
+
+def test_ends(generator: TextGenerator) -> None:
+    free = generator.generate("class", max_new_tokens=30)
+    first, later = free.ids[4], free.ids[11]
+    assert generator.generate("class", eos=[first, later]).ids == free.ids[: free.ids.index(first) + 1]
+    ended = generator.generate("class", eos=[later], max_new_tokens=30)
+    assert (ended.ids[-1], ended.finish_reason) == (later, "eos")
+    late = generator.generate("class", eos=[first], min_new_tokens=20, max_new_tokens=30)
+    assert late.tokens > 20
+    assert first not in late.ids[:20]
+    generator.eos = frozenset([later])
+    assert generator.generate("class", ignore_eos=True, max_new_tokens=30).ids == free.ids
+    generator.eos = frozenset([1])
+    stop = next(char for char in generator.tokenizer.decode(free.ids[:8]) if char.isalpha())
+    early = generator.generate("class", stop=stop, max_new_tokens=30)
+    assert early.tokens <= 8
+    waits = generator.generate("class", stop=stop, min_new_tokens=9, max_new_tokens=30)
+    assert waits.tokens > 9
+    assert stop in waits.text, "a stop string before min_new_tokens is text"
+
+
+def test_samples_of_one_prompt_read_it_once(generator: TextGenerator) -> None:
+    samples = generator.generate("def add(a, b)", n=3, temperature=1.0, seed=5, max_new_tokens=20)
+    assert [s.sample for s in samples] == [0, 1, 2]
+    assert len({s.text for s in samples}) == 3
+    alone = generator.using("plain").generate(
+        "def add(a, b)", temperature=1.0, seed=5, n=1, max_new_tokens=20
+    )
+    assert alone[0].ids == samples[0].ids
+    assert [s.reused for s in samples] == [0] + [samples[0].prompt_tokens - 1] * 2
+    flat = generator.generate(["a", "class"], n=2, temperature=1.0, seed=5, max_new_tokens=4)
+    assert [s.sample for s in flat] == [0, 1, 0, 1]
+    short = generator.generate("a", n=2, temperature=1.0, seed=5, max_new_tokens=1)
+    assert [s.tokens for s in short] == [1, 1]
+
+
+def test_logprobs_are_the_models_own(generator: TextGenerator) -> None:
+    result = generator.generate(
+        "def add", logprobs=3, temperature=0.7, repetition_penalty=1.5, seed=2, max_new_tokens=15
+    )
+    plain = generator.using("plain").generate(
+        "def add", logprobs=3, temperature=0.7, repetition_penalty=1.5, seed=2, max_new_tokens=15
+    )
+    assert result.logprobs == plain.logprobs, "exact numerics: the same bits"
+    assert result.logprobs is not None
+    model = generator.model
+    prompt = [0, *generator.encode("def add", special=False)]
+    own = model.reference([*prompt, *result.ids]).double().log_softmax(-1)[len(prompt) - 1 :]
+    for row, token, said in zip(own, result.ids, result.logprobs, strict=False):
+        assert said.token == token
+        assert said.logprob == pytest.approx(float(row[token]), abs=0.05)
+        assert len(said.top) == 3
+        assert [p for _, p in said.top] == sorted((p for _, p in said.top), reverse=True)
+        assert said.top[0][1] == pytest.approx(float(row.max()), abs=0.05)
+    assert generator.generate("def add", max_new_tokens=2).logprobs is None
+
+
+def test_messages_take_the_chat_template(chatty: TextGenerator) -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "add"}]
+    told = chatty.generate(messages=messages, max_new_tokens=12)
+    text = "<system>be brief\n<user>add\n<assistant>"
+    assert told.ids == chatty.generate(chatty.encode(text, special=False), max_new_tokens=12).ids
+    assert chatty.stream(messages=messages, max_new_tokens=12).result.prompt_tokens == told.prompt_tokens
+
+
+def test_a_kept_session_is_a_fresh_one(chatty: TextGenerator) -> None:
+    """Turn by turn: the same ids as without a cache; only what is new is read."""
+    with Conversation(chatty, [{"role": "system", "content": "be brief"}]) as talk:
+        for turn, text in enumerate(["def add(a, b)", "class Stack", "return"]):
+            said = talk.send(text, max_new_tokens=16, temperature=0.5, seed=turn)
+            fresh = chatty.generate(
+                messages=talk.messages[:-1], max_new_tokens=16, temperature=0.5, seed=turn
+            )
+            assert said.ids == fresh.ids
+            assert said.reused > 10 or turn == 0
+        assert [m["role"] for m in talk.messages] == ["system"] + ["user", "assistant"] * 3
+        shorter = talk.generate("def", max_new_tokens=6)
+        assert shorter.ids == chatty.generate("def", max_new_tokens=6).ids
+        assert talk.generate("class Stack:", max_new_tokens=6).reused == 1, "only the first token is shared"
+
+
+def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: TextGenerator) -> None:
+    talk = Conversation(chatty)
+    prompt = "def add(a, b):\n"
+    for chunk in talk.stream(prompt, max_new_tokens=30):
+        assert chunk.ids
+        break
+    with pytest.raises(errors.InvalidPrompt):
+        talk.generate("", max_new_tokens=5)
+    with pytest.raises(errors.InvalidOption):
+        talk.send("x", max_new_tokens=0)
+    assert talk.messages == []
+    again = talk.generate(prompt, max_new_tokens=30)
+    assert again.reused == again.prompt_tokens - 1
+    assert again.ids == chatty.generate(prompt, max_new_tokens=30).ids
+    talk.close()
+    assert talk.generate(prompt, max_new_tokens=3).reused == 0
+
+
+def test_the_answer_goes_on_where_the_prompt_stops(generator: TextGenerator) -> None:
+    """Prompt and text together are the decoded whole, whatever the tokenizer does to first tokens."""
+    result = generator.generate("def add(a", max_new_tokens=20)
+    ids = [*generator.encode("def add(a"), *result.ids]
+    assert "def add(a" + result.text == generator.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"stop": ""}, "empty"),
+        ({"stop": ["a", ""]}, "empty"),
+        ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens"),
+        ({"eos": [3], "ignore_eos": True}, "contradict"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 321}, "logprobs"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {400: 1}}, "vocabulary"),
+        ({"n": 0}, "n=0"),
+        ({"n": 2}, "temperature"),
+        ({"beams": 4}, "beams"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(
+    generator: TextGenerator, options: dict[str, object], says: str
+) -> None:
+    with pytest.raises(errors.InvalidOption, match=says):
+        generator.generate("def", **options)  # type: ignore[call-overload]
+
+
+def test_bad_conversations(generator: TextGenerator, chatty: TextGenerator) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(errors.InvalidOption, match="chat template"):
+        generator.generate(messages=messages)
+    with pytest.raises(errors.InvalidPrompt, match="one of"):
+        generator.generate()
+    with pytest.raises(errors.InvalidPrompt, match="one of"):
+        chatty.generate("x", messages=messages)
+    chatty.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(errors.InvalidPrompt, match="no such role"):
+        chatty.generate(messages=messages)
+
+
+def test_a_seed_keeps_its_text_when_samples_are_added(generator: TextGenerator) -> None:
+    one = generator.generate("return", temperature=1.2, seed=9, max_new_tokens=10)
+    two = generator.generate("return", temperature=1.2, seed=9, max_new_tokens=10, n=2)
+    assert two[0].ids == one.ids
+    assert torch.tensor(two[1].ids).tolist() != one.ids

@@ -1,0 +1,180 @@
+"""Whatever a request asks for, whoever else is in the engine: its text is plain decoding's, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from selfdraft import Engine, Limits, Method, Sampler, Session
+from selfdraft.draw import Draw
+from selfdraft.methods import create
+from selfdraft.models.hf import HfModel
+from selfdraft.text import StopStrings, StopWatch
+from selfdraft.verify.adversaries import Garbage, Oracle
+
+from drafting import random_prompt
+from faults import Patch, noise_key, penalties, rows_kept
+
+EXAMPLES = 50  # of one to seven requests each, four on average: 200 requests
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: when it joins, and when it is cancelled, in steps of the engine."""
+
+    prompt: Sequence[int]
+    references: Sequence[Sequence[int]]
+    method: str
+    sampling: Mapping[str, Any]
+    limits: Mapping[str, Any]
+    joins: int
+    leaves: int | None
+
+    def submit(self, engine: Engine, method: Method, tokenizer: PreTrainedTokenizerFast) -> Session:
+        stop = self.limits.get("stop")
+        limits = Limits(**{**self.limits, "stop": StopStrings(tokenizer, stop) if stop else None})
+        return engine.submit(
+            self.prompt, method, Sampler(**self.sampling), limits, self.references, logprobs=1
+        )
+
+
+def some(**kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=kinds)
+
+
+def asked() -> st.SearchStrategy[Asked]:
+    ids = st.integers(0, 319)
+    sampling = some(
+        temperature=st.sampled_from([0.3, 0.8, 1.5]),
+        top_k=st.integers(1, 60),
+        top_p=st.floats(0.3, 1.0),
+        min_p=st.floats(0.0, 0.3),
+        repetition_penalty=st.floats(0.6, 1.8),
+        presence_penalty=st.floats(-1.0, 2.0),
+        frequency_penalty=st.floats(-0.5, 1.0),
+        logit_bias=st.dictionaries(ids, st.floats(-5, 8), max_size=5),
+        seed=st.integers(0, 2**64 - 1),
+        sample=st.integers(0, 9),
+    )
+    limits = some(
+        max_new_tokens=st.integers(12, 40),
+        min_new_tokens=st.integers(0, 12),
+        eos=st.builds(lambda first, many: frozenset(range(first, first + many)), ids, st.integers(1, 60)),
+        stop=st.lists(st.sampled_from(["a", "e", "re", "\n", "t", "(", "zz"]), min_size=1).map(tuple),
+    )
+    text = st.builds(random_prompt, st.integers(1, 60), st.integers(0, 9))
+    return st.builds(
+        Asked,
+        prompt=text,
+        references=st.lists(text, max_size=2),
+        method=st.sampled_from(["plain", "llma", "jacobi", "garbage", "oracle", "oracle"]),
+        sampling=sampling,
+        limits=limits.map(lambda given: {"max_new_tokens": 24, **given}),
+        joins=st.integers(0, 25),
+        leaves=st.none() | st.none() | st.integers(3, 30),
+    )
+
+
+def alone(model: HfModel, one: Asked, tokenizer: PreTrainedTokenizerFast) -> Session:
+    engine = Engine(model)
+    session = one.submit(engine, create("plain"), tokenizer)
+    for _ in engine.run(session):
+        pass
+    return session
+
+
+def drafting(one: Asked, right: Session) -> Method:
+    """Its method; the oracle knows plain's text, so that drafts are taken."""
+    known: dict[str, Method] = {"garbage": Garbage(), "oracle": Oracle(right.emitted)}
+    return known[one.method] if one.method in known else create(one.method)
+
+
+def together(
+    model: HfModel, crowd: Sequence[Asked], rights: Sequence[Session], tokenizer: PreTrainedTokenizerFast
+) -> list[Session]:
+    engine, joined, steps = Engine(model), dict[int, Session](), 0
+    while len(joined) < len(crowd) or engine.sessions:
+        for i, one in enumerate(crowd):
+            if i not in joined and one.joins <= steps:
+                joined[i] = one.submit(engine, drafting(one, rights[i]), tokenizer)
+            if i in joined and one.leaves is not None and one.leaves + one.joins == steps:
+                engine.cancel(joined[i])
+        engine.step()
+        steps += 1
+    return [joined[i] for i in range(len(crowd))]
+
+
+def compare(model: HfModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Crowds of requests against each one alone; stops at the first difference."""
+
+    @given(st.lists(asked(), min_size=1, max_size=7))
+    @hypothesis_settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(crowd: list[Asked]) -> None:
+        rights = [alone(model, one, tokenizer) for one in crowd]
+        sessions = together(model, crowd, rights, tokenizer)
+        for right, session in zip(rights, sessions, strict=True):
+            count = len(session.emitted)
+            assert session.emitted == right.emitted[:count]
+            assert [p.token for p in session.logprobs] == list(session.emitted)
+            for ours, theirs in zip(session.logprobs, right.logprobs, strict=False):
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9)
+            if session.finish_reason != "cancelled":
+                assert (count, session.finish_reason) == (len(right.emitted), right.finish_reason)
+                assert (session.watch and session.watch.cut) == (right.watch and right.watch.cut)
+
+    check()
+
+
+def test_requests_do_not_depend_on_method_or_company(
+    double: HfModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    compare(double, tokenizer)
+
+
+def stop_late(patch: pytest.MonkeyPatch) -> None:
+    """Stop strings are looked for once a step, behind all its tokens."""
+    find = StopWatch.find
+
+    def late(self: StopWatch, tokens: Sequence[int], least: int) -> int | None:
+        found = [find(self, [token], least - i) for i, token in enumerate(tokens)]
+        return len(tokens) - 1 if any(index is not None for index in found) else None
+
+    patch.setattr(StopWatch, "find", late)
+
+
+def early_ends(patch: pytest.MonkeyPatch) -> None:
+    """The ban on early ends goes by the step, not by each row's position."""
+    scores = Draw.scores
+
+    def coarse(self: Draw, logits: Tensor, tails: Sequence[Sequence[int]]) -> Tensor:
+        start, self.start = self.start, 10**9 if self.length < self.start else 0
+        try:
+            return scores(self, logits, tails)
+        finally:
+            self.start = start
+
+    patch.setattr(Draw, "scores", coarse)
+
+
+@pytest.mark.parametrize("fault", [stop_late, early_ends, penalties, rows_kept, noise_key])
+def test_a_fault_is_seen(
+    fault: Patch, double: HfModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        compare(double, tokenizer)
