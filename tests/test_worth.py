@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -63,7 +64,9 @@ def test_no_tree_is_worth_more(
         return 1 + slope * (rows - 1) + jump * (rows > 3)
 
     told = Told({path: dict(enumerate(own)) for path, own in given.items()})
-    tree = Growth(told, told.odds(), cost, None, most=5).tree([5], ())
+    growth = Growth(told, told.odds(), cost, None, most=5)
+    growth.credit = math.inf
+    tree = growth.tree([5], ())
     reached, paths = [1.0], [()]
     for token, parent in list(zip(tree.tokens, tree.parents, strict=True))[1:]:
         first, second = given[paths[parent]]
@@ -112,14 +115,14 @@ def test_growth_asks_for_the_noise_of_the_right_position() -> None:
 
 
 def success_ends_silence() -> list[int]:
-    """Rows of 40 steps of a drafter whose guess, thought unlikely, always comes."""
+    """Rows of 60 steps of a drafter whose guesses, thought unlikely, always come."""
     source = Told({(): {1: 0.05}, (1,): {1: 0.9}})
     odds = source.odds()
-    growth = Growth(source, odds, lambda rows: 1 + rows / 10, None, most=8)
+    growth = Growth(source, odds, lambda rows: 1 + rows / 10 - 1 / 10, None, most=8)
     rows = []
-    for _ in range(40):
+    for _ in range(60):
         rows.append(len(growth.tree([1], ())))
-        growth.learn([1, 1][: rows[-1]])
+        growth.learn([1, 1, 7][: rows[-1]], rows[-1])
     return rows
 
 
@@ -128,8 +131,37 @@ def test_silence_does_not_end_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0] == 1
     assert rows[-1] == 3
     keep = Growth.learn
-    monkeypatch.setattr(Growth, "learn", lambda self, new: keep(self, new) if len(new) > 1 else None)
+    monkeypatch.setattr(Growth, "learn", lambda self, new, rows: keep(self, new, rows) if rows > 1 else None)
     assert success_ends_silence()[-1] == 1, "without virtual learning"
+
+
+def lost(steps: int) -> float:
+    """Time that a drafter loses which is sure of itself and always wrong, in steps of one row."""
+    source = Told({(): {1: 0.9}, (1,): {1: 0.9}})
+    cost = lambda rows: 1 + rows / 8 - 1 / 8  # noqa: E731
+    growth = Growth(
+        source, Sure({"never": 0.0} | dict.fromkeys(source.odds().counts, 0.9)), cost, None, most=8
+    )
+    total = 0.0
+    for _ in range(steps):
+        rows = len(growth.tree([1], ()))
+        growth.learn([7], rows)
+        total += cost(rows) - 1
+    return total
+
+
+class Sure(Odds):
+    """Odds that learn nothing."""
+
+    def learn(self, kind: Hashable, won: bool) -> None:
+        pass
+
+
+def test_what_drafts_lose_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for steps in (1, 10, 100):
+        assert 0 < lost(steps) <= worth.CREDIT + steps * worth.SHARE
+    monkeypatch.setattr(Growth, "affords", lambda self, rows: True)
+    assert lost(100) > 10
 
 
 def test_odds_follow_what_happens() -> None:

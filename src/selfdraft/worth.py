@@ -11,6 +11,9 @@ When sampling, the noise of future positions is known. A token of probability q 
 picked if log q + g exceeds the scores of all others, whose maximum is a Gumbel variable located at
 log(1 - q): with probability exp(-(1 - q)/q exp(-g)). Its chance lies between q and that.
 
+Odds are estimates, so what a text can lose is bounded: a draft must be able to fail altogether and be paid
+for by what drafts have gained in this text, with a little to begin with and a little for each step.
+
 What a draft bet on is compared with what came, also where it was not worth a row, so that silence
 does not end learning.
 """
@@ -32,6 +35,8 @@ S = TypeVar("S")
 UNDECIDED = 0.5
 LEAST = 0.02  # rows that are reached less often are not looked at
 MARGIN = 1.02  # a draft must promise so many times the tokens of silence in the same time
+CREDIT = 0.3  # time that drafts may lose in all, in steps of one row,
+SHARE = 0.02  # and more of it for each step
 WEIGHT = 8.0  # outcomes that a prior counts for
 STEPS = 16  # for which a cost is remembered; sessions that join or leave may change it
 MEMORY = 64.0  # outcomes of a kind that count, about; older ones fade
@@ -100,6 +105,7 @@ class Growth(Generic[S]):
         self.known: dict[int, dict[int, float]] = {}
         self.costs: dict[int, float] = {}
         self.asked = 0
+        self.credit = CREDIT
         self.root: Node[S] | None = None
 
     def tree(self, tokens: Sequence[int], state: S) -> Tree:
@@ -118,8 +124,13 @@ class Growth(Generic[S]):
             cost = self.costs[rows] = self.measured(rows)
         return cost
 
-    def learn(self, emitted: Sequence[int]) -> None:
-        """Compare the bets along the path with what came."""
+    def affords(self, rows: int) -> bool:
+        """May a step of so many rows turn out to be in vain?"""
+        return self.cost(rows) - 1 <= self.credit
+
+    def learn(self, emitted: Sequence[int], rows: int) -> None:
+        """Compare the bets along the path with what came, in a step of so many rows."""
+        self.credit += SHARE + len(emitted) - self.cost(rows)
         node = self.root
         for token in emitted:
             if node is None:
@@ -153,7 +164,7 @@ class Growth(Generic[S]):
             ):
                 return nodes[:rows]
             promised -= reached
-            if promised > best * next_cost:
+            if promised > best * next_cost and self.affords(count + 1):
                 best, rows = promised / next_cost, count + 1
             above = nodes[parent]
             state = self.source.follow(above.state, token)

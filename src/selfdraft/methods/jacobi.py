@@ -72,7 +72,7 @@ class JacobiDrafter:
         noise = request.noise if request.temperature > 0 else None
         self.growth = Growth(self, Odds(PRIOR | guessed | {"pool": POOL}), request.cost, noise, block)
         self.length = 0
-        self.credit = 0.3  # time that may go to probing, in steps of one row
+        self.probing = 0.0  # time that may go to probing, in steps of one row
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         self.length = len(tokens)
@@ -82,7 +82,7 @@ class JacobiDrafter:
 
     def observe(self, step: Step) -> None:
         emitted = step.emitted
-        self.growth.learn(emitted)
+        self.growth.learn(emitted, len(step.tree))
         for i, token in enumerate(emitted):
             guess = self.guesses.get(self.length + i)
             if guess is not None:
@@ -116,17 +116,18 @@ class JacobiDrafter:
             tokens += reached
             if reached < LEAST or guesses + int(tokens) > self.block:
                 break
-            rate = tokens / self.growth.cost(guesses + int(tokens))
-            if rate > best:
-                best, window = rate, guesses + int(tokens)
+            wanted = guesses + int(tokens)
+            rate = tokens / self.growth.cost(wanted)
+            if rate > best and self.growth.affords(wanted):
+                best, window = rate, wanted
         probe = min(PROBE, self.block)
         if max(rows, window) >= probe:
             return window
-        self.credit += SHARE
+        self.probing += SHARE
         extra = self.growth.cost(probe) - self.growth.cost(max(rows, window))
-        if extra > self.credit:
+        if extra > self.probing or not self.growth.affords(probe):
             return window
-        self.credit -= extra
+        self.probing -= extra
         return probe
 
     def _refill(self, tree: Tree, tokens: Sequence[int], window: int) -> Tree:

@@ -59,7 +59,7 @@ class LlmaDrafter:
         return self.growth.tree(tokens, self.copies.read(tokens))
 
     def observe(self, step: Step) -> None:
-        self.growth.learn(step.emitted)
+        self.growth.learn(step.emitted, len(step.tree))
 
 
 class FaithfulDrafter:
