@@ -48,7 +48,7 @@ def test_generate_json(command: Run, folder: Path, tmp_path: Path) -> None:
 def test_generate_takes_every_parameter(command: Run, folder: Path) -> None:
     model = ("--model", str(folder), "-n", "12")
     code, out, _ = command(
-        *("generate", "def add", *model, "--json", "--temperature", "0.8", "--seed", "3", "--n", "2"),
+        *("generate", "def add", *model, "--json", "--temperature", "0.8", "--seed", "3", "--samples", "2"),
         *("--repetition-penalty", "1.2", "--presence-penalty", "0.1", "--frequency-penalty", "0.1"),
         *("--logit-bias", "5=-inf", "--logit-bias", "6=1.5", "--min-new-tokens", "3", "--ignore-eos"),
         *("--logprobs", "2", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01"),
@@ -58,7 +58,7 @@ def test_generate_takes_every_parameter(command: Run, folder: Path) -> None:
     assert [record["sample"] for record in records] == [0, 1]
     assert all(len(record["logprobs"]) == record["tokens"] == 12 for record in records)
     assert all(5 not in [top["token"] for top in record["logprobs"]] for record in records)
-    code, out, _ = command("generate", "def add", *model, "--n", "2", "--temperature", "1")
+    code, out, _ = command("generate", "def add", *model, "--samples", "2", "--temperature", "1")
     assert "--- sample 1" in out
     text = json.loads(command("generate", "def add", *model, "--json")[1].splitlines()[-1])["text"]
     stop = next(char for char in text[2:] if char.isascii())

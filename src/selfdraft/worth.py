@@ -103,7 +103,7 @@ class Growth(Generic[S]):
         self.source, self.odds, self.noise, self.most = source, odds, noise, most
         self.measured = cost
         self.known: dict[int, dict[int, float]] = {}
-        self.costs: dict[int, float] = {}
+        self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
         self.asked = 0
         self.credit = CREDIT
         self.root: Node[S] | None = None

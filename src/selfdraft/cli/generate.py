@@ -70,7 +70,7 @@ def generate(
         int | None,
         typer.Option(help="Same seed, same text; random and reported by default.", rich_help_panel=SAMPLING),
     ] = None,
-    n: Annotated[int, typer.Option("--n", help="Samples of the prompt.", rich_help_panel=SAMPLING)] = 1,
+    samples: Annotated[int, typer.Option(help="Answers to the prompt.", rich_help_panel=SAMPLING)] = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,7 +110,7 @@ def generate(
 
       echo "def mean(values):" | selfdraft generate - --temperature 0.8 --seed 7
 
-      selfdraft generate "# Sorting" --stop "def " --repetition-penalty 1.1 -t 0.8 --n 3
+      selfdraft generate "# Sorting" --stop "def " --repetition-penalty 1.1 -t 0.8 --samples 3
     """
     from ..generation import load, read_reference
 
@@ -119,8 +119,8 @@ def generate(
         raise InvalidOption("--logprobs goes with --json")
     if system is not None and not chat:
         raise InvalidOption("--system goes with --chat")
-    if n > 1 and compare:
-        raise InvalidOption("--compare takes one sample; leave out --n")
+    if samples > 1 and compare:
+        raise InvalidOption("--compare takes one sample; leave out --samples")
     references = [read_reference(path) for path in reference or ()]
     generator = load(
         model,
@@ -148,8 +148,8 @@ def generate(
         "logprobs": logprobs,
     }
     asked = generator.ids(None, _messages(text, system)) if chat else generator.ids(text)
-    if n > 1:
-        _samples(generator.generate(asked, n=n, references=references, **settings, seed=seed), as_json)
+    if samples > 1:
+        _samples(generator.generate(asked, n=samples, references=references, **settings, seed=seed), as_json)
         return
     plain = None
     if compare:

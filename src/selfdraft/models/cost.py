@@ -20,10 +20,10 @@ from ..tree import Tree
 if TYPE_CHECKING:
     from .hf import HfModel
 
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 HISTORY = 192
 ROUNDS = 3  # at least
-SECONDS = 0.7  # and as many more as fit
+SECONDS = 0.5  # and as many more as fit
 
 
 class StepTimes:
