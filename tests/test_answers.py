@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import selfdraft
-from selfdraft import Conversation, TextGenerator, errors
+from selfdraft import Conversation, Engine, Limits, TextGenerator, errors
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
@@ -167,6 +167,9 @@ def test_the_answer_goes_on_where_the_prompt_stops(generator: TextGenerator) -> 
         ({"stop": ["a", ""]}, "empty"),
         ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens"),
         ({"eos": [3], "ignore_eos": True}, "contradict"),
+        ({"eos": [99999]}, "99999"),
+        ({"stop": "<|eos|>"}, "eos=1"),
+        ({"n": "3"}, "n=3"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 321}, "logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -181,6 +184,43 @@ def test_what_cannot_be_honoured_is_refused(
 ) -> None:
     with pytest.raises(errors.InvalidOption, match=says):
         generator.generate("def", **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("references", ["text", None, [5, 6], [None], [["a"]], [[2**40]], [[-1]], [[320]]])
+def test_bad_references(generator: TextGenerator, references: object) -> None:
+    with pytest.raises(errors.InvalidReference, match="reference"):
+        generator.generate("def", references=references)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("prompt", [3, ["a", 3], [1.5]])
+def test_bad_prompts(generator: TextGenerator, prompt: object) -> None:
+    with pytest.raises(errors.InvalidPrompt):
+        generator.generate(prompt)  # type: ignore[call-overload]
+
+
+def test_sessions_start_from_their_own_engine_only(generator: TextGenerator) -> None:
+    one, other = Engine(generator.model), Engine(generator.model)
+    method = generator.method
+    kept = one.submit([5, 6, 7], method, limits=Limits(3), keep=True)
+    gone = one.submit([5, 6, 7], method, limits=Limits(3))
+    while one.sessions:
+        one.step()
+    for engine, session in ((other, kept), (one, gone)):
+        with pytest.raises(errors.InvalidOption, match="start"):
+            engine.submit([5, 6, 7, 8], method, start=session)
+    again = one.submit([5, 6, 7, 8], method, limits=Limits(3), start=kept)
+    assert again.reused == 3
+    with pytest.raises(errors.InvalidOption, match="start"):
+        one.submit([5, 6, 7, 8], method, start=kept)
+
+
+def test_a_closed_conversation_holds_no_memory(generator: TextGenerator) -> None:
+    talk = Conversation(generator)
+    talk.generate("def", max_new_tokens=4)
+    pool = talk._engine.pool
+    assert pool._buffers()  # type: ignore[attr-defined]
+    talk.close()
+    assert not pool._buffers()  # type: ignore[attr-defined]
 
 
 def test_bad_conversations(generator: TextGenerator, chatty: TextGenerator) -> None:

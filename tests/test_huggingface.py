@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextStreamer
 from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import selfdraft
 from selfdraft.errors import InvalidOption, InvalidPrompt
@@ -165,3 +166,44 @@ def test_the_model_is_left_as_it_was_for_its_own_generate(model: LlamaForCausalL
     fresh = tiny_llama(torch.float64).generate(**inputs, generation_config=config)
     model.generate(**inputs, generation_config=config, custom_generate=fast)
     assert torch.equal(model.generate(**inputs, generation_config=config), fresh)
+
+
+class Wide(StoppingCriteria):
+    """Ends by the length of what it sees, padding included; says so with a plain bool."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> bool:  # type: ignore[override]
+        return input_ids.shape[1] >= 25
+
+
+class Confident(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return scores.amax(-1) > 99  # type: ignore[no-any-return]
+
+
+def test_criteria_see_padded_rows(model: LlamaForCausalLM, fast: Hook) -> None:
+    inputs = left_padded(19, 7)
+    asked: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    ours = model.generate(**inputs, **asked, stopping_criteria=[Wide()], custom_generate=fast)
+    assert torch.equal(ours, model.generate(**inputs, **asked, stopping_criteria=[Wide()]))
+    with pytest.raises(InvalidOption, match="Confident"):
+        model.generate(**inputs, **asked, stopping_criteria=[Confident()], custom_generate=fast)
+
+
+def test_positions_and_penalties_of_another_kind_are_refused(model: LlamaForCausalLM, fast: Hook) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    asked: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3}
+    with pytest.raises(InvalidOption, match="position_ids"):
+        model.generate(ids, position_ids=torch.tensor([[1, 2, 30, 40]]), custom_generate=fast, **asked)
+    partial = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=2)
+    with pytest.raises(InvalidOption, match="ignores a part"):
+        model.generate(ids, logits_processor=[partial], custom_generate=fast, **asked)
+
+
+def test_the_end_of_the_context_is_told(fast: Hook) -> None:
+    short = tiny_llama(torch.float64, context=24)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.warns(UserWarning, match="context of 24"):
+        out = short.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, custom_generate=selfdraft.hook()
+        )
+    assert out.shape[1] == 24

@@ -9,7 +9,7 @@ from hypothesis.strategies import DataObject
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft.text import Detokenizer
+from selfdraft.text import LONGEST, Detokenizer
 
 
 def test_pieces_are_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -40,6 +40,30 @@ def test_byte_fallback_is_not_split() -> None:
         shown = Detokenizer(spelled)
         starts = range(0, len(ids), size)
         assert "".join(shown.add(ids[i : i + size], last=i + size >= len(ids)) for i in starts) == text
+
+
+def test_broken_characters_do_not_depend_on_the_pieces() -> None:
+    """A decoder may turn a whole run of bytes into rubbish where one of them is wrong."""
+    words = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "a": 257, "b": 258}
+    raw = Tokenizer(models.BPE(words, [], byte_fallback=True, unk_token="<unk>"))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    spelled = PreTrainedTokenizerFast(tokenizer_object=raw)
+    ids = [*spelled.encode("aé\n", add_special_tokens=False), 0xC3 + 1, 258, 0xF0 + 1, 0x9F + 1]
+    texts = set()
+    for size in (1, 2, 3, 5, len(ids)):
+        shown = Detokenizer(spelled)
+        starts = range(0, len(ids), size)
+        texts.add("".join(shown.add(ids[i : i + size], last=i + size >= len(ids)) for i in starts))
+    assert len(texts) == 1
+    assert texts.pop().startswith("aé\n")
+
+
+def test_work_does_not_grow_where_nothing_is_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+    shown = Detokenizer(tokenizer)
+    half = tokenizer.encode("\N{GRINNING FACE}", add_special_tokens=False)[0]
+    for _ in range(50):
+        shown.add([1, half])
+        assert len(shown.ids) - shown.shown <= LONGEST
 
 
 def test_the_end_of_text_is_not_shown(tokenizer: PreTrainedTokenizerFast) -> None:

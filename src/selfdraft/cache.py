@@ -136,6 +136,9 @@ class Lanes(transformers.Cache):
                     buffer[lane.index, :, : last.length] = buffer[last.index, :, : last.length]
             self.lanes[lane.index] = last
             last.index = lane.index
+        if not self.lanes:
+            for layer in self.own:
+                layer.keys = layer.values = None
 
     @torch.inference_mode()
     def move(self, lane: Lane, path: Sequence[int]) -> None:

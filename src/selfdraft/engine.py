@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 
 from .draw import Draw
-from .errors import InvalidOption, InvalidPrompt, InvalidTree
+from .errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree
 from .method import Method, Request
 from .models import Cache, Model
 from .sampling import Sampler
@@ -31,6 +31,7 @@ class Engine:
         self.model = model
         self.pool = model.pool()
         self.sessions: list[Session] = []
+        self.kept: list[Session] = []  # ended ones whose caches are still open
 
     def submit(
         self,
@@ -50,9 +51,11 @@ class Engine:
         alternatives. start: a session of this engine whose cache it uses, as far as the tokens agree: a
         copy, or the cache itself if that session has ended and kept it. keep: do not free the cache at the
         end, for a session that starts from it; `release` does. Raises InvalidPrompt for a prompt that is
-        empty, too long or not of ids, and InvalidOption.
+        empty, too long or not of ids, InvalidReference and InvalidOption.
         """
-        self._check(prompt)
+        self._check(prompt, references)
+        if start is not None and start not in (*self.sessions, *self.kept):
+            raise InvalidOption("start: a session of this engine that runs, or that ended with keep=True")
         limits, sampler = limits or Limits(), sampler or Sampler()
         if logprobs is not None and not 0 <= logprobs <= self.model.vocab_size:
             raise InvalidOption(f"logprobs must be from 0 to {self.model.vocab_size}; got {logprobs}")
@@ -71,8 +74,8 @@ class Engine:
 
     def release(self, session: Session) -> None:
         """Free the cache that an ended session kept; what was started from it goes on."""
-        if session.keep and session not in self.sessions:
-            session.keep = False
+        if session in self.kept:
+            self.kept.remove(session)
             session.cache.close()
 
     def cancel(self, session: Session) -> None:
@@ -110,7 +113,9 @@ class Engine:
         """Sessions that have ended leave."""
         for session in [s for s in self.sessions if s.finish_reason is not None]:
             self.sessions.remove(session)
-            if not session.keep:
+            if session.keep:
+                self.kept.append(session)
+            else:
                 session.cache.close()
 
     def _cache(self, prompt: Sequence[int], start: Session | None) -> Cache:
@@ -124,8 +129,7 @@ class Engine:
             cache = self.pool.open()
             cache.copy(start.cache, shared)
             return cache
-        assert start.keep, "the session's cache is gone"
-        start.keep = False
+        self.kept.remove(start)
         start.cache.cut(shared)
         return start.cache
 
@@ -170,7 +174,7 @@ class Engine:
             raise InvalidTree(f"{drafter} proposed ids outside the vocabulary of {self.model.vocab_size}")
         return tree
 
-    def _check(self, prompt: Sequence[int]) -> None:
+    def _check(self, prompt: Sequence[int], references: Sequence[Sequence[int]]) -> None:
         if not prompt:
             raise InvalidPrompt("the prompt is empty; give at least one token")
         if len(prompt) >= self.model.context:
@@ -182,6 +186,13 @@ class Engine:
         if strange:
             raise InvalidPrompt(
                 f"token id {strange[0]} is not in the model's vocabulary of {self.model.vocab_size}"
+            )
+        ends = [end for reference in references if reference for end in (min(reference), max(reference))]
+        strange = [token for token in ends if not 0 <= token < self.model.vocab_size]
+        if strange:
+            raise InvalidReference(
+                f"a reference holds token id {strange[0]}, which is not in the model's vocabulary of "
+                f"{self.model.vocab_size}"
             )
 
 

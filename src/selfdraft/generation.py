@@ -16,7 +16,7 @@ from .errors import AdapterError, InvalidOption, InvalidPrompt, InvalidReference
 from .method import Method
 from .models.hf import HfModel, Numerics
 from .models.load import load_pretrained
-from .references import spellings
+from .references import is_ids, spellings
 from .session import Session
 from .text import Detokenizer, StopStrings
 
@@ -106,7 +106,7 @@ class TextGenerator:
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
         prompts = cast(list[Prompt | None], prompt if several else [prompt])
         asked = Options.read(options)
-        if n is not None and (n < 1 or (n > 1 and asked.temperature == 0)):
+        if n is not None and (not isinstance(n, int) or n < 1 or (n > 1 and asked.temperature == 0)):
             raise InvalidOption(f"n={n}: give at least 1; more than 1 only with a temperature above 0")
         engine = Engine(self.model)
         ids = [self.ids(one, messages) for one in prompts]
@@ -136,8 +136,8 @@ class TextGenerator:
     def encode(self, text: Prompt, special: bool = True) -> Sequence[int]:
         """Token ids of a text; ids pass as they are. Raises InvalidPrompt for what is neither."""
         if not isinstance(text, str):
-            if not all(isinstance(token, int) for token in text):
-                raise InvalidPrompt(f"give text or token ids; got {text!r:.100}")
+            if not is_ids(text):
+                raise InvalidPrompt(f"give text or token ids; got {text!s:.100}")
             return list(text)
         return cast(list[int], self.tokenizer.encode(text, add_special_tokens=special))
 
@@ -165,8 +165,6 @@ class TextGenerator:
     def references(self, given: Sequence[Prompt]) -> list[Sequence[int]]:
         """Token ids of reference texts, in the spellings that another text may give them; ids pass as they
         are. Raises InvalidReference."""
-        if isinstance(given, str):
-            raise InvalidReference("references is a list of texts or of lists of ids; got one text")
         return spellings(lambda text: self.encode(text, special=False), given)
 
     def submit(
@@ -180,6 +178,9 @@ class TextGenerator:
         keep: bool = False,
     ) -> Session:
         """Let a request join an engine of this model; see `Engine.submit`."""
+        strange = [token for token in options.eos or () if not 0 <= token < self.model.vocab_size]
+        if strange:
+            raise InvalidOption(f"eos: no token id {strange[0]} in a vocabulary of {self.model.vocab_size}")
         return engine.submit(
             ids,
             self.method,

@@ -13,6 +13,7 @@ read back into a `Sampler`; what cannot be read is refused. The criteria are ask
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -125,18 +126,29 @@ class Hook:
         _refuse(generation_config, model_kwargs)
         if self.streamer is not None and len(input_ids) > 1:
             raise InvalidOption(f"a streamer takes one prompt at a time; got a batch of {len(input_ids)}")
-        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        mask = model_kwargs.get("attention_mask")
+        prompts = _prompts(input_ids, mask)
+        _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
         asked = _read(logits_processor, input_ids.shape[1])
         least = asked.pop("least", 0)
         if generation_config.do_sample:
             asked = {"temperature": 1.0, "seed": int(torch.randint(2**63 - 1, ())), **asked}
         engine = Engine(self._of(model))
-        limits = self._limits(stopping_criteria, input_ids.shape[1], least)
         sessions = [
-            engine.submit(prompt, self.method, Sampler(**asked, sample=row), limits, self.references)
+            engine.submit(
+                prompt,
+                self.method,
+                Sampler(**asked, sample=row),
+                self._limits(stopping_criteria, input_ids[row], least),
+                self.references,
+            )
             for row, prompt in enumerate(prompts)
         ]
         self._run(engine, sessions, input_ids)
+        if any(session.finish_reason == "context" for session in sessions):
+            warnings.warn(
+                f"a text ended at the model's context of {engine.model.context} tokens", stacklevel=2
+            )
         sequences = _padded(input_ids, sessions, generation_config)
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))
@@ -147,11 +159,13 @@ class Hook:
             self._model = HfModel(model, self.numerics)
         return self._model
 
-    def _limits(self, criteria: StoppingCriteriaList, length: int, least: int) -> Limits:
-        longest = next((c.max_length - length for c in criteria if type(c) is MaxLengthCriteria), 2**31)
+    def _limits(self, criteria: StoppingCriteriaList, row: Tensor, least: int) -> Limits:
+        """Of the text behind a row of the input, padding included, which transformers' lengths count."""
+        lengths = [c.max_length - len(row) for c in criteria if type(c) is MaxLengthCriteria]
+        longest = min(lengths, default=2**31)
         ends = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
         others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        stop = Criteria(others, self.stop) if others else self.stop
+        stop = Criteria(others, row, self.stop) if others else self.stop
         return Limits(longest, frozenset(ends), stop, min(least, longest))
 
     def _run(self, engine: Engine, sessions: Sequence[Session], input_ids: Tensor) -> None:
@@ -169,14 +183,16 @@ class Hook:
 
 @dataclass(frozen=True)
 class Criteria:
-    """Stopping criteria of `generate`, and the hook's own stop strings, as what ends a text."""
+    """Stopping criteria of `generate`, and the hook's own stop strings, as what ends a text. row: its input,
+    padding included, as the criteria expect it."""
 
     criteria: Sequence[StoppingCriteria]
+    row: Tensor
     strings: StopStrings | None
 
     def watch(self, prompt: Sequence[int]) -> CriteriaWatch:
         own = self.strings.watch(prompt) if self.strings is not None else None
-        return CriteriaWatch(self.criteria, own, list(prompt))
+        return CriteriaWatch(self.criteria, own, self.row)
 
 
 @dataclass
@@ -185,17 +201,25 @@ class CriteriaWatch:
 
     criteria: Sequence[StoppingCriteria]
     strings: StopWatch | None
-    ids: list[int]
+    ids: Tensor
     cut: int | None = None
 
     def find(self, tokens: Sequence[int], least: int) -> int | None:
         for index, token in enumerate(tokens):
-            self.ids.append(token)
-            ids = torch.tensor([self.ids])
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([token])])
             own = self.strings is not None and self.strings.find([token], least - index) is not None
-            if own or any(bool(c(ids, None).any()) for c in self.criteria):
+            if own or any(self._says(criterion) for criterion in self.criteria):
                 return index
         return None
+
+    def _says(self, criterion: StoppingCriteria) -> bool:
+        try:
+            return bool(torch.as_tensor(criterion(self.ids[None], None)).any())
+        except (TypeError, AttributeError) as error:
+            name = type(criterion).__name__
+            raise InvalidOption(
+                f"stopping criterion {name} needs scores, which drafts lack: {error}"
+            ) from error
 
 
 # How each processor reads as options of `Sampler`, with its place in the order they are applied in here.
@@ -203,7 +227,7 @@ class CriteriaWatch:
 Reader = Callable[[Any, int], dict[str, Any]]
 READERS: dict[type[LogitsProcessor], tuple[int, Reader]] = {
     SequenceBiasLogitsProcessor: (0, lambda p, _: {"logit_bias": _single(p.sequence_bias)}),
-    RepetitionPenaltyLogitsProcessor: (1, lambda p, _: {"repetition_penalty": p.penalty}),
+    RepetitionPenaltyLogitsProcessor: (1, lambda p, _: {"repetition_penalty": _penalty(p)}),
     MinLengthLogitsProcessor: (2, lambda p, length: {"least": max(0, p.min_length - length)}),
     MinNewTokensLengthLogitsProcessor: (2, lambda p, _: {"least": p.min_new_tokens}),
     SuppressTokensLogitsProcessor: (2, lambda p, _: {"logit_bias": _banned(p.suppress_tokens)}),
@@ -237,6 +261,13 @@ def _read(processors: LogitsProcessorList, length: int) -> dict[str, Any]:
     return options
 
 
+def _penalty(processor: RepetitionPenaltyLogitsProcessor) -> float:
+    ignored = processor.prompt_ignore_length  # a tensor is the padding, which is stripped anyhow
+    if isinstance(ignored, int) and ignored > 0:
+        raise InvalidOption("a repetition penalty that ignores a part of the prompt cannot be honoured")
+    return float(processor.penalty)
+
+
 def _single(bias: Mapping[Sequence[int], float]) -> dict[int, float]:
     if any(len(ids) != 1 for ids in bias):
         raise InvalidOption("sequence_bias can be honoured for single tokens only")
@@ -268,6 +299,15 @@ def _prompts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     if not bool(((mask != 0).int().cumsum(1) == mask.shape[1] - starts[:, None]).any(1).all()):
         raise InvalidPrompt("attention_mask has holes or right padding; pad on the left")
     return [row[start:].tolist() for row, start in zip(ids, starts, strict=True)]
+
+
+def _check_positions(positions: Tensor | None, ids: Tensor, mask: Tensor | None) -> None:
+    """Raises InvalidOption for positions other than those that the mask implies."""
+    if positions is None:
+        return
+    read = torch.ones_like(ids) if mask is None else (mask != 0).long()
+    if not bool((positions == read.cumsum(1) - 1)[read.bool()].all()):
+        raise InvalidOption("position_ids of your own cannot be honoured with drafts; leave them out")
 
 
 def _padded(ids: Tensor, sessions: Sequence[Session], config: GenerationConfig) -> Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 
+from .errors import InvalidReference
+
 Encode = Callable[[str], Sequence[int]]
 
 BEFORE = ("\n", " ")
@@ -23,12 +25,22 @@ BEYOND = 32  # tokens of a piece where the cuts agree, at most: a step's worth
 def spellings(encode: Encode, references: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
     """The ids of each reference, then the pieces at the borders of those given as text.
 
-    encode: without special tokens. Ids pass as they are.
+    encode: without special tokens. Ids pass as they are. Raises InvalidReference for what is neither.
     """
+    several = isinstance(references, Sequence) and not isinstance(references, str)
+    if not several or not all(isinstance(one, str) or is_ids(one) for one in references):
+        raise InvalidReference(
+            f"references is a list of texts or of lists of token ids; got {references!s:.100}"
+        )
     texts = [text for text in references if isinstance(text, str)]
     whole = [encode(text) if isinstance(text, str) else list(text) for text in references]
     pieces = [piece for text in texts for piece in (*_starts(encode, text), *_ends(encode, text))]
     return [*whole, *dict.fromkeys(pieces)]
+
+
+def is_ids(value: object) -> bool:
+    """Is it a sequence of token ids?"""
+    return isinstance(value, Sequence) and all(isinstance(token, int) for token in value)
 
 
 def _starts(encode: Encode, text: str) -> Iterator[tuple[int, ...]]:

@@ -113,10 +113,14 @@ class Session:
         return self.tokens[len(self.prompt) :]
 
     @property
+    def added(self) -> int:
+        """How many they are."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
     def room(self) -> int:
         """Tokens that may still be added."""
-        added = len(self.tokens) - len(self.prompt)
-        return min(self.limits.max_new_tokens - added, self.context - len(self.tokens))
+        return min(self.limits.max_new_tokens - self.added, self.context - len(self.tokens))
 
     @property
     def ready(self) -> bool:
@@ -152,7 +156,7 @@ class Session:
 
     def _end(self, picks: Sequence[int]) -> int:
         """How many of these picks belong to the text; notes why it ends, if it does."""
-        least = self.limits.min_new_tokens - len(self.emitted)
+        least = self.limits.min_new_tokens - self.added
         end = first_end(picks, self.limits.eos)
         count = len(picks) if end is None else end + 1
         stop = self.watch.find(picks[:count], least) if self.watch is not None else None

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import InvalidOption
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders show for half a character
+LONGEST = 8  # tokens held back for a character, at most: four bytes, with some to spare
 CONTEXT = 16  # tokens of the prompt looked at, at most, for how the text behind them begins
 
 
@@ -19,6 +20,9 @@ class Detokenizer:
     A piece is held back while it ends inside a character. Decoding starts with the piece before, because
     tokenizers treat the first token of a text differently, and a piece that was shown starts at the
     border of a character. The first piece is decoded behind the end of the prompt, for the same reason.
+
+    Tokens are read one by one, since what decoders make of broken characters depends on what they see at
+    once: the text must not depend on how many tokens a step yields. Special tokens say nothing.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> None:
@@ -27,15 +31,23 @@ class Detokenizer:
         self.before = 0  # start of the piece that was shown last
         self.shown = len(self.ids)  # its end
         self.known = len(self._decode(self.ids))  # characters of that piece, decoded alone
+        self.special = set(tokenizer.all_special_ids)
 
     def add(self, ids: Sequence[int], last: bool = False) -> str:
         """The new text that these ids complete; with `last`, also what was held back."""
-        self.ids += ids
+        shown = [self._read(token) for token in ids if token not in self.special]
+        return "".join([*shown, self._show(self._fresh())] if last else shown)
+
+    def _read(self, token: int) -> str:
+        self.ids.append(token)
         text = self._fresh()
-        if not text or (text.endswith(BROKEN) and not last):
-            return ""
-        self.before, self.shown = self.shown, len(self.ids)
-        self.known = len(self._decode(self.ids[self.before :]))
+        half = text.endswith(BROKEN) and len(self.ids) - self.shown < LONGEST
+        return "" if half else self._show(text)
+
+    def _show(self, text: str) -> str:
+        if text:
+            self.before, self.shown = self.shown, len(self.ids)
+            self.known = len(self._decode(self.ids[self.before :]))
         return text
 
     @property

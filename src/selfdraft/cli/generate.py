@@ -70,11 +70,17 @@ def generate(
         int | None,
         typer.Option(help="Same seed, same text; random and reported by default.", rich_help_panel=SAMPLING),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Answers to the prompt.", rich_help_panel=SAMPLING)] = 1,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Answers to the prompt; --json gives a list then.", rich_help_panel=SAMPLING
+        ),
+    ] = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text that ends the answer, which ends before it; repeatable.", rich_help_panel=ENDS
+            help="Text that ends the answer, left out of it; $'\\n' in bash is a line break; repeatable.",
+            rich_help_panel=ENDS,
         ),
     ] = None,
     eos: Annotated[
