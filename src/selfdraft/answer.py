@@ -61,12 +61,6 @@ class Options:
             raise InvalidOption("eos and ignore_eos contradict each other; give one")
         ends = eos if self.eos is None else frozenset(self.eos)
         strings = (self.stop,) if isinstance(self.stop, str) else self.stop
-        special = [string for string in strings if string in tokenizer.all_special_tokens]
-        if special:
-            raise InvalidOption(
-                f"stop: {special[0]!r} is a special token, which no text shows; "
-                f"give eos={tokenizer.convert_tokens_to_ids(special[0])}"
-            )
         return Limits(
             self.max_new_tokens,
             frozenset() if self.ignore_eos else ends,

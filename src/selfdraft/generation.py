@@ -65,7 +65,7 @@ class TextGenerator:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.name
-        self.method, self.method_name = _resolve(method, options)
+        self.method, self.method_name = methods.resolve(method, options)
         self.eos = _end_ids(model, tokenizer)
 
     @overload
@@ -110,7 +110,8 @@ class TextGenerator:
             raise InvalidOption(f"n={n}: give at least 1; more than 1 only with a temperature above 0")
         engine = Engine(self.model)
         ids = [self.ids(one, messages) for one in prompts]
-        sessions = [s for one in ids for s in self._samples(engine, one, references, asked, n or 1)]
+        quoted = self.references(references)
+        sessions = [s for one in ids for s in self._samples(engine, one, quoted, asked, n or 1)]
         while engine.sessions:
             engine.step()
         results = [self.result(session) for session in sessions]
@@ -261,7 +262,7 @@ def load(
         raise AdapterError(f"adapter {adapter!r}: no installed method takes an adapter")
     if numerics not in (None, "exact", "fast"):
         raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}")
-    _resolve(method, options)  # a wrong name is told before the weights are read
+    methods.resolve(method, options)  # a wrong name is told before the weights are read
     if isinstance(model, str):
         loaded, own = load_pretrained(model, dtype, device)
         return TextGenerator(HfModel(loaded, numerics), tokenizer or own, method, options, model)
@@ -278,14 +279,6 @@ def read_reference(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidReference(f"reference {path} cannot be read as text: {error}") from error
-
-
-def _resolve(method: str | Method, options: Mapping[str, object] | None) -> tuple[Method, str]:
-    if isinstance(method, str):
-        return methods.create(method, options), method
-    if options:
-        raise InvalidOption("options go with a method's name; this method has its own already")
-    return method, type(method).__name__.lower()
 
 
 def _end_ids(model: HfModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

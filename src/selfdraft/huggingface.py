@@ -85,15 +85,13 @@ def hook(
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if tokenizer is None and (strings or any(isinstance(text, str) for text in references)):
         raise InvalidOption("stop strings and references given as text need tokenizer=...")
-    if not isinstance(method, str) and options:
-        raise InvalidOption("options go with a method's name; this method has its own already")
 
     def encode(text: str) -> Sequence[int]:
         assert tokenizer is not None
         return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
 
     return Hook(
-        methods.create(method, options) if isinstance(method, str) else method,
+        methods.resolve(method, options)[0],
         spellings(encode, references),
         StopStrings(tokenizer, strings) if tokenizer is not None and strings else None,
         streamer,

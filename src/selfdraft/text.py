@@ -78,7 +78,7 @@ class Detokenizer:
 @dataclass(frozen=True)
 class StopStrings:
     """Strings that end a text, which is cut before the first of them. The token that completes it is kept.
-    Raises InvalidOption for an empty string."""
+    Raises InvalidOption for an empty string, and for a special token, which no text shows."""
 
     tokenizer: PreTrainedTokenizerBase
     strings: tuple[str, ...]
@@ -86,6 +86,12 @@ class StopStrings:
     def __post_init__(self) -> None:
         if not all(self.strings):
             raise InvalidOption("stop: an empty string would end every text before it begins")
+        special = [string for string in self.strings if string in self.tokenizer.all_special_tokens]
+        if special:
+            raise InvalidOption(
+                f"stop: {special[0]!r} is a special token, which no text shows; "
+                f"give eos={self.tokenizer.convert_tokens_to_ids(special[0])}"
+            )
 
     def watch(self, prompt: Sequence[int]) -> StopWatch:
         """A search in the answer to a prompt."""

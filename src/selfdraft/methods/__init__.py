@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import cast
 
 from .. import options as reading
-from ..errors import UnknownMethod
+from ..errors import InvalidOption, UnknownMethod
 from ..method import Method
 
 GROUP = "selfdraft.methods"
@@ -29,3 +29,12 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Method:
     if name not in _entries():
         raise UnknownMethod(f"no method {name!r}; installed: {', '.join(available())}")
     return cast(Method, reading.read(_entries()[name].load(), options or {}, f"method {name!r}"))
+
+
+def resolve(method: str | Method, options: Mapping[str, object] | None = None) -> tuple[Method, str]:
+    """A method given by name or as it is, and what to call it. Raises UnknownMethod and InvalidOption."""
+    if isinstance(method, str):
+        return create(method, options), method
+    if options:
+        raise InvalidOption("options go with a method's name; this method has its own already")
+    return method, type(method).__name__.lower()
