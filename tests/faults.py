@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,13 +30,13 @@ def rows_kept(patch: pytest.MonkeyPatch) -> None:
 
 def positions(patch: pytest.MonkeyPatch) -> None:
     """Positions count rows instead of depth."""
-    layout = HfModel._layout
+    layout = HfModel.layout
 
-    def shifted(self: HfModel, trees: Sequence[Tree], lanes: Any, width: int, slots: int) -> Any:
-        ids, _, mask = layout(self, trees, lanes, width, slots)
-        return ids, torch.arange(width)[None] + torch.tensor([[lane.length] for lane in lanes]), mask
+    def shifted(self: HfModel, trees: Sequence[Tree], lengths: Sequence[int], width: int, *rest: Any) -> Any:
+        laid = layout(self, trees, lengths, width, *rest)
+        return replace(laid, positions=torch.arange(width)[None] + torch.tensor(lengths)[:, None])
 
-    patch.setattr(HfModel, "_layout", shifted)
+    patch.setattr(HfModel, "layout", shifted)
 
 
 def noise_key(patch: pytest.MonkeyPatch) -> None:

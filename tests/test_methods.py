@@ -21,7 +21,7 @@ from selfdraft.methods.llma import Llma
 from selfdraft.methods.plain import Plain
 from selfdraft.models.hf import HfModel
 from selfdraft.step import accept
-from selfdraft.worth import Growth, Odds
+from selfdraft.worth import Budget, Odds
 
 from drafting import random_prompt, run
 
@@ -133,7 +133,7 @@ def test_llma_copies_more_the_longer_the_match_and_the_better_it_went() -> None:
         """After a text that drafts were tried on, and a match of that length."""
         drafter = Llma().drafter(Request(prompt, [reference], cost=cost))
         replay(drafter, prompt, learned)
-        drafter.growth.credit = math.inf  # type: ignore[attr-defined]
+        drafter.growth.budget.credit = math.inf  # type: ignore[attr-defined]
         return len(drafter.propose([*prompt, *learned, VOCABULARY + 2, *reference[50 : 50 + match]]))
 
     good, bad = (
@@ -196,7 +196,7 @@ def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Odds, "learn", lambda self, kind, won: None)
     with pytest.raises(AssertionError):
         test_jacobi_opens_its_window_as_far_as_guesses_come_true(0.97, 18)
-    monkeypatch.setattr(Growth, "affords", lambda self, rows: True)
+    monkeypatch.setattr(Budget, "affords", lambda self, rows: True)
     with pytest.raises(AssertionError):
         test_llma_is_silent_in_vain()
 

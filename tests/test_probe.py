@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import count, pairwise
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,13 +40,13 @@ def test_a_model_that_cannot_verify_a_tree_is_refused_by_name() -> None:
 
 
 def test_a_wrong_tree_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = HfModel._layout
+    layout = HfModel.layout
 
     def blind(self: HfModel, *args: Any) -> Any:
-        ids, positions, mask = layout(self, *args)
-        return ids, positions, mask.zero_()
+        laid = layout(self, *args)
+        return replace(laid, seen=laid.seen.zero_())
 
-    monkeypatch.setattr(HfModel, "_layout", blind)
+    monkeypatch.setattr(HfModel, "layout", blind)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         with pytest.raises(ModelUnsupported, match="does not verify a tree"):
             HfModel(tiny_llama(dtype))

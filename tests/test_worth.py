@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import worth
-from selfdraft.worth import MARGIN, Bet, Growth, Odds, wins
+from selfdraft.worth import MARGIN, Bet, Budget, Growth, Odds, wins
 
 
 class Told:
@@ -65,7 +65,7 @@ def test_no_tree_is_worth_more(
 
     told = Told({path: dict(enumerate(own)) for path, own in given.items()})
     growth = Growth(told, told.odds(), cost, None, most=5)
-    growth.credit = math.inf
+    growth.budget.credit = math.inf
     tree = growth.tree([5], ())
     reached, paths = [1.0], [()]
     for token, parent in list(zip(tree.tokens, tree.parents, strict=True))[1:]:
@@ -160,7 +160,7 @@ class Sure(Odds):
 def test_what_drafts_lose_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for steps in (1, 10, 100):
         assert 0 < lost(steps) <= worth.CREDIT + steps * worth.SHARE
-    monkeypatch.setattr(Growth, "affords", lambda self, rows: True)
+    monkeypatch.setattr(Budget, "affords", lambda self, rows: True)
     assert lost(100) > 10
 
 

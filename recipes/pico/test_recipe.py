@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 
 import tokenizer as tokens
 from data import prepare
-from documents import rename
+from documents import DataError, documents, rename
 from evaluate import loops
 from export import export, latest
 from optimizer import rate
 from pretrain import CheckpointError, Job, train
+from prompts import KINDS, LONGEST, make
 from settings import Evaluation, Run, Settings, SettingsError, Shape, Source, Stage, load, parse
 from stream import Mixture, open_shards
 from watch import Progress, Watch, newest, progress_of
@@ -196,3 +197,57 @@ def test_decay_branches_off_and_is_exported(shards: Path, tmp_path: Path) -> Non
     assert progress_of(tmp_path / "out").tokens == 5 * 128
     again = train(settings, Job(tmp_path / "next", shards, tmp_path / "out", steps=1))
     assert again.tokens == 6 * 128
+
+
+@pytest.fixture(scope="module")
+def every_form(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One set of each form, with texts long enough to break off."""
+    folder = tmp_path_factory.mktemp("forms")
+    long = [
+        "".join(FUNCTION.format(n * k) + BODY.format(n * k) for k in range(2, 9)) for n in range(90)
+    ]
+    sets = {
+        "files": [{"text": text} for text in long],
+        "english": [{"text": f"# {text}"} for text in long],
+        "functions": [
+            {"prompt": FUNCTION.format(n), "response": BODY.format(n)} for n in range(90)
+        ],
+        "edits": [
+            {"prompt": f"Edit {n}: {text * (1 + n % 2 * 20)}", "response": text}
+            for n, text in enumerate(long)
+        ],
+        "pairs": [{"prompt": f"What is {n}?", "response": "It is."} for n in range(90)],
+        "dialogues": [{"turns": [f"User: {n}"] * 40} for n in range(90)],
+    }
+    for name, rows in sets.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as out:
+            for n, row in enumerate(rows):
+                row |= {"licence": "MIT", "repo": "some/where", "path": f"{n}.py"}
+                out.write(json.dumps(row) + "\n")
+    return folder
+
+
+def test_prompts_are_trained_on_and_the_same_twice(shards: Path, every_form: Path) -> None:
+    forms = {"code": "file", "english": "file", "functions": "function"}
+    forms |= {"edits": "pair", "pairs": "pair", "dialogues": "dialogue"}
+    sources = {name: Source(form, [name.replace("code", "files")]) for name, form in forms.items()}
+    settings, encoder = replace(small(), sources=sources), tokens.read(shards / "tokenizer")
+    made = make(settings, every_form, encoder, 50, seed=0)
+    assert made == make(settings, every_form, encoder, 50, seed=0)
+    assert made != make(settings, every_form, encoder, 50, seed=1)
+    whole = {
+        kind.form: {held: [d.text for d in found if d.held_out == held] for held in (True, False)}
+        for kind in KINDS
+        if (found := list(documents(settings.sources[kind.source], every_form, settings.data)))
+    }
+    for row in made:
+        held, trained = (whole[row["form"]][held] for held in (True, False))
+        assert any(text.startswith(row["prompt"]) and text != row["prompt"] for text in trained)
+        assert row["form"] == "dialogue" or not any(text.startswith(row["prompt"]) for text in held)
+        least = {kind.form: kind.tokens[0] for kind in KINDS if kind.tokens}.get(row["form"], 0)
+        assert least <= len(encoder(row["prompt"])["input_ids"]) <= LONGEST
+        assert row["form"] in ("edit", "function", "pair") or row["prompt"].endswith("\n")
+    counts = {kind.form: sum(row["form"] == kind.form for row in made) for kind in KINDS}
+    assert counts == {kind.form: 50 * kind.share // 100 for kind in KINDS}
+    with pytest.raises(DataError, match=r"only \d+ prompts of form 'edit'"):
+        make(settings, every_form, encoder, 500, seed=0)

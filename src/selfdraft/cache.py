@@ -12,6 +12,10 @@ takes its place: one copy per departure, none per step. A forward over lanes tha
 Buffers grow by a sixteenth at least, in blocks of slots: a slot is copied some 16 times in all, which
 is little beside the attention that reads it at every step, and little memory lies idle. In exact mode
 they hold float64, converted once here.
+
+The soft prefix of an adapter stands in the first slots of every lane, once and for all: per key/value head,
+without a position. Masks show it to the rows of mask tokens and to no other, so it needs no code of any
+attention's.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ import transformers
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
 BLOCK = 256  # slots a buffer grows by, at least
 STRIDE = 32  # attention reads a multiple of this many slots, so that its shapes repeat
 
@@ -33,18 +39,19 @@ class Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, lanes: Lanes, prefix: Pair | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lanes = lanes
+        self.prefix = prefix or (None, None)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the rows of this forward, [lanes, heads, rows, dim], and return all that is read."""
-        keys = self.keys = self._write(self.keys, key_states)
-        values = self.values = self._write(self.values, value_states)
+        keys = self.keys = self._write(self.keys, key_states, self.prefix[0])
+        values = self.values = self._write(self.values, value_states, self.prefix[1])
         return self.lanes.read(keys), self.lanes.read(values)
 
-    def _write(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        buffer = self.lanes.fit(buffer, new)
+    def _write(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
+        buffer = self.lanes.fit(buffer, new, prefix)
         rows = new.shape[2]
         for place, (index, at) in enumerate(self.lanes.where):
             there = buffer.narrow(0, index, 1).narrow(2, at + self.lanes.start, rows)
@@ -65,12 +72,18 @@ class Layer(CacheLayerMixin):
 
 
 class Lanes(transformers.Cache):
-    """The buffers of all sessions of one engine. dtype: what they hold; None is the model's own."""
+    """The buffers of all sessions of one engine.
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    dtype: what they hold; None is the model's own. prefix: per layer, keys and values that stand before
+    every history, each [heads, fixed, dim]; None for a layer that keeps none.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None, prefix: Sequence[Pair | None] = ()) -> None:
         self.own: list[Layer] = []  # the same list as `layers`, by its narrower type
         super().__init__(layers=self.own)  # type: ignore[arg-type]
         self.dtype = dtype
+        self.prefix = prefix
+        self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
         # Of the forward under way:
         self.where: Sequence[tuple[int, int]] = ()  # lane and first free slot of each session
@@ -82,13 +95,13 @@ class Lanes(transformers.Cache):
         """An empty lane, zeroed: what an earlier session left there may hold a NaN."""
         self.lanes.append(Lane(self, len(self.lanes)))
         for buffer in self._buffers():
-            buffer[len(self.lanes) - 1 :].zero_()
+            buffer[len(self.lanes) - 1 :, :, self.fixed :].zero_()
         return self.lanes[-1]
 
     def bind(self, lanes: Sequence[Lane], rows: int) -> int:
         """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover."""
-        self.where = [(lane.index, lane.length) for lane in lanes]
-        longest = max(lane.length for lane in lanes) + rows
+        self.where = [(lane.index, self.fixed + lane.length) for lane in lanes]
+        longest = self.fixed + max(lane.length for lane in lanes) + rows
         self.reach = -(-longest // STRIDE) * STRIDE
         return self.reach
 
@@ -96,11 +109,12 @@ class Lanes(transformers.Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         while layer_idx >= len(self.own):
-            self.own.append(Layer(self))
+            index = len(self.own)
+            self.own.append(Layer(self, self.prefix[index] if index < len(self.prefix) else None))
         return self.own[layer_idx].update(key_states, value_states)
 
-    def fit(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        """A buffer with room for the bound lanes and slots; contents kept."""
+    def fit(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
+        """A buffer with room for the bound lanes and slots; contents kept, the prefix in every lane."""
         lanes, slots = (0, 0) if buffer is None else (buffer.shape[0], buffer.shape[2])
         if buffer is not None and self.reach <= slots and len(self.lanes) <= lanes:
             return buffer
@@ -110,7 +124,10 @@ class Lanes(transformers.Cache):
             lanes = max(len(self.lanes), 2 * lanes)
         if buffer is None:
             buffer = new.new_zeros((0, new.shape[1], 0, new.shape[3]), dtype=self.dtype or new.dtype)
-        return self._grow(buffer, lanes, slots)
+        grown = self._grow(buffer, lanes, slots)
+        if prefix is not None:
+            grown[:, :, : self.fixed] = prefix
+        return grown
 
     def _grow(self, buffer: Tensor, lanes: int, slots: int) -> Tensor:
         """A larger buffer with the same contents, zeroed elsewhere."""
@@ -133,7 +150,8 @@ class Lanes(transformers.Cache):
         if last is not lane:
             for buffer in self._buffers():
                 if last.index < buffer.shape[0]:  # else nothing was written to it yet
-                    buffer[lane.index, :, : last.length] = buffer[last.index, :, : last.length]
+                    held = self.fixed + last.length
+                    buffer[lane.index, :, :held] = buffer[last.index, :, :held]
             self.lanes[lane.index] = last
             last.index = lane.index
         if not self.lanes:
@@ -146,8 +164,9 @@ class Lanes(transformers.Cache):
         moved = next((i for i, row in enumerate(path) if i != row), len(path))
         if moved == len(path):
             return
-        rows = [lane.length + row for row in path[moved:]]
-        first = lane.length + moved
+        end = self.fixed + lane.length
+        rows = [end + row for row in path[moved:]]
+        first = end + moved
         for buffer in self._buffers():
             buffer[lane.index, :, first : first + len(rows)] = buffer[lane.index][:, rows]
 
@@ -161,7 +180,8 @@ class Lanes(transformers.Cache):
                     buffer = self._grow(buffer, max(len(self.lanes), 2 * buffer.shape[0]), buffer.shape[2])
                     setattr(layer, name, buffer)
                 if buffer is not None:
-                    buffer[target, :, :length] = buffer[source, :, :length]
+                    held = self.fixed + length
+                    buffer[target, :, :held] = buffer[source, :, :held]
 
     def _buffers(self) -> list[Tensor]:
         pairs = ((layer.keys, layer.values) for layer in self.own)

@@ -62,8 +62,16 @@ class Draw:
         logits: [rows, vocabulary]. tails: per row, the tokens between the text so far and the one that the
         row predicts. Returns [rows, vocabulary], float32 (float64 for float64 logits).
         """
+        return self._scores(logits, tails, [self.length + len(tail) for tail in tails])
+
+    def ahead(self, logits: Tensor) -> Tensor:
+        """Scores of guesses at the tokens that follow the text, of which only the first follows it directly:
+        what stands between is unknown, so penalties count the text alone. Of [rows, vocabulary]."""
+        rows = len(logits)
+        return self._scores(logits, [()] * rows, range(self.length, self.length + rows))
+
+    def _scores(self, logits: Tensor, tails: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        positions = [self.length + len(tail) for tail in tails]
         if self.sampler.logit_bias:
             logits = logits + self._bias
         if self.sampler.penalises:

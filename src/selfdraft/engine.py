@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 from .draw import Draw
 from .errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree
 from .method import Method, Request
-from .models import Cache, Model
+from .models import Cache, Model, Rows
 from .sampling import Sampler
 from .session import Limits, Session
+from .step import Step
 from .tree import Tree
 
 
@@ -62,7 +63,13 @@ class Engine:
         vocabulary, device = self.model.vocab_size, self.model.device
         draw = Draw(sampler, prompt, vocabulary, device, limits.eos, limits.min_new_tokens)
         request = Request(
-            tuple(prompt), references, sampler.seed, sampler.temperature, draw.noise, self._cost
+            tuple(prompt),
+            references,
+            sampler.seed,
+            sampler.temperature,
+            draw.noise,
+            self._cost,
+            self.model.lookahead,
         )
         drafter = method.drafter(request)
         cache = self._cache(prompt, start)
@@ -142,14 +149,32 @@ class Engine:
         start = time.perf_counter()
         trees = [self._checked(session.propose(), session) for session in live]
         rows = self.model.forward(trees, [session.cache for session in live])
-        logits = self.model.head(rows, [range(len(tree)) for tree in trees])
-        scores = [s.draw.scores(x, _tails(t)) for s, t, x in zip(live, trees, logits, strict=True)]
-        picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), trees)
-        for session, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True):
+        counts = [sum(token < self.model.vocab_size for token in tree.tokens) for tree in trees]
+        logits = self.model.head(rows, [range(count) for count in counts])
+        tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
+        scores = [s.draw.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]
+        picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), counts)
+        steps = [
             session.advance(*mine)
+            for session, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True)
+        ]
+        self._observe(live, steps, rows, counts)
         took = time.perf_counter() - start
         for session in live:
             session.seconds += took
+
+    def _observe(
+        self, live: Sequence[Session], steps: Sequence[Step], rows: Rows, counts: Sequence[int]
+    ) -> None:
+        """Tell the drafters, with the logits of the mask rows that the walks ended at: these rows alone, for
+        with a large vocabulary the head decides the speed."""
+        groups = [
+            _group(step, count) if session.finish_reason is None else []
+            for session, step, count in zip(live, steps, counts, strict=True)
+        ]
+        ahead = self.model.head(rows, groups) if any(groups) else [None] * len(live)
+        for session, step, group, logits in zip(live, steps, groups, ahead, strict=True):
+            session.observe(step, logits if group else None)
 
     def _prefill(self) -> None:
         """Read one call's worth of the first prompt that waits. Its path is forced: every row is kept."""
@@ -170,8 +195,11 @@ class Engine:
             raise InvalidTree(
                 f"row 0 must carry the last token, {session.tokens[-1]}; {drafter} proposed {tree.tokens[0]}"
             )
-        if min(tree.tokens) < 0 or max(tree.tokens) >= self.model.vocab_size:
-            raise InvalidTree(f"{drafter} proposed ids outside the vocabulary of {self.model.vocab_size}")
+        size, look = self.model.vocab_size, self.model.lookahead
+        if min(tree.tokens) < 0 or max(tree.tokens) >= size + (len(look.ids) if look is not None else 0):
+            raise InvalidTree(f"{drafter} proposed ids outside the vocabulary of {size} and its mask tokens")
+        if look is not None and any(a >= size > b for a, b in pairwise(tree.tokens)):
+            raise InvalidTree(f"{drafter} proposed mask tokens before ordinary ones; they stand behind them")
         return tree
 
     def _check(self, prompt: Sequence[int], references: Sequence[Sequence[int]]) -> None:
@@ -196,17 +224,26 @@ class Engine:
             )
 
 
-def _tails(tree: Tree) -> list[Sequence[int]]:
-    """Per row, the tokens between the text and the one that the row predicts: its own and its ancestors',
-    the root's apart, which the text has already."""
+def _tails(tree: Tree, count: int) -> list[Sequence[int]]:
+    """Per row, of the first `count`, the tokens between the text and the one that the row predicts: its own
+    and its ancestors', the root's apart, which the text has already."""
     tails: list[Sequence[int]] = [()]
-    for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
+    for token, parent in zip(tree.tokens[1:count], tree.parents[1:count], strict=True):
         tails.append((*tails[parent], token))
     return tails
 
 
-def _split(flat: Sequence[int], trees: Sequence[Tree]) -> list[Sequence[int]]:
-    starts = [0]
-    for tree in trees:
-        starts.append(starts[-1] + len(tree))
+def _group(step: Step, count: int) -> Sequence[int]:
+    """The mask rows under the last accepted row: of the rows from `count` on, the first chain."""
+    group: list[int] = []
+    row = step.path[-1] if step.path else -1
+    for mask in range(count, len(step.tree)):
+        if step.tree.parents[mask] == row:
+            group.append(mask)
+            row = mask
+    return group
+
+
+def _split(flat: Sequence[int], counts: Sequence[int]) -> list[Sequence[int]]:
+    starts = [0, *accumulate(counts)]
     return [flat[a:b] for a, b in pairwise(starts)]

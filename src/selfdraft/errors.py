@@ -10,9 +10,10 @@ SelfdraftError
 │   ├── ModelNotFound    no such folder or hub id
 │   ├── ModelCorrupt     files are there but cannot be loaded, or weights are missing
 │   └── ModelUnsupported the model loads but cannot verify a tree, or not exactly
-├── AdapterError         an adapter that is missing or does not fit
+├── AdapterError         an adapter that is missing, damaged, or of another model
 ├── InvalidSuite         a benchmark set that is unknown, out of reach, or has a row without a field
-└── BenchError           a benchmark run that cannot be kept: another run's folder, a full disk
+├── BenchError           a benchmark run that cannot be kept: another run's folder, a full disk
+└── TrainingDataError    data that cannot be used or kept: missing columns, damaged, of another model
 
 Broken invariants of our own are assertions, not members of this tree.
 """
@@ -68,3 +69,7 @@ class InvalidSuite(SelfdraftError, ValueError):
 
 class BenchError(SelfdraftError):
     """A benchmark run cannot be written or continued."""
+
+
+class TrainingDataError(SelfdraftError, ValueError):
+    """Training data cannot be read, written or continued, or are another model's."""

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from . import methods
 from .answer import Chunk, Options, Result
 from .engine import Engine
-from .errors import AdapterError, InvalidOption, InvalidPrompt, InvalidReference
+from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .method import Method
+from .models import adapter_folder
 from .models.hf import HfModel, Numerics
 from .models.load import load_pretrained
 from .references import is_ids, spellings
@@ -61,11 +62,12 @@ class TextGenerator:
         method: str | Method = "plain",
         options: Mapping[str, object] | None = None,
         name: str | None = None,
+        adapter: str | None = None,
     ) -> None:
-        self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.name
         self.method, self.method_name = methods.resolve(method, options)
+        self.model = adapter_folder.fit(model, self.method, self.method_name, self.name, adapter)
         self.eos = _end_ids(model, tokenizer)
 
     @overload
@@ -130,9 +132,11 @@ class TextGenerator:
         session = self.submit(engine, self.ids(prompt, messages), references, Options.read(options))
         return Stream(self, engine, session)
 
-    def using(self, method: str | Method, options: Mapping[str, object] | None = None) -> TextGenerator:
-        """The same model with another method."""
-        return TextGenerator(self.model, self.tokenizer, method, options, self.name)
+    def using(
+        self, method: str | Method, options: Mapping[str, object] | None = None, adapter: str | None = None
+    ) -> TextGenerator:
+        """The same model with another method; see `load`."""
+        return TextGenerator(self.model.base, self.tokenizer, method, options, self.name, adapter)
 
     def encode(self, text: Prompt, special: bool = True) -> Sequence[int]:
         """Token ids of a text; ids pass as they are. Raises InvalidPrompt for what is neither."""
@@ -252,25 +256,24 @@ def load(
 
     model: "pico" (embedded), a folder, or a hub id; or a transformers model that is loaded already, with
     its `tokenizer`, wrapped by peft or quantised as it may be. method: a name (see
-    `selfdraft.methods.available`), with its `options`, or a `Method`. adapter: none of the methods at hand
-    uses one yet. dtype: None keeps the checkpoint's. device: None is CUDA if there is one. numerics:
+    `selfdraft.methods.available`), with its `options`, or a `Method`. adapter: of a method that drafts with
+    one (bita, space): a folder or a hub id; None is the embedded one of an embedded model. dtype: None keeps
+    the checkpoint's. device: None is CUDA if there is one. numerics:
     "exact" gives every token the same bits whatever the method, the batch or the step; "fast" does not
     promise that; None is exact on the CPU, where the probe at load finds it possible. Raises a
     SelfdraftError that says what was wrong.
     """
-    if adapter is not None:
-        raise AdapterError(f"adapter {adapter!r}: no installed method takes an adapter")
     if numerics not in (None, "exact", "fast"):
         raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}")
     methods.resolve(method, options)  # a wrong name is told before the weights are read
     if isinstance(model, str):
         loaded, own = load_pretrained(model, dtype, device)
-        return TextGenerator(HfModel(loaded, numerics), tokenizer or own, method, options, model)
+        return TextGenerator(HfModel(loaded, numerics), tokenizer or own, method, options, model, adapter)
     if tokenizer is None:
         raise InvalidOption("a model that is loaded already needs its tokenizer: load(model, tokenizer=...)")
     if dtype is not None or device is not None:
         raise InvalidOption("dtype and device go with a model's name; a loaded model has its own")
-    return TextGenerator(HfModel(model, numerics), tokenizer, method, options)
+    return TextGenerator(HfModel(model, numerics), tokenizer, method, options, adapter=adapter)
 
 
 def read_reference(path: Path) -> str:

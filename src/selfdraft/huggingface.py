@@ -48,6 +48,7 @@ from . import methods
 from .engine import Engine
 from .errors import InvalidOption, InvalidPrompt
 from .method import Method
+from .models import adapter_folder
 from .models.hf import HfModel, Numerics
 from .references import spellings
 from .sampling import Sampler
@@ -74,11 +75,12 @@ def hook(
     stop: str | Sequence[str] = (),
     streamer: BaseStreamer | None = None,
     numerics: Numerics | None = None,
+    adapter: str | None = None,
 ) -> Hook:
     """A `custom_generate` for `model.generate`. Make it once per model: the model is probed at first use.
 
-    method, options, numerics: as in `selfdraft.load`. references: texts or ids that the answer may quote.
-    stop: strings that end an answer (`generate` cannot hand its own `stop_strings` to a hook). streamer:
+    method, options, numerics, adapter: as in `selfdraft.load`. references: texts or ids that the answer may
+    quote. stop: strings that end an answer (`generate` cannot hand its own `stop_strings` to a hook). streamer:
     gets the ids as they are settled; for one prompt at a time. Texts, in references or stop, need the
     tokenizer. Raises UnknownMethod and InvalidOption.
     """
@@ -91,11 +93,12 @@ def hook(
         return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
 
     return Hook(
-        methods.resolve(method, options)[0],
+        *methods.resolve(method, options),
         spellings(encode, references),
         StopStrings(tokenizer, strings) if tokenizer is not None and strings else None,
         streamer,
         numerics,
+        adapter,
     )
 
 
@@ -104,10 +107,12 @@ class Hook:
     """What `model.generate` calls instead of its own loop. Made by `hook`."""
 
     method: Method
+    name: str = ""
     references: Sequence[Sequence[int]] = ()
     stop: StopStrings | None = None
     streamer: BaseStreamer | None = None
     numerics: Numerics | None = None
+    adapter: str | None = None
     _model: HfModel | None = field(default=None, init=False, repr=False)
 
     def __call__(
@@ -153,8 +158,9 @@ class Hook:
         return sequences
 
     def _of(self, model: PreTrainedModel) -> HfModel:
-        if self._model is None or self._model.model is not model:
-            self._model = HfModel(model, self.numerics)
+        if self._model is None or self._model.base.model is not model:
+            probed = HfModel(model, self.numerics)
+            self._model = adapter_folder.fit(probed, self.method, self.name, probed.name, self.adapter)
         return self._model
 
     def _limits(self, criteria: StoppingCriteriaList, row: Tensor, least: int) -> Limits:

@@ -9,8 +9,8 @@ Methods are found through the entry-point group `selfdraft.methods`, the built-i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from .step import Step
@@ -31,6 +31,20 @@ def free(rows: int) -> float:
 
 
 @dataclass(frozen=True)
+class Lookahead:
+    """What the adapter of a model drafts with.
+
+    ids: its mask tokens, at or above the vocabulary's size, in the order in which they follow each other. A
+    chain of them under a row stands for tokens not known yet: where the model's pick after that row is the
+    next token of the text, the scores at mask j are about the token j + 1 places after it. odds: how often
+    guesses of a kind came true when the adapter was calibrated, by the drafter's names.
+    """
+
+    ids: Sequence[int]
+    odds: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Request:
     """What a drafter may know of the request it drafts for.
 
@@ -39,7 +53,8 @@ class Request:
     sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
     log-probability plus noise. cost: what a step takes with so many rows of this session, measured, in
-    units of a step with one; it may change while others join and leave.
+    units of a step with one; it may change while others join and leave. lookahead: the mask tokens of
+    the model's adapter; None without one.
     """
 
     prompt: Sequence[int]
@@ -48,20 +63,28 @@ class Request:
     temperature: float = 0.0
     noise: Noise = silent
     cost: Cost = free
+    lookahead: Lookahead | None = None
 
 
 class Drafter(Protocol):
     """Drafting state of one request."""
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        """Rows to verify next; row 0 must carry tokens[-1]. `tokens` is all text so far: read it only."""
+        """Rows to verify next; row 0 must carry tokens[-1]. `tokens` is all text so far: read it only.
+
+        Rows of mask tokens stand behind all others. Those under the last row accepted are looked at.
+        """
 
     def observe(self, step: Step) -> None:
         """Learn from what the model picked. The tree may have lost rows that could not be used."""
 
 
 class Method(Protocol):
-    """Options of a way to draft."""
+    """Options of a way to draft.
+
+    A class attribute `adapted = True` says that it drafts with the mask tokens of an adapter, which the
+    model must then come with.
+    """
 
     def drafter(self, request: Request) -> Drafter:
         """A fresh drafter for one request."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -138,8 +138,8 @@ class Session:
 
     def advance(
         self, tree: Tree, logits: Tensor, scores: Tensor, picks: Sequence[int], done: Sequence[bool]
-    ) -> None:
-        """Take the picks of one forward: extend the text, keep the rows, tell the drafter."""
+    ) -> Step:
+        """Take the picks of one forward: extend the text and keep the rows."""
         path, flight = accept(tree, picks, done)
         path = path[: self._end([picks[row] for row in path])]
         step = Step(tree, scores, picks, path, flight)
@@ -152,7 +152,14 @@ class Session:
         self.rows += len(tree)
         if self.finish_reason is None and self.room == 0:
             self.finish_reason = "context" if len(self.tokens) == self.context else "length"
-        self.drafter.observe(step)  # last: it is others' code, and what it raises must not break the rule
+        return step
+
+    def observe(self, step: Step, ahead: Tensor | None) -> None:
+        """Tell the drafter. It is others' code, and what it raises must not break the root rule: so this
+        comes last. ahead: logits at the mask rows under the last accepted row."""
+        if ahead is not None:
+            step = replace(step, ahead=self.draw.ahead(ahead))
+        self.drafter.observe(step)
 
     def _end(self, picks: Sequence[int]) -> int:
         """How many of these picks belong to the text; notes why it ends, if it does."""

@@ -89,33 +89,20 @@ class Node(Generic[S]):
     children: dict[int, Node[S]] = field(default_factory=dict)
 
 
-class Growth(Generic[S]):
-    """The trees of one request. most: rows of a step, at most. noise: None when greedy."""
+class Budget:
+    """The time of one request, in steps of one row: what rows cost, and what drafts may still lose."""
 
-    def __init__(
-        self,
-        source: Source[S],
-        odds: Odds,
-        cost: Callable[[int], float],
-        noise: Callable[[int, Sequence[int]], Sequence[float]] | None,
-        most: int,
-    ) -> None:
-        self.source, self.odds, self.noise, self.most = source, odds, noise, most
+    def __init__(self, cost: Callable[[int], float]) -> None:
         self.measured = cost
-        self.known: dict[int, dict[int, float]] = {}
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
         self.asked = 0
         self.credit = CREDIT
-        self.root: Node[S] | None = None
 
-    def tree(self, tokens: Sequence[int], state: S) -> Tree:
-        """The rows worth running after the text so far, the surest first."""
+    def begin(self) -> None:
+        """A step begins."""
         self.asked += 1
         if self.asked % STEPS == 0:
             self.costs.clear()
-        self.known = {position: noise for position, noise in self.known.items() if position >= len(tokens)}
-        nodes = self._grow(tokens, state)
-        return Tree(tuple([node.token for node in nodes]), tuple([node.parent for node in nodes]))
 
     def cost(self, rows: int) -> float:
         """What so many rows cost; remembered for a few steps, since it is asked often."""
@@ -128,9 +115,37 @@ class Growth(Generic[S]):
         """May a step of so many rows turn out to be in vain?"""
         return self.cost(rows) - 1 <= self.credit
 
+    def settle(self, tokens: int, rows: int) -> None:
+        """A step of so many rows has emitted so many tokens."""
+        self.credit += SHARE + tokens - self.cost(rows)
+
+
+class Growth(Generic[S]):
+    """The trees of one request. most: rows of a step, at most. noise: None when greedy."""
+
+    def __init__(
+        self,
+        source: Source[S],
+        odds: Odds,
+        cost: Callable[[int], float],
+        noise: Callable[[int, Sequence[int]], Sequence[float]] | None,
+        most: int,
+    ) -> None:
+        self.source, self.odds, self.noise, self.most = source, odds, noise, most
+        self.known: dict[int, dict[int, float]] = {}
+        self.budget = Budget(cost)
+        self.root: Node[S] | None = None
+
+    def tree(self, tokens: Sequence[int], state: S) -> Tree:
+        """The rows worth running after the text so far, the surest first."""
+        self.budget.begin()
+        self.known = {position: noise for position, noise in self.known.items() if position >= len(tokens)}
+        nodes = self._grow(tokens, state)
+        return Tree(tuple([node.token for node in nodes]), tuple([node.parent for node in nodes]))
+
     def learn(self, emitted: Sequence[int], rows: int) -> None:
         """Compare the bets along the path with what came, in a step of so many rows."""
-        self.credit += SHARE + len(emitted) - self.cost(rows)
+        self.budget.settle(len(emitted), rows)
         node = self.root
         for token in emitted:
             if node is None:
@@ -147,7 +162,7 @@ class Growth(Generic[S]):
         self.root = Node(tokens[-1], -1, 0, 1.0, state, self.source.bets(state))
         nodes = [self.root]
         queue: list[tuple[float, int, int, int]] = []  # minus reached, order of arrival, parent, token
-        later = [(most, self.cost(most)) for most in (self.most // 2, self.most) if most > 1]
+        later = [(most, self.budget.cost(most)) for most in (self.most // 2, self.most) if most > 1]
         best, rows, promised, order = MARGIN, 1, 1.0, 0
         while True:
             node, count = nodes[-1], len(nodes)
@@ -158,13 +173,13 @@ class Growth(Generic[S]):
             if not queue or count == self.most:
                 return nodes[:rows]
             reached, _, parent, token = heappop(queue)
-            next_cost = self.cost(count + 1)
+            next_cost = self.budget.cost(count + 1)
             if promised - reached <= best * next_cost and all(
                 promised - reached * (rows_then - count) <= best * cost_then for rows_then, cost_then in later
             ):
                 return nodes[:rows]
             promised -= reached
-            if promised > best * next_cost and self.affords(count + 1):
+            if promised > best * next_cost and self.budget.affords(count + 1):
                 best, rows = promised / next_cost, count + 1
             above = nodes[parent]
             state = self.source.follow(above.state, token)

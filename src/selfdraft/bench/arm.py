@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -171,11 +171,12 @@ def drafted(names: Sequence[str], generator: TextGenerator, sampler: Sampler) ->
     """The methods asked for, plain decoding first. Raises UnknownMethod and InvalidOption."""
     wanted = [PLAIN, *(name for name in names if name != PLAIN)]
     _check_distinct(wanted)
-    return [Drafted(name, method(name), generator.model, sampler, generator.eos) for name in wanted]
+    using = [generator.using(*spelled(name)) for name in wanted]
+    return [Drafted(n, one.method, one.model, sampler, one.eos) for n, one in zip(wanted, using, strict=True)]
 
 
-def method(name: str) -> Method:
-    """The method of a name with options: `llma`, `llma:block=10,match=3`."""
+def spelled(name: str) -> tuple[str, dict[str, object], str | None]:
+    """A method, its options and its adapter, as in `llma`, `llma:block=10,match=3`, `bita:adapter=DIR`."""
     label, _, rest = name.partition(":")
     options: dict[str, object] = {}
     for pair in rest.split(",") if rest else ():
@@ -183,6 +184,12 @@ def method(name: str) -> Method:
         if not equals:
             raise InvalidOption(f"--method takes NAME or NAME:OPTION=VALUE,...; got {name!r}")
         options[key.strip()] = value.strip()
+    return label, options, cast(str | None, options.pop("adapter", None))
+
+
+def method(name: str) -> Method:
+    """The method of such a name. Raises UnknownMethod and InvalidOption."""
+    label, options, _ = spelled(name)
     return methods.create(label, options)
 
 

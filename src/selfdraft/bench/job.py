@@ -17,7 +17,7 @@ from ..models.hf import Numerics
 from ..models.load import load_pretrained
 from ..sampling import Sampler
 from . import bound, machine
-from .arm import Arm, Generated, drafted, lookups, method
+from .arm import Arm, Drafted, Generated, drafted, lookups, method
 from .journal import Journal
 from .measure import Bench, Work, plan
 from .source import Source
@@ -80,6 +80,11 @@ class Job:
             "seed": self.seed,
             "methods": [arm.name for arm in arms if arm.drafts],
             "baselines": [arm.name for arm in arms if not arm.drafts],
+            "adapters": {
+                arm.name: machine.adapter_sha256(arm.model.adapter)
+                for arm in arms
+                if isinstance(arm, Drafted) and arm.model.adapter is not None
+            },
             "repeats": self.repeats,
             "suites": {work.name: _asked(work) for work in works},
             "machine": machine.describe(model.device),

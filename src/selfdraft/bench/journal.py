@@ -109,7 +109,7 @@ class Journal:
             held = json.loads(mark.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BenchError(f"{mark} is not JSON ({error}); give another folder to --out") from error
-        changed = list(_changes(held, run))
+        changed = list(changes(held, run))
         if changed:
             raise BenchError(
                 f"--out {self.folder} holds another run ({'; '.join(changed)}); give another folder"
@@ -142,11 +142,11 @@ def _record(line: bytes, where: str) -> Record:
         raise BenchError(f"{where} is not an answer of this bench; give another folder to --out") from error
 
 
-def _changes(held: Any, asked: Any, name: str = "") -> Iterator[str]:
+def changes(held: Any, asked: Any, name: str = "") -> Iterator[str]:
     """What differs between two runs, in words."""
     if isinstance(held, dict) and isinstance(asked, dict):
         for key in {**held, **asked}:
-            yield from _changes(held.get(key), asked.get(key), f"{name}.{key}" if name else key)
+            yield from changes(held.get(key), asked.get(key), f"{name}.{key}" if name else key)
     elif held != asked:
         yield f"{name}: {_short(held)} there, {_short(asked)} asked for"
 

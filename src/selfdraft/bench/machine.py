@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..models.adapter import Adapter
 from ..models.hf import HfModel
 
 PACKAGES = ("selfdraft", "torch", "transformers")
@@ -113,8 +114,17 @@ def commit() -> str | None:
 
 def weights_sha256(model: HfModel) -> str:
     """Of the model's configuration and of all its weights as they were loaded."""
-    digest = hashlib.sha256(model.model.config.to_json_string().encode())
-    for name, weight in sorted(model.model.named_parameters()):
+    return _sha256(model.model.config.to_json_string(), model.model)
+
+
+def adapter_sha256(adapter: Adapter) -> str:
+    """Of what an adapter is and of its weights."""
+    return _sha256(repr(adapter.config), adapter)
+
+
+def _sha256(about: str, module: Any) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, weight in sorted(module.named_parameters()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ..errors import SelfdraftError
-from . import bench, demo, generate, info, verify
+from . import bench, demo, distill, generate, info, train, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,14 +18,17 @@ app = typer.Typer(
 )
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("distill")(distill.distill)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.add_typer(train.app, name="train")
 app.command("verify")(verify.verify)
 
 
 def main() -> None:
     """Run a command. A user's mistake is one line and exit code 2; Ctrl-C is 130."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()

@@ -117,15 +117,15 @@ class JacobiDrafter:
             if reached < LEAST or guesses + int(tokens) > self.block:
                 break
             wanted = guesses + int(tokens)
-            rate = tokens / self.growth.cost(wanted)
-            if rate > best and self.growth.affords(wanted):
+            rate = tokens / self.growth.budget.cost(wanted)
+            if rate > best and self.growth.budget.affords(wanted):
                 best, window = rate, wanted
         probe = min(PROBE, self.block)
         if max(rows, window) >= probe:
             return window
         self.probing += SHARE
-        extra = self.growth.cost(probe) - self.growth.cost(max(rows, window))
-        if extra > self.probing or not self.growth.affords(probe):
+        extra = self.growth.budget.cost(probe) - self.growth.budget.cost(max(rows, window))
+        if extra > self.probing or not self.growth.budget.affords(probe):
             return window
         self.probing -= extra
         return probe

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from ..method import Lookahead
 from ..tree import Tree
 
 
@@ -59,6 +60,10 @@ class Model(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """The mask tokens of its adapter, if it has one: ids at or above `vocab_size`, never picked."""
 
     def pool(self) -> Pool:
         """Fresh memory for an engine's caches."""

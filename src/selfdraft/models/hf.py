@@ -13,21 +13,26 @@ pieces, parents first; a piece sees the earlier ones in the cache.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+import transformers
 from torch import Tensor
 
-from ..cache import Lane, Lanes
+from ..cache import Lane, Lanes, Pair
 from ..errors import ModelUnsupported
+from ..method import Lookahead
 from ..tree import Tree
 from . import Cache, Rows, attention, masks, probe
+from .adapter import Adapter, Gate, attach
 from .cost import StepTimes, step_times
 from .head import Head, split
+from .layout import Layout, layout
 from .load import transformers_model
 
 Numerics = Literal["exact", "fast"]
@@ -59,6 +64,10 @@ class HfModel:
         self.context = probe.context(self.model)
         self.numerics: Numerics = "fast"  # until the probe has found exact to be possible
         self.rows = probe.RowRange()  # the whole range, until a narrower one is found
+        self.base = self  # what `adapted` started from
+        self.adapter: Adapter | None = None
+        self.lookahead: Lookahead | None = None
+        self._gate = Gate()
         self._times: StepTimes | None = None
         own = self.model.config._attn_implementation
         self.own_attention: str = "eager" if own == attention.NAME else own  # as the model came here
@@ -73,7 +82,31 @@ class HfModel:
         return str(self.model.config.model_type)
 
     def pool(self) -> Lanes:
-        return Lanes(torch.float64 if self.numerics == "exact" else None)
+        prefix = self.adapter.pairs() if self.adapter is not None else ()
+        return Lanes(torch.float64 if self.numerics == "exact" else None, prefix)
+
+    def adapted(self, adapter: Adapter) -> HfModel:
+        """This model with an adapter at work on the rows of its mask tokens. The weights are shared, this
+        object and its model stay as they are. Raises AdapterError where a part has no place in the model."""
+        twin = copy.copy(self)
+        twin.adapter, twin.lookahead = adapter, adapter.lookahead(self.vocab_size)
+        twin.model, twin._gate = attach(self.model, adapter)
+        twin._given = twin.model
+        twin._times = None
+        _, twin._base, twin._head = twin._split()
+        return twin
+
+    def read(self, tokens: Sequence[int]) -> list[Pair | None]:
+        """Keys and values that a text leaves in each layer, [heads, tokens, size]; None: it keeps none."""
+        pool = Lanes()
+        self.forward([Tree.chain(tokens)], [pool.open()])
+        kept = ((layer.keys, layer.values) for layer in pool.own)
+        return [
+            None
+            if keys is None or values is None
+            else (keys[0, :, : len(tokens)], values[0, :, : len(tokens)])
+            for keys, values in kept
+        ]
 
     @torch.inference_mode()
     def forward(self, trees: Sequence[Tree], caches: Sequence[Cache]) -> HfRows:
@@ -101,38 +134,40 @@ class HfModel:
         pieces = self.rows.pieces(rows, len(lanes))
         width = pieces[-1][1]
         pool = lanes[0].lanes
-        ids, positions, seen = self._layout(trees, lanes, width, pool.bind(lanes, width))
-        made = masks.masks(self.kinds, seen, positions)
+        lengths = [lane.length for lane in lanes]
+        laid = self.layout(trees, lengths, width, pool.bind(lanes, width), pool.dtype)
+        made = masks.masks(self.kinds, laid.seen, laid.positions, pool.fixed)
         hidden = []
         for start, stop in pieces:
             pool.start = start
-            output = self._base(
-                input_ids=ids[:, start:stop],
-                position_ids=positions[:, start:stop],
-                attention_mask=masks.rows(made, start, stop),
-                past_key_values=pool,
-                use_cache=True,
-            )
-            hidden.append(output[0])
+            hidden.append(self.call(laid, made, pool, start, stop))
         return (hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1))[:, :rows]
 
-    def _layout(
-        self, trees: Sequence[Tree], lanes: Sequence[Lane], width: int, slots: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and positions, [lanes, width], and the additive mask, [lanes, 1, width, slots]."""
-        ids, positions = [], []
-        dtype = lanes[0].lanes.dtype or self.dtype
-        mask = torch.full((len(trees), 1, width, slots), torch.finfo(dtype).min, dtype=dtype)
-        for tree, lane, see in zip(trees, lanes, mask[:, 0], strict=True):
-            rows, start = len(tree), lane.length
-            pads = width - rows
-            ids.append([*tree.tokens, *tree.tokens[:1] * pads])
-            positions.append([*(start + depth for depth in tree.depth), *[start] * pads])
-            see[:, : start + 1] = 0
-            if rows > 1:
-                see[:rows, start : start + rows].masked_fill_(tree.visible, 0)
-        to = self.device
-        return torch.tensor(ids, device=to), torch.tensor(positions, device=to), mask.to(to)
+    def layout(
+        self,
+        trees: Sequence[Tree],
+        lengths: Sequence[int],
+        width: int,
+        slots: int,
+        dtype: torch.dtype | None = None,
+    ) -> Layout:
+        """What a forward over these trees takes, behind histories of these lengths; see `layout`."""
+        fixed = self.adapter.config.prefix if self.adapter is not None else 0
+        return layout(trees, lengths, width, slots, self.vocab_size, dtype or self.dtype, self.device, fixed)
+
+    def call(
+        self, laid: Layout, made: Mapping[str, Tensor], cache: transformers.Cache, start: int, stop: int
+    ) -> Tensor:
+        """Hidden states of some rows of a layout, with the masks made from it, [lanes, rows, hidden]."""
+        with self._gate.open(laid.rows(start, stop)):
+            output = self._base(
+                input_ids=laid.ids[:, start:stop],
+                position_ids=laid.positions[:, start:stop],
+                attention_mask=masks.rows(made, start, stop),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return cast(Tensor, output[0])
 
     def cost(self, rows: int) -> float:
         if self._times is None:
@@ -156,6 +191,10 @@ class HfModel:
             full = self._head(torch.cat([part, pads]) if len(pads) else part)
             parts.append(full[: len(part)])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The same in one call, with gradients."""
+        return self._head(hidden)
 
     @contextmanager
     def attending(self, implementation: str) -> Iterator[None]:

@@ -60,12 +60,14 @@ def kinds(model: PreTrainedModel) -> Mapping[str, Kind]:
     return named
 
 
-def masks(kinds: Mapping[str, Kind], seen: Tensor, positions: Tensor) -> Mapping[str, Tensor]:
+def masks(kinds: Mapping[str, Kind], seen: Tensor, positions: Tensor, fixed: int = 0) -> Mapping[str, Tensor]:
     """For each kind the additive mask, [lanes, 1, rows, slots]: `seen`, less what its rule hides.
 
-    positions: [lanes, rows], that of row 0 being the length of its lane's history.
+    positions: [lanes, rows], that of row 0 being the length of its lane's history. fixed: slots before the
+    history, which have no position and which no rule hides.
     """
     lanes, _, rows, slots = seen.shape
+    slots -= fixed
     made, at = {}, None
     for name, kind in kinds.items():
         if kind.size is None or slots <= kind.size:
@@ -76,7 +78,8 @@ def masks(kinds: Mapping[str, Kind], seen: Tensor, positions: Tensor) -> Mapping
             at = torch.arange(slots, device=seen.device).repeat(lanes, 1).scatter_(1, own, positions)
         first = positions.new_zeros(())
         sees = kind.rule(first, first, positions[:, None, :, None], at[:, None, None, :])
-        made[name] = seen.masked_fill(~sees, torch.finfo(seen.dtype).min)
+        made[name] = seen.clone()
+        made[name][..., fixed:].masked_fill_(~sees, torch.finfo(seen.dtype).min)
     return made
 
 

@@ -199,7 +199,9 @@ class _Twin:
 
     def model(self) -> HfModel:
         if self._made is None:
-            self._made = HfModel(copy.deepcopy(self._of.model).double(), "fast")
+            made = HfModel(copy.deepcopy(self._of.base.model).double(), "fast")
+            adapter = self._of.adapter
+            self._made = made if adapter is None else made.adapted(copy.deepcopy(adapter).double())
         return self._made
 
 

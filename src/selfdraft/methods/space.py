@@ -1,0 +1,34 @@
+"""SPACE (arXiv 2402.11809), gated: mask tokens draft and verify in one pass, the model stays as it is.
+
+The published method tunes all weights. Here what is tuned is a LoRA that works on the rows of mask tokens
+alone (Samragh et al., 2507.11851), so the text is the base model's. By default the tree is sparse and grown
+from how sure the guesses are (`groups`).
+
+`faithful` draws it up as published: one candidate per mask, one under the other, and a whole group of masks
+under every row, so that wherever the walk ends the next candidates are at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
+
+from ..groups import Fixed, FixedDrafter, GroupDrafter, lookahead
+from ..method import Drafter, Request
+
+
+@dataclass(frozen=True)
+class Space:
+    """block: rows a step may have. faithful: draft as published."""
+
+    adapted: ClassVar[bool] = True
+    block: Annotated[int, Ge(1)] = 64
+    faithful: bool = False
+
+    def drafter(self, request: Request) -> Drafter:
+        look = lookahead(request, "space")
+        if self.faithful:
+            return FixedDrafter(look, Fixed([(offset, offset, 0) for offset in range(len(look.ids))]))
+        return GroupDrafter(look, request.cost, self.block)

@@ -1,0 +1,271 @@
+"""Adapters: what is trained beside a frozen model, and works on the rows of mask tokens alone.
+
+Three parts, each optional but the first. Embeddings of the mask tokens (BiTA, arXiv 2401.12522, section
+3.2; SPACE, 2402.11809). A soft prefix, keys and values that stand in the first slots of every cache
+(`cache`), without rotation, seen by mask rows alone (BiTA, 3.1). LoRA on linear layers, gated to mask rows
+(Samragh et al., "Your LLM Knows the Future", 2507.11851). Rows of ordinary tokens keep the bits they have
+without it: that is what makes the drafts free of consequences.
+
+An adapter works on a twin of the model: other module objects around the same weights. Hooks on the twin's
+embedding and linear layers put the trained parts in. The user's model is not touched, several adapters
+can be at work beside each other, and unloading is forgetting the twin. Which rows carry mask tokens is
+said by the forward, for the time of one call (`Gate`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..cache import Pair
+from ..errors import AdapterError
+from ..method import Lookahead
+
+ROWS = 3  # of a forward that shows which layers run on rows
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """masks: mask tokens, which is how far ahead drafts reach. distinct: has each an embedding of its own?
+    prefix: slots of the soft prefix in each layer; 0 is none. rank: of the gated LoRA; 0 is none. alpha: its
+    scale is alpha / rank; None is 1. targets: last parts of the names of the linear layers that get it; none
+    is all, for an adapter that is yet to be made."""
+
+    masks: Annotated[int, Ge(1)] = 3
+    distinct: bool = True
+    prefix: Annotated[int, Ge(0)] = 0
+    rank: Annotated[int, Ge(0)] = 0
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
+
+
+class LowRank(torch.nn.Module):
+    """What LoRA adds to one linear layer. a: [rank, in], b: [out, rank], zero at first."""
+
+    def __init__(self, rank: int, features: tuple[int, int]) -> None:
+        super().__init__()
+        self.a = torch.nn.Parameter(torch.randn(rank, features[0]) * features[0] ** -0.5)
+        self.b = torch.nn.Parameter(torch.zeros(features[1], rank))
+
+
+class Adapter(torch.nn.Module):
+    """The trained parts, float32 while they are trained.
+
+    masks: [masks or 1, hidden], embeddings. keys, values: per layer that keeps any, [heads, prefix, size].
+    lora: by the name of the layer in the model. odds: see `Lookahead`. Made at random, for a model with
+    embeddings of size `hidden`, layers that keep keys and values shaped like `pairs`, and such linear
+    `layers` to change; `adapter_folder` loads one.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        hidden: int,
+        pairs: Sequence[Pair | None],
+        layers: Mapping[str, tuple[int, int]],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.odds: Mapping[str, Sequence[Sequence[float]]] = {}
+        self.masks = torch.nn.Parameter(torch.randn(config.masks if config.distinct else 1, hidden) * 0.02)
+        self.kept: dict[int, str] = {}
+        self.keys, self.values = torch.nn.ParameterDict(), torch.nn.ParameterDict()
+        for layer, pair in enumerate(pairs):
+            if pair is None or not config.prefix:
+                continue
+            self.kept[layer] = str(layer)
+            for mine, like in zip((self.keys, self.values), pair, strict=True):
+                part = torch.randn(like.shape[0], config.prefix, like.shape[2]) * 0.02
+                mine[str(layer)] = torch.nn.Parameter(part)
+        self.names = sorted(layers)
+        self.lora = torch.nn.ModuleList(LowRank(config.rank, layers[name]) for name in self.names)
+
+    def pairs(self) -> list[Pair | None]:
+        """Keys and values of the prefix, per layer."""
+        last = max(self.kept, default=-1)
+        return [
+            (self.keys[self.kept[i]], self.values[self.kept[i]]) if i in self.kept else None
+            for i in range(last + 1)
+        ]
+
+    def lookahead(self, vocabulary: int) -> Lookahead:
+        """The ids of its mask tokens in a model with so many ids of its own."""
+        return Lookahead(tuple(range(vocabulary, vocabulary + self.config.masks)), self.odds)
+
+    @property
+    def size(self) -> int:
+        """Trained parameters."""
+        return sum(part.numel() for part in self.parameters())
+
+
+@dataclass
+class Gate:
+    """Which rows of the call under way carry mask tokens.
+
+    masks: [lanes, rows], the mask token of each row, -1 for none; None while no row carries one. first: the
+    first column that holds one. all: do all rows from there on? open_rows: which, [lanes, rows, 1].
+    """
+
+    masks: Tensor | None = None
+    first: int = 0
+    all: bool = False
+    open_rows: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @contextmanager
+    def open(self, masks: Tensor | None) -> Iterator[None]:
+        """For the time of one call."""
+        if masks is not None:
+            rows = masks >= 0
+            self.masks = masks
+            self.first = int(rows.any(0).int().argmax())
+            own = rows[:, self.first :]
+            self.all = bool(own.all())
+            self.open_rows = own[..., None]
+        try:
+            yield
+        finally:
+            self.masks = None
+
+
+def attach(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedModel, Gate]:
+    """A twin of the model, same weights, with an adapter in it, and the gate that opens it.
+
+    Raises AdapterError for a LoRA layer that the model does not have, or that is of another size.
+    """
+    twin, gate = share(model), Gate()
+    twin.get_input_embeddings().register_forward_hook(_embed(adapter, gate))
+    modules = dict(twin.named_modules())
+    for name, part in zip(adapter.names, adapter.lora, strict=True):
+        low = cast(LowRank, part)
+        if name not in modules or features(modules[name]) != (low.a.shape[1], low.b.shape[0]):
+            raise AdapterError(
+                f"the adapter changes layer {name}, which the model has not, or of another size"
+            )
+        modules[name].register_forward_hook(_add(name, low, adapter.config.scale, gate))
+    return twin, gate
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in other module objects: parameters and buffers are shared, hooks and config are not."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Linear layers by name, with their sizes in and out, whose names end in one of `targets`.
+
+    The output layer is not among them. Raises AdapterError for a target without any.
+    """
+    inner = {
+        name: size
+        for name, module in model.named_modules()
+        if (size := features(module)) is not None and module is not model.get_output_embeddings()
+    }
+    found = {name: size for name, size in inner.items() if name.split(".")[-1] in targets}
+    missing = [t for t in targets if all(name.split(".")[-1] != t for name in found)]
+    if missing:
+        known = ", ".join(sorted({name.split(".")[-1] for name in inner})) or "none"
+        raise AdapterError(
+            f"{model.config.model_type} has no linear layer {missing[0]}; its linear layers: {known}"
+        )
+    return found
+
+
+def all_targets(model: PreTrainedModel) -> tuple[str, ...]:
+    """Last parts of the names of all linear layers, but for those that do not run on the rows of a text, as
+    the experts of a mixture. Raises AdapterError where there are none."""
+    ran: dict[str, bool] = {}
+    output = model.get_output_embeddings()
+
+    def note(name: str) -> Any:
+        def hook(module: object, args: tuple[Tensor, ...]) -> None:
+            ran[name] = ran.get(name, True) and args[0].shape[:-1] in ((1, ROWS), (ROWS,))
+
+        return hook
+
+    modules = [(name, module) for name, module in model.named_modules() if features(module) is not None]
+    handles = [module.register_forward_pre_hook(note(n)) for n, module in modules if module is not output]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, ROWS, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    wrong = {name.split(".")[-1] for name, fits in ran.items() if not fits}
+    targets = {
+        name.split(".")[-1] for name, module in modules if name in ran and module is not output
+    } - wrong
+    if not targets:
+        raise AdapterError(f"{model.config.model_type} has no linear layers that LoRA could be gated on")
+    return tuple(sorted(targets))
+
+
+def features(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Sizes in and out of a linear layer, quantised ones among them; None for what is none."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    if isinstance(module, torch.nn.Linear) or type(module).__name__.startswith("Linear"):
+        sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        return cast(tuple[int, int], sizes) if None not in sizes else None
+    return None
+
+
+def _embed(adapter: Adapter, gate: Gate) -> Any:
+    """The hook that gives mask rows their embeddings."""
+
+    def hook(module: object, args: object, output: Tensor) -> Tensor | None:
+        if gate.masks is None:
+            return None
+        table = adapter.masks.to(output.dtype)
+        which = gate.masks.clamp(0, len(table) - 1)
+        return torch.where((gate.masks >= 0)[..., None], table[which], output)
+
+    return hook
+
+
+def _add(name: str, low: LowRank, scale: float, gate: Gate) -> Any:
+    """The hook that adds a low-rank part to the mask rows of a linear layer.
+
+    The other rows are selected, not multiplied by zero: their bits stay, and a NaN cannot leak into them.
+    """
+
+    def hook(module: object, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if gate.masks is None:
+            return None
+        lanes, rows = gate.masks.shape
+        if output.shape[:-1] not in ((lanes, rows), (lanes * rows,)):  # the latter: all lanes in one
+            raise AdapterError(
+                f"layer {name} runs on {list(output.shape[:-1])} rows, the text has {[lanes, rows]}; leave it "
+                "out of the targets"
+            )
+        inner = args[0].view(lanes, rows, -1)[:, gate.first :]
+        own = output.view(lanes, rows, -1)[:, gate.first :]
+        if torch.is_grad_enabled():  # it learns, on mask rows alone, in the model's dtype
+            more = linear(linear(inner, low.a.to(inner.dtype)), low.b.to(inner.dtype))
+            return (own + more * scale).view(output.shape)
+        # In its own dtype, in which a CPU takes a fraction of the time for so few rows.
+        flat = (inner[0] if lanes == 1 else inner.flatten(0, 1)).to(low.a.dtype)
+        more = ((flat @ low.a.T) @ low.b.T).view(own.shape)
+        if scale != 1:
+            more = more * scale
+        if gate.all:
+            own.add_(more)
+        else:
+            own.copy_(torch.where(gate.open_rows, own + more, own))
+        return None
+
+    return hook

@@ -1,0 +1,38 @@
+"""Which model this is: a hash of its configuration and weights.
+
+Adapters and training data are bound by it. The same checkpoint gives the same fingerprint in whatever
+dtype it is loaded: weights are hashed rounded to bfloat16. What a config says about the loading (dtype,
+version, path, attention implementation) does not count, nor do adapters around the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+LOADING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
+CHUNK = 1 << 24  # weights hashed at a time
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """64 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(_settings(model.config.to_diff_dict()), sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        for part in weight.detach().reshape(-1).split(CHUNK):
+            kept = part.bfloat16() if part.is_floating_point() else part
+            digest.update(kept.contiguous().cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _settings(config: object) -> object:
+    """A config, and those inside it, without what depends on how it was loaded."""
+    if isinstance(config, dict):
+        items = {str(key): _settings(value) for key, value in config.items()}
+        return {key: value for key, value in items.items() if key not in LOADING}
+    if isinstance(config, list | tuple):
+        return [_settings(value) for value in config]
+    return config if isinstance(config, str | int | float | bool | None) else str(config)

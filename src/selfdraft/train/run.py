@@ -1,0 +1,124 @@
+"""One training run: from a folder of answers to a folder with an adapter.
+
+The folder holds `run.json` (everything the run depends on, and each start's command, commit and versions),
+`checkpoints/`, and at the end the adapter, its calibration and its card. The same command goes on where it
+stopped; with other options the folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..bench import machine
+from ..bench.journal import changes
+from ..errors import InvalidOption, TrainingDataError
+from ..models import adapter_folder
+from ..models.adapter import AdapterConfig
+from ..models.fingerprint import fingerprint
+from ..models.hf import HfModel
+from ..models.load import load_pretrained
+from . import card, shards
+from .calibration import calibrate
+from .student import Loss, Student, fresh
+from .trainer import Schedule, batches, train
+
+LEAST = 4  # tokens of an answer that can be trained on
+HELD_OUT = 0.02  # share of the rows that is not trained on, at most
+MOST = 64  # rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for. method: whose adapter it is. data: a folder of `selfdraft distill`."""
+
+    method: str
+    model: str
+    data: Path
+    out: Path
+    config: AdapterConfig
+    loss: Loss = field(default_factory=Loss)
+    schedule: Schedule = field(default_factory=Schedule)
+    dtype: str | None = None
+    device: str | None = None
+
+
+def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train, calibrate, save; what came of it. tell: hears what is being done.
+
+    Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
+    """
+    pretrained, _ = load_pretrained(plan.model, plan.dtype, plan.device)
+    model = HfModel(pretrained.requires_grad_(False), "fast")
+    distilled = shards.read(plan.data)
+    base = fingerprint(pretrained)
+    shards.check_model(distilled.manifest, base, model.vocab_size)
+    rows, held_out = _split(distilled.rows, plan)
+    student = Student(model, fresh(model, plan.config, plan.schedule.seed), plan.loss)
+    _claim(plan, {**_asked(plan), "base": base, "rows": len(rows), "held_out": len(held_out)})
+    share = student.adapter.size / pretrained.num_parameters()
+    tell(f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
+    machine.reset_peak(model.device)
+    log = train(student, plan.schedule, rows, held_out, plan.out / "checkpoints")
+    peak = machine.peak(model.device)
+    tell("calibrating on held-out sequences")
+    collate = batches(student, plan.schedule, fixed=True)
+    greedy = [row for row in held_out if row["temperature"] == 0] or list(held_out)
+    size = plan.schedule.batch
+    calibration = calibrate(student, (collate(greedy[i : i + size]) for i in range(0, len(greedy), size)))
+    student.adapter.odds = calibration.odds
+    about = {
+        "accuracy": [[round(p, 4) for p in row] for row in calibration.accuracy],
+        "trained": student.adapter.size,
+        "share": share,
+        "seconds": round(next((e["train_runtime"] for e in reversed(log) if "train_runtime" in e), 0.0), 1),
+        "peak_bytes": peak,
+        "run": _asked(plan),
+    }
+    adapter_folder.save(plan.out, student.adapter, model, plan.method, plan.model, about)
+    card.write(plan.out, plan.method, plan.model, about, log, machine.describe(model.device))
+    return about
+
+
+def _split(rows: Any, plan: Plan) -> tuple[Any, Any]:
+    """Rows to train on, and rows to judge by: every so-manieth."""
+    usable = [i for i, answer in enumerate(rows["answer"]) if len(answer) >= LEAST]
+    if len(usable) < 2:
+        raise TrainingDataError(
+            f"{plan.data} has {len(usable)} answers of {LEAST} tokens or more; distill more"
+        )
+    count = max(1, min(MOST, round(HELD_OUT * len(usable))))
+    held = usable[:: len(usable) // count][:count]
+    kept = set(held)
+    return rows.select([i for i in usable if i not in kept]), rows.select(held)
+
+
+def _asked(plan: Plan) -> dict[str, Any]:
+    given = json.loads(json.dumps(asdict(plan), default=str))
+    del given["out"], given["device"]
+    return dict(given)
+
+
+def _claim(plan: Plan, asked: Mapping[str, Any]) -> None:
+    """See that the folder is this run's, and note the start. Raises InvalidOption."""
+    path = plan.out / "run.json"
+    plan.out.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Any] = {"asked": json.loads(json.dumps(asked)), "starts": []}
+    if path.exists():
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            changed = list(changes(held["asked"], asked))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidOption(f"{path} is not of a training run ({error}); give another --out") from error
+        if changed:
+            raise InvalidOption(
+                f"--out {plan.out} holds another run ({'; '.join(changed)}); give another folder"
+            )
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    held["starts"].append({"argv": sys.argv, "time": started, "commit": machine.commit()})
+    path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,264 @@
+"""Answers on disk: shards of JSON lines, one row each, written as the answers finish; and read back.
+
+A folder holds one run. `distill.json` says which: under `asked` all that its rows depend on, under
+`starts` how each start went about it (command, versions, commit), and once all rows are there, under
+`summary`, what came of it. Asked to continue another run the folder refuses and says what differs. A
+last line that was cut off (the machine died) is dropped; a write that fails (the disk is full) takes
+back what it has written of its line.
+
+Trainers read a folder that is finished or not, but never a damaged one: every line must have the
+columns, and every id must be in the vocabulary. Rows come in the order of the prompts, however they
+finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..bench.journal import changes, write_all
+from ..errors import TrainingDataError
+
+MANIFEST = "distill.json"
+COLUMNS = ["prompt", "answer", "temperature"]  # what trainers need
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer. index: which prompt it answers. prompt, answer: token ids. finish_reason: that of the
+    session, or "loop" where the answer was cut because it repeats itself."""
+
+    index: int
+    prompt: Sequence[int]
+    answer: Sequence[int]
+    temperature: float
+    seed: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a folder holds. rows: a `datasets.Dataset` with the columns prompt, answer and temperature."""
+
+    manifest: Mapping[str, Any]
+    rows: Any
+
+
+class Shards:
+    """The rows of one run while they are written. size: rows of a shard."""
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any], size: int) -> None:
+        self.folder = folder
+        self.size = size
+        self.done: set[int] = set()
+        self.tokens = 0
+        self.reasons: Counter[str] = Counter()
+        self._number, self._filled = 0, 0  # the shard that grows, and its rows
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder)
+            self.manifest = self._claim(json.loads(json.dumps(asked)))
+            self._resume()
+        except OSError as error:
+            raise TrainingDataError(f"--out {folder} cannot be used: {error.strerror or error}") from error
+        self.found = len(self.done)
+
+    def add(self, row: Row) -> None:
+        """Keep a row. Raises TrainingDataError where the disk does not take it; the others stay."""
+        if self._filled >= self.size:
+            self._number, self._filled = self._number + 1, 0
+        path = self.folder / f"shard-{self._number:05d}.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        line = json.dumps(asdict(row), separators=(",", ":")).encode() + b"\n"
+        try:
+            with path.open("ab", buffering=0) as file:
+                write_all(file, line)
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, size)
+            raise self._lost(path, error) from error
+        self._count(row)
+
+    def note(self, **entries: object) -> None:
+        """Put entries into the manifest, written whole or not at all. Raises TrainingDataError."""
+        self.manifest |= entries
+        path = self.folder / MANIFEST
+        part = path.with_suffix(".part")
+        try:
+            with part.open("wb", buffering=0) as file:
+                write_all(file, json.dumps(self.manifest, indent=1).encode() + b"\n")
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise self._lost(path, error) from error
+
+    def close(self) -> None:
+        """Let another process write here."""
+        os.close(self._lock)
+
+    def _claim(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The manifest, if the folder is this run's or empty. Raises TrainingDataError if it is another's."""
+        if not (self.folder / MANIFEST).exists():
+            if any(shards(self.folder)):
+                raise TrainingDataError(
+                    f"--out {self.folder} holds shards without {MANIFEST}; give another folder"
+                )
+            return {"asked": asked, "starts": [], "summary": None}
+        held = manifest(self.folder)
+        changed = list(changes(held["asked"], asked))
+        if changed:
+            raise TrainingDataError(
+                f"--out {self.folder} holds another run ({'; '.join(changed)}); give another folder"
+            )
+        return held
+
+    def _resume(self) -> None:
+        """Take in what is there; drop a last line that was cut off."""
+        vocabulary = self.manifest["asked"]["vocabulary"]
+        paths = shards(self.folder)
+        for path in paths[-1:]:
+            raw = path.read_bytes()
+            os.truncate(path, raw.rfind(b"\n") + 1)
+            self._number = int(path.stem.removeprefix("shard-"))
+        for path in paths:
+            self._filled = 0
+            for row in _rows(path, vocabulary):
+                self._count(row)
+
+    def _count(self, row: Row) -> None:
+        self.done.add(row.index)
+        self.tokens += len(row.answer)
+        self.reasons[row.finish_reason] += 1
+        self._filled += 1
+
+    def _lost(self, path: Path, error: OSError) -> TrainingDataError:
+        return TrainingDataError(
+            f"{path}: {error.strerror or error}; the {len(self.done)} finished rows are kept, and the same "
+            "command goes on from there once there is room"
+        )
+
+
+def read(folder: Path) -> Distilled:
+    """The rows that a folder holds. Raises TrainingDataError for one that trainers must not use."""
+    datasets = library()
+    held = manifest(folder)
+    paths = shards(folder)
+    if not paths:
+        raise TrainingDataError(f"{folder} has no shards yet; run the command of its {MANIFEST} again")
+    parts = []
+    for path in paths:
+        rows = list(_rows(path, held["asked"]["vocabulary"]))
+        if not rows:
+            raise TrainingDataError(f"{path} is empty; run the command of {MANIFEST} again, or delete it")
+        columns = {name: [getattr(row, name) for row in rows] for name in ("index", *COLUMNS)}
+        parts.append(datasets.Dataset.from_dict(columns, features=_features()))
+    joined = datasets.concatenate_datasets(parts)
+    index = joined["index"][:]
+    twice = next((one for one, count in Counter(index).items() if count > 1), None)
+    if twice is not None:
+        raise TrainingDataError(f"{folder} holds two rows of index {twice}; keep one, or distill again")
+    order = sorted(range(len(index)), key=index.__getitem__)
+    return Distilled(held, joined.select(order).select_columns(COLUMNS))
+
+
+def check_model(held: Mapping[str, Any], fingerprint: str, vocabulary: int) -> None:
+    """See that data are this model's own answers. Raises TrainingDataError."""
+    asked = held["asked"]
+    if asked["vocabulary"] != vocabulary:
+        raise TrainingDataError(
+            f"the data are ids of the tokenizer of {asked['model']}, with a vocabulary of "
+            f"{asked['vocabulary']}; the model's has {vocabulary}: distill from the model itself"
+        )
+    if asked["fingerprint"] != fingerprint:
+        raise TrainingDataError(
+            f"the data are answers of {asked['model']} with the fingerprint {asked['fingerprint'][:12]}; the "
+            f"model's is {fingerprint[:12]}: distill from the model itself"
+        )
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What the folder says of itself. Raises TrainingDataError where it says nothing."""
+    path = folder / MANIFEST
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainingDataError(
+            f"{path}: {error.strerror or error}; give a folder that `selfdraft distill` wrote"
+        ) from error
+    except ValueError as error:
+        raise TrainingDataError(f"{path} is not JSON ({error}); give another folder") from error
+    asked = held.get("asked") if isinstance(held, dict) else None
+    if not isinstance(asked, dict) or not {"model", "fingerprint", "vocabulary"} <= set(asked):
+        raise TrainingDataError(f"{path} does not say which model answered; give another folder")
+    return held
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of rows, in order."""
+    return sorted(folder.glob("shard-*.jsonl"))
+
+
+def library() -> Any:
+    """`datasets`. Raises TrainingDataError where it is not installed."""
+    try:
+        import datasets  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise TrainingDataError("this needs the package datasets: pip install 'selfdraft[train]'") from error
+    return datasets
+
+
+def _features() -> Any:
+    datasets = library()
+    ids, value = datasets.List(datasets.Value("int32")), datasets.Value
+    kinds = {"index": value("int64"), "prompt": ids, "answer": ids, "temperature": value("float32")}
+    return datasets.Features(kinds)
+
+
+def _rows(path: Path, vocabulary: int) -> Iterator[Row]:
+    """The rows of a shard. Raises TrainingDataError with the line that is not one."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line:
+            continue
+        where = f"{path}, line {number}"
+        try:
+            given = json.loads(line)
+        except ValueError as error:
+            raise TrainingDataError(f"{where}: not JSON ({error}); the file is damaged") from error
+        yield _row(given, where, vocabulary)
+
+
+def _row(given: object, where: str, vocabulary: int) -> Row:
+    names = [field.name for field in fields(Row)]
+    missing = [name for name in names if not isinstance(given, dict) or name not in given]
+    if missing or not isinstance(given, dict):
+        raise TrainingDataError(f"{where}: no column {missing[0]!r}; `selfdraft distill` writes {names}")
+    for name in ("prompt", "answer"):
+        ids = given[name]
+        if not isinstance(ids, list) or not ids or not all(type(token) is int for token in ids):
+            raise TrainingDataError(f"{where}: {name!r} must be token ids; got {ids!s:.60}")
+        strange = [token for token in (min(ids), max(ids)) if not 0 <= token < vocabulary]
+        if strange:
+            raise TrainingDataError(
+                f"{where}: {name!r} holds {strange[0]}, outside the vocabulary of {vocabulary}"
+            )
+    for name, kind in (("index", int), ("temperature", int | float)):
+        if not isinstance(given[name], kind):
+            raise TrainingDataError(f"{where}: {name!r} must be a number; got {given[name]!s:.60}")
+    return Row(**{name: given[name] for name in names})
+
+
+def _lock(folder: Path) -> int:
+    """See that no other process writes here, until this one ends or closes it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise TrainingDataError(f"--out {folder}: another process is writing there; wait for it") from error
+    return handle

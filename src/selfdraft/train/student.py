@@ -1,0 +1,159 @@
+"""What is trained: an adapter, on trees of the same kind that it will draft for.
+
+A sequence is a tree: the text, a chain, with a group of mask tokens hanging under each of some anchors. It
+goes through the same layout and masks as a tree of decoding (`models.layout`, `models.masks`), so what a mask
+row sees in training is what it sees later. The text runs first, without gradients, and leaves its keys and
+values; its hidden states give what the model itself would say at the true positions. Then the mask rows run,
+and only they carry gradients: nothing is stored or multiplied for the frozen weights.
+
+The loss of a mask is the cross-entropy of its scores, with the token that came (as published by both papers)
+or with the model's own distribution there (distillation, as in PPD, arXiv 2405.18628, section 4), weighted by
+decay ** offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import transformers
+from annotated_types import Gt, Le
+from torch import Tensor
+
+from ..cache import Pair
+from ..models import masks
+from ..models.adapter import Adapter, AdapterConfig, all_targets, linear_layers
+from ..models.hf import HfModel
+from ..tree import Tree
+
+IGNORED = -100  # the label of a mask that has no token to predict
+
+
+@dataclass(frozen=True)
+class Loss:
+    """kind: what is learned from, the model's distribution or the tokens. decay: weight of each offset, in
+    that of the one before."""
+
+    kind: Literal["distill", "tokens"] = "distill"
+    decay: Annotated[float, Gt(0), Le(1)] = 0.9
+
+
+def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
+    """An untrained adapter: embeddings near the mean, prefixes as large as the model's own keys and little in
+    value, LoRA that changes nothing yet. Raises AdapterError where a target is missing."""
+    torch.manual_seed(seed)
+    embedding = cast(torch.nn.Module, model.model.get_input_embeddings())
+    sample = torch.randint(model.vocab_size, (1, min(64, model.context)), device=model.device)
+    with torch.no_grad():
+        own = embedding(sample)[0].float()
+    if config.rank and not config.targets:
+        config = replace(config, targets=all_targets(model.model))
+    layers = linear_layers(model.model, config.targets if config.rank else ())
+    pairs = model.read(sample[0].tolist())
+    adapter = Adapter(config, own.shape[-1], pairs, layers).to(model.device)
+    with torch.no_grad():
+        adapter.masks.copy_(own.mean(0) + 0.1 * own.std(0) * torch.randn_like(adapter.masks))
+        for i, layer in adapter.kept.items():
+            keys, values = cast(Pair, pairs[i])
+            adapter.keys[layer].copy_(torch.randn_like(adapter.keys[layer]) * keys.float().std())
+            adapter.values[layer].copy_(torch.randn_like(adapter.values[layer]) * values.float().std() * 0.1)
+    return adapter
+
+
+def anchored(text: Sequence[int], anchors: Sequence[int], group: Sequence[int]) -> Tree:
+    """The tree of one sequence: `group` hangs under each row of the text that is an anchor."""
+    first, size = len(text), len(group)
+    starts = range(first, first + size * len(anchors), size)
+    hung = ((anchor, *range(at, at + size - 1)) for anchor, at in zip(anchors, starts, strict=True))
+    tokens = (*text, *tuple(group) * len(anchors))
+    return Tree(tokens, (*range(-1, first - 1), *chain.from_iterable(hung)))
+
+
+class Tape(transformers.Cache):
+    """Keys and values of one training forward: the prefix, the text's, kept without gradients, and those of
+    the rows that run last."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__(layers=[])
+        self.pairs = adapter.pairs()
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        before = [self.kept[layer_idx]] if layer_idx in self.kept else []
+        pair = self.pairs[layer_idx] if layer_idx < len(self.pairs) else None
+        if pair is not None:
+            lanes = key_states.shape[0]
+            fixed = [part.to(key_states.dtype).expand(lanes, -1, -1, -1) for part in pair]
+            before.insert(0, (fixed[0], fixed[1]))
+        if layer_idx not in self.kept:
+            self.kept[layer_idx] = key_states, value_states
+        return (
+            torch.cat([*(keys for keys, _ in before), key_states], 2),
+            torch.cat([*(values for _, values in before), value_states], 2),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class Student(torch.nn.Module):
+    """An adapter in its model, and the loss. Its only parameters are the adapter's."""
+
+    def __init__(self, model: HfModel, adapter: Adapter, loss: Loss) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.loss = loss
+        self._model = [model.adapted(adapter)]  # in a list: the frozen weights are no part of this module
+
+    @property
+    def model(self) -> HfModel:
+        return self._model[0]
+
+    def forward(self, ids: Tensor, anchors: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss, and for each mask whether its first guess is the model's pick.
+
+        ids: [lanes, length], of text. anchors: [lanes, groups], rows of it. labels: [lanes, groups, masks],
+        the tokens that the masks should tell; IGNORED where there is none. hits: [lanes, groups, masks],
+        1, 0, or IGNORED.
+        """
+        scores, own = self.scores(ids, anchors)
+        size, flat = labels.shape[-1], labels.flatten()
+        weights = (self.loss.decay ** torch.arange(size, device=ids.device)).repeat(len(flat) // size)
+        weights = weights * (flat != IGNORED)
+        aim = flat.clamp(min=0) if self.loss.kind == "tokens" else own.softmax(-1)
+        each = torch.nn.functional.cross_entropy(scores, aim, reduction="none")
+        hits = (scores.argmax(-1) == own.argmax(-1)).long().masked_fill(flat == IGNORED, IGNORED)
+        loss = (each * weights).sum() / weights.sum().clamp(min=1e-6)
+        return {"loss": loss, "hits": hits.view(labels.shape)}
+
+    def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of all masks, and the model's own at the true positions, without gradients; float32,
+        [lanes * groups * masks, vocabulary]."""
+        text, ahead = self.hidden(ids, anchors)
+        lanes = torch.arange(len(ids), device=ids.device)[:, None, None]
+        true = anchors[..., None] + 1 + torch.arange(self.adapter.config.masks, device=ids.device)
+        with torch.no_grad():
+            own = self.model.output(text[lanes, true.clamp(max=ids.shape[1] - 1)].flatten(0, 2)).float()
+        return self.model.output(ahead.flatten(0, 1)).float(), own
+
+    def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the text, [lanes, length, hidden], without gradients, and of the mask rows,
+        [lanes, groups * masks, hidden]."""
+        model, length = self.model, ids.shape[1]
+        assert model.lookahead is not None
+        group = tuple(model.lookahead.ids)
+        pairs = zip(ids.tolist(), anchors.tolist(), strict=True)
+        trees = [anchored(text, where, group) for text, where in pairs]
+        width, fixed = len(trees[0]), self.adapter.config.prefix
+        laid = model.layout(trees, [0] * len(trees), width, fixed + width)
+        made = masks.masks(model.kinds, laid.seen, laid.positions, fixed)
+        tape = Tape(self.adapter)
+        with torch.no_grad():
+            seen = {name: mask[..., : fixed + length] for name, mask in made.items()}
+            text = model.call(laid, seen, tape, 0, length)
+        return text, model.call(laid, made, tape, length, width)

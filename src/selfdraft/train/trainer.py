@@ -1,0 +1,154 @@
+"""Training an adapter on `transformers.Trainer`: its loop, schedule, logs, checkpoints and resumption.
+
+The student holds no frozen weights, so a checkpoint is the adapter and its optimizer, some megabytes. LoRA
+has a learning rate of its own: one that suits embeddings and prefixes (3e-2 in BiTA) would break it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .sequences import Batches
+from .student import IGNORED, Student
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps: of the optimizer. batch: sequences of a step. length: tokens of a sequence, at most. anchors:
+    groups of masks per sequence. rate: learning rate of embeddings and prefix; lora_rate: of LoRA; both
+    rise for `warmup` of the steps, then fall as a cosine. every: steps between checkpoints, each with an
+    evaluation. workers of several processes (`accelerate launch`) each have a batch of their own."""
+
+    steps: Annotated[int, Ge(1)] = 2000
+    batch: Annotated[int, Ge(1)] = 4
+    length: Annotated[int, Ge(8)] = 512
+    anchors: Annotated[int, Ge(1)] = 64
+    rate: Annotated[float, Gt(0)] = 1e-2
+    lora_rate: Annotated[float, Gt(0)] = 2e-3
+    warmup: float = 0.03
+    every: Annotated[int, Ge(1)] = 100
+    seed: int = 0
+
+
+def train(
+    student: Student,
+    schedule: Schedule,
+    rows: Dataset[Any],
+    held_out: Dataset[Any],
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Train, from the last checkpoint in `folder` if there is one. Returns the log."""
+    trainer = AdapterTrainer(
+        model=student,
+        args=_arguments(schedule, folder, student.model.device),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=batches(student, schedule),
+        compute_metrics=_metrics,
+        optimizers=(_optimizer(student, schedule), None),
+        callbacks=list(callbacks),
+    )
+    trainer.held_out = batches(student, schedule, fixed=True)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    return list(trainer.state.log_history)
+
+
+def batches(student: Student, schedule: Schedule, fixed: bool = False) -> Batches:
+    return Batches(schedule.length, schedule.anchors, student.adapter.config.masks, fixed)
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose log says how often each mask's first guess is the model's pick."""
+
+    held_out: Batches
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        out = model(**inputs)
+        if model.training:
+            self._hits = [*getattr(self, "_hits", []), out["hits"].detach().flatten(0, 1)]
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and getattr(self, "_hits", None):
+            logs |= accuracies(torch.cat(self._hits).cpu().numpy())
+            self._hits = []
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        mine, self.data_collator = self.data_collator, self.held_out
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = mine
+
+
+def accuracies(hits: np.ndarray[Any, Any]) -> dict[str, float]:
+    """By offset, and the tokens per forward of a chain of first guesses. hits: [anchors, masks], 1, 0 or
+    IGNORED."""
+    known = hits != IGNORED
+    right = (hits == 1) & known
+    found = {
+        f"right_{i + 1}": round(float(right[:, i].sum() / max(1, known[:, i].sum())), 4)
+        for i in range(hits.shape[1])
+    }
+    runs = right.cumprod(1).sum(1)[known[:, 0]]
+    return found | {"tokens_per_forward": round(1 + float(runs.mean()) if len(runs) else 1.0, 4)}
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    hits = np.asarray(prediction.predictions)
+    return accuracies(hits.reshape(-1, hits.shape[-1]))
+
+
+def _optimizer(student: Student, schedule: Schedule) -> torch.optim.Optimizer:
+    lora = list(student.adapter.lora.parameters())
+    known = {id(part) for part in lora}
+    others = [part for part in student.parameters() if id(part) not in known]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": schedule.rate}]
+    if lora:
+        groups.append({"params": lora, "lr": schedule.lora_rate})
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+
+
+def _arguments(schedule: Schedule, folder: Path, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch,
+        per_device_eval_batch_size=schedule.batch,
+        learning_rate=schedule.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(schedule.warmup * schedule.steps)),
+        max_grad_norm=1.0,
+        logging_steps=min(20, schedule.every),
+        eval_strategy="steps",
+        eval_steps=schedule.every,
+        save_strategy="steps",
+        save_steps=schedule.every,
+        save_total_limit=2,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to=[],
+    )

@@ -1,0 +1,172 @@
+"""Adapters to draft with: random ones, whose every part is at work; drafters that use them although they know
+the answer; and what mask rows must say, from the definitions alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from selfdraft import Drafter, Method, Request, Step, Tree
+from selfdraft.method import free
+from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, linear_layers
+from selfdraft.models.hf import HfModel
+from selfdraft.verify.adversaries import Oracle
+
+LAYERS = ("q_proj", "down_proj")
+
+
+def adapter(
+    model: HfModel,
+    masks: int = 3,
+    prefix: int = 0,
+    rank: int = 0,
+    seed: int = 0,
+    distinct: bool = True,
+    targets: tuple[str, ...] = LAYERS,
+) -> Adapter:
+    """A random adapter of a model, in the dtype in which one is loaded."""
+    config = AdapterConfig(masks, distinct, prefix, rank, 1.5 * rank or None, targets if rank else ())
+    torch.manual_seed(seed)
+    width = model.model.get_input_embeddings().weight.shape[1]
+    made = Adapter(config, width, model.read([0]), linear_layers(model.model, config.targets))
+    with torch.no_grad():
+        for part in made.parameters():
+            part.copy_(torch.randn_like(part) * 0.5)
+    return made.to(torch.float64 if model.dtype == torch.float64 else torch.float32).requires_grad_(False)
+
+
+@torch.no_grad()
+def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int]) -> Tensor:
+    """Logits of a whole group of masks under the last row of a text, [masks, vocabulary].
+
+    By transformers' own forward: the text first; then, behind prefix and text, the masks alone, with the LoRA
+    merged into the weights and a mask that is written down here.
+    """
+    config, length = adapter.config, len(text)
+    cache = DynamicCache()
+    model(input_ids=torch.tensor([list(text)]), past_key_values=cache)
+    tuned = copy.deepcopy(model)
+    for name, part in zip(adapter.names, adapter.lora, strict=True):
+        low = cast(LowRank, part)
+        tuned.get_submodule(name).weight += config.scale * low.b @ low.a
+    for layer, pair in zip(cache.layers, adapter.pairs(), strict=False):
+        if pair is not None:
+            layer.keys = torch.cat([pair[0][None], cast(Tensor, layer.keys)], 2)
+            layer.values = torch.cat([pair[1][None], cast(Tensor, layer.values)], 2)
+    at = length + torch.arange(config.masks)[:, None]  # positions of the masks
+    slot = torch.arange(length + config.masks)
+
+    def seen(window: int) -> Tensor:
+        hidden = (slot > at) | (slot <= at - window)
+        past = torch.zeros(config.masks, config.prefix, dtype=torch.bool)
+        return torch.cat([past, hidden], 1).double()[None, None] * torch.finfo(torch.float64).min
+
+    window = getattr(model.config, "sliding_window", None) or 10**9
+    kinds: Sequence[str] = getattr(model.config, "layer_types", None) or ()
+    mask: Any = seen(window)
+    if len(set(kinds)) > 1:
+        mask = {"sliding_attention": seen(window), "full_attention": seen(10**9)}
+    rows = adapter.masks.expand(config.masks, -1)[None]
+    out = tuned(inputs_embeds=rows, attention_mask=mask, position_ids=at.T, past_key_values=cache)
+    return cast(Tensor, out.logits[0])
+
+
+@dataclass
+class Heard:
+    """What a drafter was told after a step. text: all of it then. ended: was that its end?"""
+
+    text: Sequence[int]
+    step: Step
+
+    @property
+    def group(self) -> int:
+        """How many masks there were under the last row accepted, in the chain that begins first."""
+        return len(list(self._chain(self.step.path[-1])))
+
+    def _chain(self, row: int) -> Iterator[int]:
+        tree, known = self.step.tree, len(self.step.picks)
+        under = [mask for mask in range(known, len(tree)) if tree.parents[mask] == row]
+        if under:
+            yield under[0]
+            yield from self._chain(under[0])
+
+
+@dataclass
+class Knowing:
+    """Proposes the answer in a bushy tree, with groups of masks under random rows, their rows in any order.
+    Notes all that it hears."""
+
+    adapted: ClassVar[bool] = True
+    answer: Sequence[int]
+    heard: list[Heard] = field(default_factory=list)
+
+    def drafter(self, request: Request) -> KnowingDrafter:
+        return KnowingDrafter(self, request, Oracle(self.answer).drafter(request))
+
+
+@dataclass
+class KnowingDrafter:
+    method: Knowing
+    request: Request
+    oracle: Drafter
+    dice: random.Random = field(default_factory=lambda: random.Random(0))
+    text: Sequence[int] = ()
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        assert self.request.lookahead is not None
+        self.text = list(tokens)
+        tree, ids = self.oracle.propose(tokens), self.request.lookahead.ids
+        groups = [(row, ids[: self.dice.randint(1, len(ids))]) for row in range(len(tree)) for _ in range(2)]
+        groups = [group for group in groups if self.dice.random() < 0.5]
+        while groups:
+            row, left = groups.pop(self.dice.randrange(len(groups)))
+            tree = tree.hang(row, left[:1])
+            if len(left) > 1:
+                groups.append((len(tree) - 1, left[1:]))
+        return tree
+
+    def observe(self, step: Step) -> None:
+        self.method.heard.append(Heard([*self.text, *step.emitted], step))
+
+
+@dataclass
+class Helped:
+    """A method whose guesses are put right, most of them and at some rank, so that its trees are walked.
+    Rows cost nothing, so that its trees are large."""
+
+    adapted: ClassVar[bool] = True
+    method: Method
+    answer: Sequence[int]
+
+    def drafter(self, request: Request) -> HelpedDrafter:
+        return HelpedDrafter(self, len(request.prompt), self.method.drafter(replace(request, cost=free)))
+
+
+@dataclass
+class HelpedDrafter:
+    method: Helped
+    start: int
+    drafter: Drafter
+    dice: random.Random = field(default_factory=lambda: random.Random(0))
+    length: int = 0
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        self.length = len(tokens)
+        return self.drafter.propose(tokens)
+
+    def observe(self, step: Step) -> None:
+        if step.ahead is not None:
+            told = self.method.answer[self.length + len(step.emitted) - self.start :]
+            ahead = step.ahead.clone()
+            for row, token in zip(ahead, told, strict=False):
+                first, second, third = row.topk(3).values
+                row[token] = self.dice.choice([first + 5, first + 5, (first + second) / 2, third])
+            step = replace(step, ahead=ahead)
+        self.drafter.observe(step)

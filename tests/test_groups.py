@@ -1,0 +1,178 @@
+"""Trees with mask groups: which rows they take, what they learn, and the layouts as published."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdraft import Request, Step, Tree
+from selfdraft.engine import _group
+from selfdraft.errors import AdapterError
+from selfdraft.groups import HAZARDS, GroupDrafter, Node, Plan, guesses
+from selfdraft.method import Lookahead
+from selfdraft.methods.bita import Bita
+from selfdraft.methods.space import Space
+from selfdraft.worth import Budget
+
+VOCABULARY = 50
+LOOK = Lookahead((50, 51, 52))
+
+
+def cheap(rows: int) -> float:
+    return 1 + 0.03 * (rows - 1)
+
+
+def sure(tokens: Sequence[int], strength: float = 12.0) -> torch.Tensor:
+    """Scores that are nearly sure of these tokens."""
+    scores = torch.zeros(len(tokens), VOCABULARY)
+    scores[range(len(tokens)), list(tokens)] = strength
+    return scores
+
+
+def replay(
+    drafter: GroupDrafter, right: Callable[[int], bool], steps: int, strength: float = 12.0
+) -> list[Tree]:
+    """The text counts upwards; masks that were run guess it, or something else where not `right`."""
+    text, trees = [0], []
+    for step in range(steps):
+        tree = drafter.propose(text)
+        trees.append(tree)
+        count = sum(token < VOCABULARY for token in tree.tokens)
+        picks = [(text[-1] + depth + 1) % VOCABULARY for depth in tree.depth[:count]]
+        path = [0]
+        while (child := tree.child(path[-1], picks[path[-1]])) is not None:
+            path.append(child)
+        text += [picks[row] for row in path]
+        masks = len(_group(Step(tree, torch.empty(0), picks, path, []), count))
+        ahead = [(text[-1] + 1 + i + (0 if right(step) else 7)) % VOCABULARY for i in range(masks)]
+        drafter.observe(Step(tree, torch.empty(0), picks, path, [], sure(ahead, strength) if ahead else None))
+    return trees
+
+
+def test_masks_stand_behind_all_other_rows() -> None:
+    for tree in replay(GroupDrafter(LOOK, cheap, 64), lambda step: step % 3 > 0, 60):
+        assert sorted(tree.tokens, key=lambda token: token >= VOCABULARY) == list(tree.tokens)
+
+
+def test_right_guesses_are_run_to_the_end_with_masks_behind_them() -> None:
+    trees = replay(GroupDrafter(LOOK, cheap, 64), lambda step: True, 80)
+    last = trees[-1]
+    spine = [row for row, token in enumerate(last.tokens) if token < VOCABULARY and row]
+    assert len(spine) >= 3
+    deepest = max(row for row in spine if last.depth[row] == 3)
+    assert sum(last.visible[row, deepest] for row in range(len(last))) == 4  # itself and three masks
+
+
+def test_wrong_guesses_end_in_silence_that_is_broken_now_and_then() -> None:
+    trees = replay(GroupDrafter(LOOK, cheap, 64), lambda step: False, 400)
+    late = [len(tree) for tree in trees[200:]]
+    assert max(late) == 4  # a probe: the masks of the root
+    assert sum(cheap(rows) - 1 for rows in late) < 0.03 * len(late)
+
+
+def test_what_was_lost_is_learned_again() -> None:
+    drafter = GroupDrafter(LOOK, cheap, 64)
+    replay(drafter, lambda step: False, 300)
+    assert len(replay(drafter, lambda step: True, 200)[-1]) > 6
+
+
+def test_rows_follow_their_cost() -> None:
+    """Where rows are dear fewer are run, where they are free as many as allowed."""
+
+    def rows(slope: float, most: int = 64) -> int:
+        drafter = GroupDrafter(LOOK, lambda n: 1 + slope * (n - 1), most)
+        return len(replay(drafter, lambda step: step % 4 > 0, 120, strength=4.0)[-1])
+
+    assert rows(0.3) < rows(0.03) <= rows(0.001)
+    assert rows(0.001, most=5) <= 5
+
+
+@given(st.lists(st.floats(0.05, 0.95), min_size=1, max_size=5), st.floats(0.01, 0.2), st.floats(0.5, 2.5))
+def test_no_chain_with_masks_is_worth_more(chances: list[float], slope: float, rate: float) -> None:
+    """Of all lengths of a chain, with as many masks behind each of its rows as there may be, the plan has
+    the best, up to what a price taken for constant can tell: here the cost is linear, so it is exact."""
+    reach = [0.5, 0.3]
+
+    def cost(rows: int) -> float:
+        return 1 + slope * (rows - 1)
+
+    budget = Budget(cost)
+    budget.credit = math.inf
+    plan = Plan(budget, rate, reach)
+    reached = [1.0, *itertools.accumulate(chances, lambda a, b: a * b)]
+    for depth, share in enumerate(reached):
+        plan.add(Node(depth, depth - 1, depth, share))
+    gains = [share - rate * slope for share in reach]
+
+    def value(length: int, masks: Sequence[int]) -> float:
+        ends = [reached[i] - (reached[i + 1] if i + 1 < length else 0) for i in range(length)]
+        future = sum(end * sum(gains[:count]) for end, count in zip(ends, masks, strict=True))
+        return sum(reached[:length]) + future - rate * cost(length + sum(masks))
+
+    best = max(
+        value(length, masks)
+        for length in range(1, len(reached) + 1)
+        for masks in itertools.product(range(3), repeat=length)
+    )
+    nodes, masks = plan.best(64)
+    assert value(len(nodes), masks) == pytest.approx(best, abs=1e-9)
+
+
+def test_a_hazard_is_the_share_of_what_is_left() -> None:
+    scores = torch.log(torch.tensor([[0.6, 0.3, 0.06, 0.04] + [1e-9] * 46]))
+    kinds = [guess.kind for guess in guesses(scores)[0]]
+    assert [guess.token for guess in guesses(scores)[0]][:4] == [0, 1, 2, 3]
+    bounds = [(0.0, *HAZARDS)[kind] for kind in kinds[:3]]
+    assert bounds[0] <= 0.6 <= bounds[0] + 0.1
+    assert bounds[1] <= 0.75 <= bounds[1] + 0.1  # 0.3 of 0.4
+
+
+@pytest.mark.parametrize(
+    ("method", "masks", "nodes"),
+    [
+        (Bita(faithful=True), 3, 12),
+        (Bita(faithful=True), 4, 14),
+        (Bita(faithful=True, tree="half"), 3, 15),
+        (Bita(faithful=True, tree="full", width=2), 3, 2 + 4 + 8),
+        (Space(faithful=True), 5, 5),
+    ],
+)
+def test_layouts_have_the_published_size(method: Bita | Space, masks: int, nodes: int) -> None:
+    """N candidates and N + 1 groups: BiTA's 12 + 3 * 13 = 51 rows beside the root, SPACE's k (k + 2) = 35."""
+    look = Lookahead(tuple(range(50, 50 + masks)))
+    drafter = method.drafter(Request([1], lookahead=look))
+    first = drafter.propose([1])
+    assert first.tokens == (1, *look.ids)  # nothing to verify yet
+    drafter.observe(Step(first, torch.empty(0), [2], [0], [], torch.rand(masks, VOCABULARY)))
+    tree = drafter.propose([1, 2])
+    assert len(tree) == 1 + nodes + masks * (nodes + 1)
+    for row in range(nodes + 1):
+        group = [i for i in range(nodes + 1, len(tree)) if tree.parents[i] == row]
+        assert len(group) == 1  # the first mask of its group, the others under it
+        assert max(tree.depth[i] for i in range(len(tree)) if tree.visible[i, group[0]]) == (
+            tree.depth[row] + masks
+        )
+
+
+def test_the_trunk_holds_the_first_guesses() -> None:
+    """Upper triangle: under the first guess of each offset stand the next offset's; the others are leaves."""
+    drafter = Bita(faithful=True).drafter(Request([1], lookahead=LOOK))
+    drafter.observe(Step(Tree.chain([1]), torch.empty(0), [2], [0], [], sure([10, 20, 30])))
+    tree = drafter.propose([1, 2])
+    by_depth = {d: [i for i in range(13) if tree.depth[i] == d] for d in range(4)}
+    assert [len(by_depth[d]) for d in range(4)] == [1, 5, 4, 3]
+    assert [tree.tokens[by_depth[d][0]] for d in (1, 2, 3)] == [10, 20, 30]
+    for d in (2, 3):
+        assert {tree.parents[i] for i in by_depth[d]} == {by_depth[d - 1][0]}
+
+
+@pytest.mark.parametrize("method", [Bita(), Space(), Bita(faithful=True), Space(faithful=True)])
+def test_without_an_adapter_it_says_what_to_do(method: Bita | Space) -> None:
+    with pytest.raises(AdapterError, match="train"):
+        method.drafter(Request([1]))
