@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from selfdraft import Sampler, Tree, session
-from selfdraft.cache import Lanes
+from selfdraft import Sampler, Step, Tree, cache, engine, session
+from selfdraft.cache import Lane, Lanes
 from selfdraft.draw import Draw
+from selfdraft.models import adapter, masks
+from selfdraft.models.adapter import Gate
 from selfdraft.models.hf import HfModel
 from selfdraft.noise import Noise
 
@@ -68,3 +70,173 @@ def penalties(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = [tree_mask, rows_kept, positions, noise_key, eos_cut, filters, penalties]
+
+
+# Of adapters. What decoding and training have in common is seen by comparing with the definitions alone.
+
+
+def _laid(patch: pytest.MonkeyPatch, change: Callable[[HfModel, Any], Any]) -> None:
+    layout = HfModel.layout
+    patch.setattr(HfModel, "layout", lambda self, *given: change(self, layout(self, *given)))
+
+
+def _fixed(model: HfModel) -> int:
+    return model.adapter.config.prefix if model.adapter is not None else 0
+
+
+def prefix_for_all(patch: pytest.MonkeyPatch) -> None:
+    """Rows of ordinary tokens see the prefix, too."""
+
+    def show(model: HfModel, laid: Any) -> Any:
+        laid.seen[..., : _fixed(model)] = 0
+        return laid
+
+    _laid(patch, show)
+
+
+def prefix_in_windows(patch: pytest.MonkeyPatch) -> None:
+    """Layers with a window do not see the prefix."""
+    make = masks.masks
+
+    def hide(kinds: Any, seen: torch.Tensor, positions: torch.Tensor, fixed: int = 0) -> Any:
+        made = {name: mask.clone() for name, mask in make(kinds, seen, positions, fixed).items()}
+        for name, kind in kinds.items():
+            if kind.size is not None:
+                made[name][..., :fixed] = torch.finfo(seen.dtype).min
+        return made
+
+    patch.setattr(masks, "masks", hide)
+
+
+def mask_positions(patch: pytest.MonkeyPatch) -> None:
+    """Mask tokens stand one place further."""
+
+    def shift(model: HfModel, laid: Any) -> Any:
+        return laid if laid.masks is None else replace(laid, positions=laid.positions + (laid.masks >= 0))
+
+    _laid(patch, shift)
+
+
+def mask_positions_count_prefix(patch: pytest.MonkeyPatch) -> None:
+    """Positions of mask tokens count the prefix."""
+
+    def shift(model: HfModel, laid: Any) -> Any:
+        more = 0 if laid.masks is None else _fixed(model) * (laid.masks >= 0)
+        return replace(laid, positions=laid.positions + more)
+
+    _laid(patch, shift)
+
+
+def one_embedding(patch: pytest.MonkeyPatch) -> None:
+    """All mask tokens have the embedding of the first."""
+    _laid(patch, lambda _, laid: laid if laid.masks is None else replace(laid, masks=laid.masks.clamp(max=0)))
+
+
+def lora_for_all(patch: pytest.MonkeyPatch) -> None:
+    """LoRA works on all rows of a call that has mask tokens."""
+    opened = Gate.open
+
+    def whole(self: Gate, which: torch.Tensor | None) -> Any:
+        gate = opened(self, which)
+        self.__dict__["_all"] = which is not None
+        return gate
+
+    patch.setattr(Gate, "open", whole)
+    patch.setattr(Gate, "first", property(lambda self: 0, lambda self, value: None), raising=False)
+    patch.setattr(Gate, "all", property(lambda self: True, lambda self, value: None), raising=False)
+
+
+def lora_multiplied(patch: pytest.MonkeyPatch) -> None:
+    """Rows of ordinary tokens get LoRA times zero."""
+
+    def times(where: torch.Tensor, more: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        return own + (more - own) * where if where.dtype == torch.bool else own
+
+    patch.setattr(adapter.torch, "where", times)
+
+
+def not_numbers(patch: pytest.MonkeyPatch) -> None:
+    """What is not a number stays in the buffers."""
+    patch.setattr(cache, "_finite_", lambda part: part)
+
+
+def masks_kept(patch: pytest.MonkeyPatch) -> None:
+    """Of the last row accepted the first mask token's keys and values are kept."""
+    forward, keep = HfModel.forward, Lane.keep
+
+    def note(self: HfModel, trees: Sequence[Tree], lanes: Sequence[Any]) -> Any:
+        for tree, lane in zip(trees, lanes, strict=True):
+            known = [row for row, token in enumerate(tree.tokens) if token >= self.vocab_size]
+            lane.under = {tree.parents[row]: row for row in known}
+        return forward(self, trees, lanes)
+
+    def keep_mask(self: Any, path: Sequence[int], flight: Sequence[int]) -> None:
+        keep(self, [*path[:-1], self.under.get(path[-1], path[-1])], flight)
+
+    patch.setattr(HfModel, "forward", note)
+    patch.setattr(Lane, "keep", keep_mask)
+
+
+def group_of_the_root(patch: pytest.MonkeyPatch) -> None:
+    """The masks under the root are looked at, wherever the walk ended."""
+    group = engine._group
+
+    def first(step: Step, count: int) -> Sequence[int]:
+        own = group(step, count)
+        return group(replace(step, path=[0]), count)[: len(own)] or own
+
+    patch.setattr(engine, "_group", first)
+
+
+def noise_behind(patch: pytest.MonkeyPatch) -> None:
+    """All masks have the noise of the next position."""
+    patch.setattr(
+        Draw,
+        "ahead",
+        lambda self, logits: self._scores(logits, [()] * len(logits), [self.length] * len(logits)),
+    )
+
+
+def lane_cleared(patch: pytest.MonkeyPatch) -> None:
+    """A lane that is opened anew is cleared whole, its prefix, too."""
+    opened = Lanes.open
+
+    def clear(self: Lanes) -> Lane:
+        lane = opened(self)
+        for buffer in self._buffers():
+            buffer[lane.index :].zero_()
+        return lane
+
+    patch.setattr(Lanes, "open", clear)
+
+
+def _unmoved(patch: pytest.MonkeyPatch, verb: str) -> None:
+    """Meanwhile no slot is taken for the prefix."""
+    right = getattr(Lanes, verb)
+
+    def wrong(self: Lanes, *given: Any) -> None:
+        fixed, self.fixed = self.fixed, 0
+        try:
+            right(self, *given)
+        finally:
+            self.fixed = fixed
+
+    patch.setattr(Lanes, verb, wrong)
+
+
+def lane_released(patch: pytest.MonkeyPatch) -> None:
+    """The lane that moves into a free place leaves the end of its history."""
+    _unmoved(patch, "release")
+
+
+def lane_copied(patch: pytest.MonkeyPatch) -> None:
+    """A copy of a lane lacks the end of the history."""
+    _unmoved(patch, "copy")
+
+
+def lanes_grown(patch: pytest.MonkeyPatch) -> None:
+    """Lanes that are added have no prefix."""
+    grow = Lanes._grow
+    patch.setattr(
+        Lanes, "_grow", lambda self, buffer, lanes, slots, prefix: grow(self, buffer, lanes, slots, None)
+    )

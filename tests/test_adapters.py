@@ -4,31 +4,26 @@ trained to say, whoever else is in the engine. Each planted fault is seen."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from selfdraft import Engine, Limits, Method, Sampler, Session, Tree
-from selfdraft.errors import AdapterError, InvalidTree
 from selfdraft.methods.bita import Bita
 from selfdraft.methods.jacobi import Jacobi
 from selfdraft.methods.llma import Llma
 from selfdraft.methods.plain import Plain
 from selfdraft.methods.space import Space
-from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, all_targets, linear_layers
 from selfdraft.models.hf import HfModel
 from selfdraft.noise import Noise
 from selfdraft.train.student import Loss, Student
-from selfdraft.verify.adversaries import Oracle
 
 import faults
 from adapting import Heard, Helped, Knowing, adapter, defined
 from architectures import WORKING, build
-from conftest import VOCABULARY, tiny_llama
+from conftest import VOCABULARY
 from drafting import random_prompt, run
 
 PARTS = [(0, 0), (16, 0), (0, 4), (16, 4)]  # prefix, rank
@@ -102,19 +97,24 @@ def crowd(adapted: HfModel, sampler: Sampler) -> None:
     """Sessions that join and leave, some from another's cache: their texts are the base's, and what the masks
     say, at rows anywhere in a tree, is what a group under that text says in training."""
     base, dice = adapted.base, random.Random(1)
-    engine, sessions = Engine(adapted), list[tuple[Session, Knowing, Sequence[int]]]()
-    for seed in range(9):
-        first = random_prompt(dice.randint(2, 50), seed)
-        other = next((s for s, *_ in sessions if s in engine.sessions), None) if seed % 3 else None
-        prompt = [*other.tokens, *first[:2]] if other is not None else first
+    engine, sessions, copies = Engine(adapted), list[tuple[Session, Knowing, Sequence[int]]](), 0
+    for seed in range(10):
+        prompt, start = random_prompt(dice.randint(2, 50), seed), None
+        if seed % 2 and engine.sessions:
+            start = engine.sessions[0]
+            prompt = [*start.tokens, *prompt[:2]]
+            copies += start.cache.length > 20
         limits = Limits(dice.randint(8, 16))
         plain = run(base, Plain(), prompt, sampler, limits).emitted
         knowing = Knowing(plain)
-        sessions.append((engine.submit(prompt, knowing, sampler, limits, start=other), knowing, plain))
-        for _ in range(dice.randint(0, 2)):
+        sessions.append((engine.submit(prompt, knowing, sampler, limits, start=start), knowing, plain))
+        for _ in range(3):
+            engine.step()
+        while len(engine.sessions) > 2 + seed // 5:
             engine.step()
     while engine.sessions:
         engine.step()
+    assert copies > 2
     for session, knowing, plain in sessions:
         assert session.emitted == plain
         assert knowing.heard[-1].step.ahead is None, "the text has ended"
@@ -135,3 +135,121 @@ def compare(adapted: HfModel, heard: Sequence[Heard], sampler: Sampler) -> None:
 @pytest.mark.parametrize(("prefix", "rank"), PARTS)
 def test_decoding_sees_what_training_saw(double: HfModel, prefix: int, rank: int, sampler: str) -> None:
     crowd(double.adapted(adapter(double, 3, prefix, rank)), SAMPLERS[sampler])
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
+def test_windows_hide_the_text_but_not_the_prefix(kind: str) -> None:
+    model = HfModel(build(kind, WORKING[kind]), "fast")
+    crowd(model.adapted(adapter(model, 3, 16, 4)), Sampler())
+
+
+def trained(kind: str, prefix: int, rank: int, distinct: bool = True) -> None:
+    """What a group says in training is what the definitions say, in a batch, at any row of a text."""
+    model = HfModel(build(kind, WORKING[kind]), "fast")
+    own = adapter(model, 3, prefix, rank, distinct=distinct)
+    texts = [random_prompt(30, seed) for seed in range(2)]
+    anchors = torch.tensor([[2, 29, 11], [20, 0, 15]])
+    _, hidden = Student(model, own, Loss()).hidden(torch.tensor(texts), anchors)
+    said = model.output(hidden).view(2, 3, 3, -1)
+    plain = build(kind, WORKING[kind])
+    for text, rows, groups in zip(texts, anchors.tolist(), said, strict=True):
+        for row, group in zip(rows, groups, strict=True):
+            torch.testing.assert_close(group, defined(plain, own, text[: row + 1]), atol=3e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("prefix", "rank"), PARTS)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text"])
+def test_training_sees_what_is_defined(kind: str, prefix: int, rank: int) -> None:
+    trained(kind, prefix, rank)
+
+
+def test_one_embedding_may_serve_all_masks() -> None:
+    trained("llama", 0, 0, distinct=False)
+
+
+BUSHY = Tree(tuple(random_prompt(6, seed=2)), (-1, 0, 1, 0, 3, 1))
+LONG = Tree.chain(random_prompt(40, seed=3))  # more than one piece of exact numerics
+AFTER = Tree.chain(random_prompt(4, seed=4))
+
+
+@torch.inference_mode()
+def ordinary(model: HfModel) -> list[Tensor]:
+    """Logits of ordinary rows, step after step, in a batch; with an adapter's masks beside them."""
+    pool, found = model.pool(), []
+    caches = [pool.open() for _ in range(3)]
+    for steps in ((BUSHY, AFTER, LONG), (AFTER, BUSHY, AFTER), (BUSHY, LONG, BUSHY)):
+        trees = list(steps)
+        if model.lookahead is not None:
+            ids = model.lookahead.ids
+            trees = [tree.hang(0, ids).hang(len(tree) - 1, ids).hang(1, ids[:1]) for tree in trees]
+        rows = model.forward(trees, caches)
+        found += model.head(rows, [range(len(tree)) for tree in steps])
+        for cache in caches:
+            cache.keep([0, 1], [])
+    return found
+
+
+@pytest.mark.parametrize(("prefix", "rank"), PARTS)
+@pytest.mark.parametrize("poison", ["", "masks", "keys", "values", "lora"])
+def test_ordinary_rows_keep_their_bits(exact: HfModel, prefix: int, rank: int, poison: str) -> None:
+    own = adapter(exact, 3, prefix, rank)
+    for name, part in own.named_parameters():
+        if poison and name.startswith(poison):
+            part.data.view(-1)[::7] = torch.nan
+            part.data.view(-1)[1::7] = torch.inf
+    for training in (False, True):  # an adapter can be drafted with while it is trained
+        adapted = exact.adapted(own.requires_grad_(training))
+        for mine, right in zip(ordinary(adapted), ordinary(exact), strict=True):
+            assert torch.equal(mine, right)
+
+
+LEAKS = [
+    faults.prefix_for_all,
+    faults.lora_for_all,
+    faults.lora_multiplied,
+    faults.not_numbers,
+]
+
+
+@pytest.mark.parametrize("fault", LEAKS)
+def test_a_leak_is_seen(fault: faults.Patch, exact: HfModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_ordinary_rows_keep_their_bits(exact, 16, 4, "lora")
+
+
+DRIFTS = [
+    faults.prefix_for_all,
+    faults.lora_for_all,
+    faults.masks_kept,
+    faults.group_of_the_root,
+    faults.noise_behind,
+    faults.lane_cleared,
+    faults.lane_released,
+    faults.lane_copied,
+    faults.lanes_grown,
+]
+
+
+@pytest.mark.parametrize("fault", DRIFTS)
+def test_a_drift_of_decoding_is_seen(
+    fault: faults.Patch, double: HfModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        crowd(double.adapted(adapter(double, 3, 16, 4)), SAMPLERS["sampled"])
+
+
+WRONGS = [
+    faults.prefix_in_windows,
+    faults.mask_positions,
+    faults.one_embedding,
+    faults.mask_positions_count_prefix,
+]
+
+
+@pytest.mark.parametrize("fault", WRONGS)
+def test_a_wrong_mask_row_is_seen(fault: faults.Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        trained("gemma3_text", 16, 0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from itertools import count, pairwise
 from dataclasses import replace
+from itertools import count, pairwise
 from typing import Any
 
 import pytest

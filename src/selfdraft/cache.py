@@ -1,7 +1,8 @@
 """Static key/value buffers, one lane per session.
 
 Each layer has a buffer [lanes, heads, slots, dim] for keys and one for values, zeroed when made: what
-a mask hides is still multiplied by zero, and zero times NaN is NaN. A session's history fills its
+a mask hides is still multiplied by zero, and zero times NaN is NaN. For the same reason nothing that an
+adapter makes leaves a NaN there: not its prefix, not the rows of mask tokens. A session's history fills its
 lane from slot 0; a forward writes its rows right behind, and `keep` moves the accepted ones down to
 the history's end. A chain that is accepted from its root, the usual case, moves nothing.
 
@@ -56,6 +57,9 @@ class Layer(CacheLayerMixin):
         for place, (index, at) in enumerate(self.lanes.where):
             there = buffer.narrow(0, index, 1).narrow(2, at + self.lanes.start, rows)
             there.copy_(new.narrow(0, place, 1))
+            sure = self.lanes.sure[place] - self.lanes.start
+            if sure < rows:
+                _finite_(there[:, :, max(0, sure) :])
         return buffer
 
     def get_seq_length(self) -> int:
@@ -78,15 +82,17 @@ class Lanes(transformers.Cache):
     every history, each [heads, fixed, dim]; None for a layer that keeps none.
     """
 
+    @torch.no_grad()
     def __init__(self, dtype: torch.dtype | None = None, prefix: Sequence[Pair | None] = ()) -> None:
         self.own: list[Layer] = []  # the same list as `layers`, by its narrower type
         super().__init__(layers=self.own)  # type: ignore[arg-type]
         self.dtype = dtype
-        self.prefix = prefix
+        self.prefix = [pair and (_finite_(pair[0].clone()), _finite_(pair[1].clone())) for pair in prefix]
         self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
         # Of the forward under way:
         self.where: Sequence[tuple[int, int]] = ()  # lane and first free slot of each session
+        self.sure: Sequence[int] = ()  # rows of each before its mask tokens
         self.start = 0  # first row, where a wide forward runs in pieces
         self.reach = 0  # slots its attention reads
 
@@ -98,8 +104,12 @@ class Lanes(transformers.Cache):
             buffer[len(self.lanes) - 1 :, :, self.fixed :].zero_()
         return self.lanes[-1]
 
-    def bind(self, lanes: Sequence[Lane], rows: int) -> int:
-        """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover."""
+    def bind(self, lanes: Sequence[Lane], rows: int, sure: Sequence[int] | None = None) -> int:
+        """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover.
+
+        sure: of each lane, the rows before its mask tokens; None: all.
+        """
+        self.sure = sure or [rows] * len(lanes)
         self.where = [(lane.index, self.fixed + lane.length) for lane in lanes]
         longest = self.fixed + max(lane.length for lane in lanes) + rows
         self.reach = -(-longest // STRIDE) * STRIDE
@@ -124,15 +134,14 @@ class Lanes(transformers.Cache):
             lanes = max(len(self.lanes), 2 * lanes)
         if buffer is None:
             buffer = new.new_zeros((0, new.shape[1], 0, new.shape[3]), dtype=self.dtype or new.dtype)
-        grown = self._grow(buffer, lanes, slots)
-        if prefix is not None:
-            grown[:, :, : self.fixed] = prefix
-        return grown
+        return self._grow(buffer, lanes, slots, prefix)
 
-    def _grow(self, buffer: Tensor, lanes: int, slots: int) -> Tensor:
-        """A larger buffer with the same contents, zeroed elsewhere."""
+    def _grow(self, buffer: Tensor, lanes: int, slots: int, prefix: Tensor | None) -> Tensor:
+        """A larger buffer with the same contents, the prefix in every lane, zeroed elsewhere."""
         grown = buffer.new_zeros((lanes, buffer.shape[1], slots, buffer.shape[3]))
         grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+        if prefix is not None:
+            grown[:, :, : self.fixed] = prefix
         return grown
 
     def read(self, buffer: Tensor) -> Tensor:
@@ -174,10 +183,11 @@ class Lanes(transformers.Cache):
     def copy(self, source: int, target: int, length: int) -> None:
         """Give one lane the first slots of another."""
         for layer in self.own:
-            for name in ("keys", "values"):
+            for name, prefix in zip(("keys", "values"), layer.prefix, strict=True):
                 buffer = getattr(layer, name)
                 if buffer is not None and target >= buffer.shape[0]:
-                    buffer = self._grow(buffer, max(len(self.lanes), 2 * buffer.shape[0]), buffer.shape[2])
+                    lanes = max(len(self.lanes), 2 * buffer.shape[0])
+                    buffer = self._grow(buffer, lanes, buffer.shape[2], prefix)
                     setattr(layer, name, buffer)
                 if buffer is not None:
                     held = self.fixed + length
@@ -216,3 +226,8 @@ class Lane:
 
     def close(self) -> None:
         self.lanes.release(self)
+
+
+def _finite_(part: Tensor) -> Tensor:
+    """Zeros, in place, for what is not a number."""
+    return part.nan_to_num_(0.0, 0.0, 0.0)

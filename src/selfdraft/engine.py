@@ -172,7 +172,8 @@ class Engine:
             _group(step, count) if session.finish_reason is None else []
             for session, step, count in zip(live, steps, counts, strict=True)
         ]
-        ahead = self.model.head(rows, groups) if any(groups) else [None] * len(live)
+        picked = [session.tokens[-1] for session in live]
+        ahead = self.model.ahead(rows, groups, picked) if any(groups) else [None] * len(live)
         for session, step, group, logits in zip(live, steps, groups, ahead, strict=True):
             session.observe(step, logits if group else None)
 

@@ -80,9 +80,9 @@ def hook(
     """A `custom_generate` for `model.generate`. Make it once per model: the model is probed at first use.
 
     method, options, numerics, adapter: as in `selfdraft.load`. references: texts or ids that the answer may
-    quote. stop: strings that end an answer (`generate` cannot hand its own `stop_strings` to a hook). streamer:
-    gets the ids as they are settled; for one prompt at a time. Texts, in references or stop, need the
-    tokenizer. Raises UnknownMethod and InvalidOption.
+    quote. stop: strings that end an answer (`generate` cannot hand its own `stop_strings` to a hook).
+    streamer: gets the ids as they are settled; for one prompt at a time. Texts, in references or stop, need
+    the tokenizer. Raises UnknownMethod and InvalidOption.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if tokenizer is None and (strings or any(isinstance(text, str) for text in references)):

@@ -81,13 +81,14 @@ def demo(
     with console.status("loading pico and probing its numerics"):
         generator = load("pico")
         names = ["plain", *(name for name in methods.available() if name != "plain")]
-        for name in names:  # the first forwards of a shape are slower
-            generator.using(name).generate(TASKS[0].prompt, max_new_tokens=8)
+        using = [generator.using(name) for name in names]
+        for one in using:  # the first forwards of a shape are slower
+            one.generate(TASKS[0].prompt, max_new_tokens=8)
     records = []
     for task in TASKS:
         console.rule(task.title, align="left")
         console.print(task.prompt, style="dim", highlight=False, markup=False, end="")
-        results = [_run(generator, name, task, max_new_tokens, as_json) for name in names]
+        results = [_run(one, task, max_new_tokens, as_json) for one in using]
         if not as_json:
             figures_table(results, results[0], task.title)
             kept = fresh(results[0].ids)
@@ -102,12 +103,14 @@ def demo(
         print(json.dumps({"tasks": records}))
 
 
-def _run(generator: TextGenerator, method: str, task: Task, tokens: int, quiet: bool) -> Result:
+def _run(generator: TextGenerator, task: Task, tokens: int, quiet: bool) -> Result:
     """One answer. It is the same text each time, so one method shows it as it comes: the one that copies."""
     from .paint import printer
 
-    stream = generator.using(method).stream(task.prompt, references=task.references, max_new_tokens=tokens)
-    show = printer(sys.stderr if quiet else sys.stdout) if method == SHOWN else lambda chunk: None
+    stream = generator.stream(task.prompt, references=task.references, max_new_tokens=tokens)
+    show = (
+        printer(sys.stderr if quiet else sys.stdout) if generator.method_name == SHOWN else lambda chunk: None
+    )
     for chunk in stream:
         show(chunk)
     show(None)

@@ -40,7 +40,7 @@ def distill(
     cut_loops: Annotated[
         bool, typer.Option("--cut-loops/--keep-loops", help="End an answer where it begins to loop.")
     ] = True,
-    batch: Annotated[int, typer.Option(min=1, help="Answers under way at a time.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Answers under way at a time.")] = 32,
     shard: Annotated[int, typer.Option(min=1, help="Rows a file.")] = 1000,
     method: flags.Method = "plain",
     option: flags.MethodOptions = None,

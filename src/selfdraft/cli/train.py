@@ -42,6 +42,12 @@ Target = Annotated[
     list[str] | None,
     typer.Option("--target", help="Linear layer with LoRA, as q_proj; repeatable. Default: all."),
 ]
+Sampler = Annotated[
+    int,
+    typer.Option(
+        "--sampler-head", min=0, help="Width of the layers that bring the token just picked in; 0 is none."
+    ),
+]
 Kind = Annotated[
     str, typer.Option("--loss", help="distill: from the model's distribution; tokens: as published.")
 ]
@@ -63,8 +69,8 @@ mask is the model's pick (right_1, ...), and the tokens per forward of a chain o
 
 BITA = f"""Mask tokens and a soft prefix that they alone see (arXiv 2401.12522).
 
-Some hundredths of a percent of a model's parameters. `--loss tokens --decay 1 --rate 0.03` is the published
-training.
+Some hundredths of a percent of a model's parameters. `--sampler-head 0 --loss tokens --decay 1
+--rate 0.03` is the published training.
 {STOPS}
 Examples:
 
@@ -102,6 +108,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         prefix: Prefix = config.prefix,
         rank: Rank = config.rank,
         target: Target = None,
+        sampler: Sampler = 256,
         loss: Kind = "distill",
         decay: Decay = 0.9,
         steps: Steps = 2000,
@@ -125,7 +132,13 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         from ..train.trainer import Schedule
 
         what = f"train {method}"
-        shape = {"masks": masks, "distinct": not shared_mask, "prefix": prefix, "rank": rank}
+        shape = {
+            "masks": masks,
+            "distinct": not shared_mask,
+            "prefix": prefix,
+            "rank": rank,
+            "sampler": sampler,
+        }
         times = {"steps": steps, "batch": batch, "length": length, "anchors": anchors, "every": every}
         plan = Plan(
             method,

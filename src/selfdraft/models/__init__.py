@@ -74,5 +74,9 @@ class Model(Protocol):
     def cost(self, rows: int) -> float:
         """What a step with so many rows takes, in units of one with a single row. Measured at first use."""
 
+    def ahead(self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Tensor]:
+        """Logits of the mask rows asked for, as `head` gives them. tokens: per session, the one picked at the
+        row that its mask rows stand behind."""
+
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of the rows asked for: per session [len(index), vocab_size], in the model's dtype."""

@@ -1,10 +1,11 @@
 """Adapters: what is trained beside a frozen model, and works on the rows of mask tokens alone.
 
-Three parts, each optional but the first. Embeddings of the mask tokens (BiTA, arXiv 2401.12522, section
+Four parts, each optional but the first. Embeddings of the mask tokens (BiTA, arXiv 2401.12522, section
 3.2; SPACE, 2402.11809). A soft prefix, keys and values that stand in the first slots of every cache
 (`cache`), without rotation, seen by mask rows alone (BiTA, 3.1). LoRA on linear layers, gated to mask rows
-(Samragh et al., "Your LLM Knows the Future", 2507.11851). Rows of ordinary tokens keep the bits they have
-without it: that is what makes the drafts free of consequences.
+(Samragh et al., "Your LLM Knows the Future", 2507.11851). A sampler head (the same, 3.2): when the masks run,
+the next token is not picked yet; when their scores are read, it is, and two small layers bring it in. Rows
+of ordinary tokens keep the bits they have without it all: that is what makes drafts free of consequences.
 
 An adapter works on a twin of the model: other module objects around the same weights. Hooks on the twin's
 embedding and linear layers put the trained parts in. The user's model is not touched, several adapters
@@ -23,7 +24,7 @@ from typing import Annotated, Any, cast
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -39,7 +40,7 @@ class AdapterConfig:
     """masks: mask tokens, which is how far ahead drafts reach. distinct: has each an embedding of its own?
     prefix: slots of the soft prefix in each layer; 0 is none. rank: of the gated LoRA; 0 is none. alpha: its
     scale is alpha / rank; None is 1. targets: last parts of the names of the linear layers that get it; none
-    is all, for an adapter that is yet to be made."""
+    is all, for an adapter that is yet to be made. sampler: width of the sampler head; 0 is none."""
 
     masks: Annotated[int, Ge(1)] = 3
     distinct: bool = True
@@ -47,6 +48,7 @@ class AdapterConfig:
     rank: Annotated[int, Ge(0)] = 0
     alpha: float | None = None
     targets: tuple[str, ...] = ()
+    sampler: Annotated[int, Ge(0)] = 0
 
     @property
     def scale(self) -> float:
@@ -62,13 +64,36 @@ class LowRank(torch.nn.Module):
         self.b = torch.nn.Parameter(torch.zeros(features[1], rank))
 
 
+class SamplerHead(torch.nn.Module):
+    """What a picked token says about the ones after it. inner: [width, 2 * hidden]; outer: [hidden, width],
+    zero at first."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.inner = torch.nn.Parameter(torch.randn(width, 2 * hidden) * (2 * hidden) ** -0.5)
+        self.outer = torch.nn.Parameter(torch.zeros(hidden, width))
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Hidden states of masks, [rows, hidden], with the embedding of the token picked before each brought
+        in; of the same dtype."""
+        both = torch.cat([_unit(hidden), _unit(embedded)], -1).to(self.inner.dtype)
+        more = linear(silu(linear(both, self.inner)), self.outer)
+        return hidden + more.to(hidden.dtype)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Each row at root mean square 1: embeddings and hidden states are of very different sizes."""
+    rows = rows.float()
+    return rows * (rows.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
 class Adapter(torch.nn.Module):
     """The trained parts, float32 while they are trained.
 
     masks: [masks or 1, hidden], embeddings. keys, values: per layer that keeps any, [heads, prefix, size].
-    lora: by the name of the layer in the model. odds: see `Lookahead`. Made at random, for a model with
-    embeddings of size `hidden`, layers that keep keys and values shaped like `pairs`, and such linear
-    `layers` to change; `adapter_folder` loads one.
+    sampler: the sampler head, if any. lora: by the name of the layer in the model. odds: see `Lookahead`.
+    Made at random, for a model with embeddings of size `hidden`, layers that keep keys and values shaped
+    like `pairs`, and such linear `layers` to change; `adapter_folder` loads one.
     """
 
     def __init__(
@@ -91,6 +116,7 @@ class Adapter(torch.nn.Module):
             for mine, like in zip((self.keys, self.values), pair, strict=True):
                 part = torch.randn(like.shape[0], config.prefix, like.shape[2]) * 0.02
                 mine[str(layer)] = torch.nn.Parameter(part)
+        self.sampler = SamplerHead(config.sampler, hidden) if config.sampler else None
         self.names = sorted(layers)
         self.lora = torch.nn.ModuleList(LowRank(config.rank, layers[name]) for name in self.names)
 
@@ -249,8 +275,8 @@ def _add(name: str, low: LowRank, scale: float, gate: Gate) -> Any:
         lanes, rows = gate.masks.shape
         if output.shape[:-1] not in ((lanes, rows), (lanes * rows,)):  # the latter: all lanes in one
             raise AdapterError(
-                f"layer {name} runs on {list(output.shape[:-1])} rows, the text has {[lanes, rows]}; leave it "
-                "out of the targets"
+                f"layer {name} runs on {list(output.shape[:-1])} rows, the text has {[lanes, rows]}; leave "
+                "it out of the targets"
             )
         inner = args[0].view(lanes, rows, -1)[:, gate.first :]
         own = output.view(lanes, rows, -1)[:, gate.first :]

@@ -91,6 +91,7 @@ def save(
         "masks": config.masks,
         "distinct": config.distinct,
         "prefix": config.prefix,
+        "sampler": config.sampler,
         "base": fingerprint(model.model),
         "base_name": base_name,
         "odds": adapter.odds,
@@ -110,6 +111,9 @@ def _parts(adapter: Adapter) -> dict[str, Tensor]:
     for layer in adapter.kept.values():
         parts[f"prefix.{layer}.keys"] = adapter.keys[layer]
         parts[f"prefix.{layer}.values"] = adapter.values[layer]
+    if adapter.sampler is not None:
+        parts["sampler_head.inner"] = adapter.sampler.inner
+        parts["sampler_head.outer"] = adapter.sampler.outer
     for name, low in zip(adapter.names, adapter.lora, strict=True):
         assert isinstance(low, LowRank)
         parts[f"{PEFT}{name}.lora_A.weight"] = low.a
@@ -145,7 +149,7 @@ def _config(folder: Path, source: str) -> tuple[AdapterConfig, dict[str, Any]]:
 
 def _read(record: Mapping[str, Any], about: Mapping[str, Any]) -> AdapterConfig:
     targets: Sequence[str] = record.get("target_modules", ())
-    given = {name: about[name] for name in ("masks", "distinct", "prefix")}
+    given = {name: about[name] for name in ("masks", "distinct", "prefix", "sampler")}
     lora = {"rank": record.get("r", 0), "alpha": record.get("lora_alpha"), "targets": tuple(targets)}
     return options.read(AdapterConfig, given | lora, "adapter")
 

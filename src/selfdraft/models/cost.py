@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import accumulate, count
 from typing import TYPE_CHECKING
 
@@ -56,10 +56,11 @@ def step_times(model: HfModel) -> StepTimes:
             break
         for rows in widths:
             at = time.perf_counter()
-            tree, heads = trees[rows]
+            tree, own, masks = trees[rows]
             out = model.forward([tree], [cache])
-            for asked in heads:
-                model.head(out, [asked])
+            model.head(out, [own])
+            if masks:
+                model.ahead(out, [masks], [0])
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             took = time.perf_counter() - at
@@ -68,18 +69,15 @@ def step_times(model: HfModel) -> StepTimes:
     return StepTimes(best)
 
 
-def _tree(model: HfModel, rows: int) -> tuple[Tree, Sequence[range]]:
-    """A tree of so many rows, and the rows asked of the head, call by call. With an adapter half of them
-    carry mask tokens, as in its drafts."""
+def _tree(model: HfModel, rows: int) -> tuple[Tree, range, range]:
+    """A tree of so many rows, its ordinary ones, and a group of its mask rows. With an adapter half of the
+    rows carry mask tokens, as in its drafts."""
     look = model.lookahead
     if look is None or rows == 1:
-        return Tree.chain([0] * rows), [range(rows)]
+        return Tree.chain([0] * rows), range(rows), range(0)
     own = rows - rows // 2
     masks = [look.ids[i % len(look.ids)] for i in range(rows - own)]
-    return Tree.chain([0] * own).hang(own - 1, masks), [
-        range(own),
-        range(own, min(rows, own + len(look.ids))),
-    ]
+    return Tree.chain([0] * own).hang(own - 1, masks), range(own), range(own, min(rows, own + len(look.ids)))
 
 
 def _widths(least: int, most: int) -> Iterable[int]:

@@ -135,13 +135,20 @@ class HfModel:
         width = pieces[-1][1]
         pool = lanes[0].lanes
         lengths = [lane.length for lane in lanes]
-        laid = self.layout(trees, lengths, width, pool.bind(lanes, width), pool.dtype)
+        slots = pool.bind(lanes, width, [self._sure(tree, width) for tree in trees])
+        laid = self.layout(trees, lengths, width, slots, pool.dtype)
         made = masks.masks(self.kinds, laid.seen, laid.positions, pool.fixed)
         hidden = []
         for start, stop in pieces:
             pool.start = start
             hidden.append(self.call(laid, made, pool, start, stop))
         return (hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1))[:, :rows]
+
+    def _sure(self, tree: Tree, width: int) -> int:
+        """Rows before the mask tokens, which stand behind all others."""
+        if tree.tokens[-1] < self.vocab_size:
+            return width
+        return sum(token < self.vocab_size for token in tree.tokens)
 
     def layout(
         self,
@@ -176,11 +183,22 @@ class HfModel:
 
     @torch.inference_mode()
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
-        rows = cast(HfRows, rows)
-        width = rows.hidden.shape[1]
-        flat = [rows.place[i] * width + row for i, own in enumerate(index) for row in own]
-        logits = self.logits(rows.hidden.flatten(0, 1)[flat])
+        logits = self.logits(_chosen(cast(HfRows, rows), index))
         return list(logits.split([len(own) for own in index]))
+
+    @torch.inference_mode()
+    def ahead(self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Tensor]:
+        hidden = _chosen(cast(HfRows, rows), index)
+        each = [token for token, own in zip(tokens, index, strict=True) for _ in own]
+        logits = self.logits(self.told(hidden, torch.tensor(each, device=self.device)))
+        return list(logits.split([len(own) for own in index]))
+
+    def told(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden states of mask rows, [rows, hidden], told which tokens were picked before them."""
+        if self.adapter is None or self.adapter.sampler is None:
+            return hidden
+        embedded = self.model.get_input_embeddings()(tokens)
+        return cast(Tensor, self.adapter.sampler(hidden, embedded))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocabulary], in calls whose row count keeps the bits."""
@@ -243,6 +261,13 @@ class HfModel:
                 raise
             warnings.warn(f"{error}. Going on with fast numerics", stacklevel=4)
             self.numerics, self.rows = "fast", probe.RowRange()
+
+
+def _chosen(rows: HfRows, index: Sequence[Sequence[int]]) -> Tensor:
+    """Hidden states of the rows asked for, session by session, [rows, hidden]."""
+    width = rows.hidden.shape[1]
+    flat = [rows.place[i] * width + row for i, own in enumerate(index) for row in own]
+    return rows.hidden.flatten(0, 1)[flat]
 
 
 def default_numerics(device: torch.device, dtype: torch.dtype) -> Numerics:

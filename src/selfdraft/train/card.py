@@ -52,6 +52,7 @@ def write(
         f"{config['masks'] if config['distinct'] else 1} mask embeddings",
         f"a prefix of {config['prefix']} slots in every layer" if config["prefix"] else "",
         f"LoRA of rank {config['rank']}, gated to mask rows" if config["rank"] else "",
+        f"a sampler head of width {config['sampler']}" if config["sampler"] else "",
     ]
     peak = about["peak_bytes"]
     text = TEMPLATE.format(

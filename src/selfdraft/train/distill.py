@@ -91,7 +91,7 @@ class Distillation:
     prompts: Prompts
     recipe: Recipe
     shards: Shards
-    batch: int = 16
+    batch: int = 32
     limit: int | None = None
 
     @property

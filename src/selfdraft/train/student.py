@@ -43,7 +43,7 @@ class Loss:
 
 def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
     """An untrained adapter: embeddings near the mean, prefixes as large as the model's own keys and little in
-    value, LoRA that changes nothing yet. Raises AdapterError where a target is missing."""
+    value, LoRA and sampler head that change nothing yet. Raises AdapterError where a target is missing."""
     torch.manual_seed(seed)
     embedding = cast(torch.nn.Module, model.model.get_input_embeddings())
     sample = torch.randint(model.vocab_size, (1, min(64, model.context)), device=model.device)
@@ -139,7 +139,9 @@ class Student(torch.nn.Module):
         true = anchors[..., None] + 1 + torch.arange(self.adapter.config.masks, device=ids.device)
         with torch.no_grad():
             own = self.model.output(text[lanes, true.clamp(max=ids.shape[1] - 1)].flatten(0, 2)).float()
-        return self.model.output(ahead.flatten(0, 1)).float(), own
+        masks = self.adapter.config.masks
+        picked = ids[lanes[..., 0], anchors + 1].flatten().repeat_interleave(masks)
+        return self.model.output(self.model.told(ahead.flatten(0, 1), picked)).float(), own
 
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the text, [lanes, length, hidden], without gradients, and of the mask rows,

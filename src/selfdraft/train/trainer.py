@@ -1,12 +1,13 @@
 """Training an adapter on `transformers.Trainer`: its loop, schedule, logs, checkpoints and resumption.
 
 The student holds no frozen weights, so a checkpoint is the adapter and its optimizer, some megabytes. LoRA
-has a learning rate of its own: one that suits embeddings and prefixes (3e-2 in BiTA) would break it.
+and sampler head have a learning rate of their own: one that suits embeddings and prefixes (3e-2 in BiTA)
+would break them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +27,10 @@ from .student import IGNORED, Student
 @dataclass(frozen=True)
 class Schedule:
     """steps: of the optimizer. batch: sequences of a step. length: tokens of a sequence, at most. anchors:
-    groups of masks per sequence. rate: learning rate of embeddings and prefix; lora_rate: of LoRA; both
-    rise for `warmup` of the steps, then fall as a cosine. every: steps between checkpoints, each with an
-    evaluation. workers of several processes (`accelerate launch`) each have a batch of their own."""
+    groups of masks per sequence. rate: learning rate of embeddings and prefix; lora_rate: of LoRA and
+    sampler head; both rise for `warmup` of the steps, then fall as a cosine. every: steps between
+    checkpoints, each with an evaluation. Several processes (`accelerate launch`) each have a batch of their
+    own."""
 
     steps: Annotated[int, Ge(1)] = 2000
     batch: Annotated[int, Ge(1)] = 4
@@ -119,12 +121,13 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _optimizer(student: Student, schedule: Schedule) -> torch.optim.Optimizer:
-    lora = list(student.adapter.lora.parameters())
-    known = {id(part) for part in lora}
+    adapter = student.adapter
+    dense = [*adapter.lora.parameters(), *(adapter.sampler.parameters() if adapter.sampler else ())]
+    known = {id(part) for part in dense}
     others = [part for part in student.parameters() if id(part) not in known]
     groups: list[dict[str, Any]] = [{"params": others, "lr": schedule.rate}]
-    if lora:
-        groups.append({"params": lora, "lr": schedule.lora_rate})
+    if dense:
+        groups.append({"params": dense, "lr": schedule.lora_rate})
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
 
 
