@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -136,14 +137,13 @@ def lora_for_all(patch: pytest.MonkeyPatch) -> None:
     """LoRA works on all rows of a call that has mask tokens."""
     opened = Gate.open
 
-    def whole(self: Gate, which: torch.Tensor | None) -> Any:
-        gate = opened(self, which)
-        self.__dict__["_all"] = which is not None
-        return gate
+    @contextmanager
+    def whole(self: Gate, which: torch.Tensor | None) -> Iterator[None]:
+        with opened(self, which):
+            self.first, self.all = 0, True
+            yield
 
     patch.setattr(Gate, "open", whole)
-    patch.setattr(Gate, "first", property(lambda self: 0, lambda self, value: None), raising=False)
-    patch.setattr(Gate, "all", property(lambda self: True, lambda self, value: None), raising=False)
 
 
 def lora_multiplied(patch: pytest.MonkeyPatch) -> None:
@@ -201,6 +201,7 @@ def lane_cleared(patch: pytest.MonkeyPatch) -> None:
     """A lane that is opened anew is cleared whole, its prefix, too."""
     opened = Lanes.open
 
+    @torch.inference_mode()
     def clear(self: Lanes) -> Lane:
         lane = opened(self)
         for buffer in self._buffers():
@@ -210,28 +211,41 @@ def lane_cleared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Lanes, "open", clear)
 
 
-def _unmoved(patch: pytest.MonkeyPatch, verb: str) -> None:
-    """Meanwhile no slot is taken for the prefix."""
-    right = getattr(Lanes, verb)
-
-    def wrong(self: Lanes, *given: Any) -> None:
-        fixed, self.fixed = self.fixed, 0
-        try:
-            right(self, *given)
-        finally:
-            self.fixed = fixed
-
-    patch.setattr(Lanes, verb, wrong)
-
-
 def lane_released(patch: pytest.MonkeyPatch) -> None:
-    """The lane that moves into a free place leaves the end of its history."""
-    _unmoved(patch, "release")
+    """The lane that moves into a free place leaves the end of its history behind, as long as the prefix."""
+    release = Lanes.release
+
+    def short(self: Lanes, lane: Lane) -> None:
+        fixed, self.fixed = self.fixed, 0
+        release(self, lane)
+        self.fixed = fixed
+
+    patch.setattr(Lanes, "release", short)
 
 
 def lane_copied(patch: pytest.MonkeyPatch) -> None:
-    """A copy of a lane lacks the end of the history."""
-    _unmoved(patch, "copy")
+    """A copy of a lane lacks as much."""
+    copy = Lanes.copy
+
+    def short(self: Lanes, source: int, target: int, length: int) -> None:
+        copy(self, source, target, max(0, length - self.fixed))
+
+    patch.setattr(Lanes, "copy", short)
+
+
+def lanes_grown_by_copies(patch: pytest.MonkeyPatch) -> None:
+    """Lanes that a copy adds beyond its own have no prefix."""
+    copy = Lanes.copy
+
+    def bare(self: Lanes, *given: int) -> None:
+        prefixes = [layer.prefix for layer in self.own]
+        for layer in self.own:
+            layer.prefix = (None, None)
+        copy(self, *given)
+        for layer, prefix in zip(self.own, prefixes, strict=True):
+            layer.prefix = prefix
+
+    patch.setattr(Lanes, "copy", bare)
 
 
 def lanes_grown(patch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from selfdraft import Engine, Limits, Method, Sampler, Session, Tree
+from selfdraft.errors import InvalidPrompt, InvalidReference, InvalidTree
 from selfdraft.methods.bita import Bita
 from selfdraft.methods.jacobi import Jacobi
 from selfdraft.methods.llma import Llma
@@ -23,7 +26,7 @@ from selfdraft.train.student import Loss, Student
 import faults
 from adapting import Heard, Helped, Knowing, adapter, defined
 from architectures import WORKING, build
-from conftest import VOCABULARY
+from conftest import VOCABULARY, tiny_llama
 from drafting import random_prompt, run
 
 PARTS = [(0, 0), (16, 0), (0, 4), (16, 4)]  # prefix, rank
@@ -81,6 +84,18 @@ def test_batch_is_single(model: str, prefix: int, rank: int, request: pytest.Fix
     assert [session.emitted for session in joined] == alone
 
 
+@pytest.mark.parametrize("fault", [faults.prefix_for_all, faults.lora_for_all, faults.masks_kept])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_fault_changes_a_text(
+    shape: str, fault: faults.Patch, double: HfModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapted = double.adapted(adapter(double, 3, 16, 4))
+    plain = run(double, Plain(), PROMPT, limits=SHORT).emitted
+    fault(monkeypatch)
+    assert run(adapted, Plain(), PROMPT, limits=SHORT).emitted == plain
+    assert run(adapted, Helped(SHAPES[shape], plain), PROMPT, limits=SHORT).emitted != plain
+
+
 def say(model: HfModel, heard: Sequence[Heard], size: int) -> Tensor:
     """Logits of a group under the row before the last of each text, as training sees it, [texts, size, :].
 
@@ -99,22 +114,22 @@ def crowd(adapted: HfModel, sampler: Sampler) -> None:
     base, dice = adapted.base, random.Random(1)
     engine, sessions, copies = Engine(adapted), list[tuple[Session, Knowing, Sequence[int]]](), 0
     for seed in range(10):
+        while len(engine.sessions) > 1 + seed % 3:
+            engine.step()
         prompt, start = random_prompt(dice.randint(2, 50), seed), None
-        if seed % 2 and engine.sessions:
+        if seed % 4 > 1 and engine.sessions:
             start = engine.sessions[0]
             prompt = [*start.tokens, *prompt[:2]]
-            copies += start.cache.length > 20
+            copies += start.cache.length > 0
         limits = Limits(dice.randint(8, 16))
         plain = run(base, Plain(), prompt, sampler, limits).emitted
         knowing = Knowing(plain)
         sessions.append((engine.submit(prompt, knowing, sampler, limits, start=start), knowing, plain))
-        for _ in range(3):
-            engine.step()
-        while len(engine.sessions) > 2 + seed // 5:
+        for _ in range(2):
             engine.step()
     while engine.sessions:
         engine.step()
-    assert copies > 2
+    assert copies > 1
     for session, knowing, plain in sessions:
         assert session.emitted == plain
         assert knowing.heard[-1].step.ahead is None, "the text has ended"
@@ -228,6 +243,7 @@ DRIFTS = [
     faults.lane_released,
     faults.lane_copied,
     faults.lanes_grown,
+    faults.lanes_grown_by_copies,
 ]
 
 
@@ -253,3 +269,129 @@ def test_a_wrong_mask_row_is_seen(fault: faults.Patch, monkeypatch: pytest.Monke
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         trained("gemma3_text", 16, 0)
+
+
+def test_the_head_runs_for_the_rows_that_are_looked_at(
+    double: HfModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First for the rows of ordinary tokens, then for one group of each session that goes on."""
+    adapted = double.adapted(adapter(double, 3, 16, 4))
+    asked: list[list[list[int]]] = []
+    ran: list[int] = []
+    head, logits = HfModel.head, HfModel.logits
+
+    def spy(self: HfModel, rows: Any, index: Sequence[Sequence[int]]) -> list[Tensor]:
+        asked.append([list(own) for own in index])
+        return head(self, rows, index)
+
+    def spy_rows(self: HfModel, hidden: Tensor) -> Tensor:
+        ran.append(len(hidden))
+        return logits(self, hidden)
+
+    plain = [run(double, Plain(), random_prompt(9, i), limits=Limits(6 + 6 * i)).emitted for i in range(3)]
+    methods = [Knowing(answer) for answer in plain]
+    engine = Engine(adapted)
+    sessions = [
+        engine.submit(random_prompt(9, i), method, limits=Limits(6 + 6 * i))
+        for i, method in enumerate(methods)
+    ]
+    while any(not session.ready for session in sessions):
+        engine._prefill()
+    monkeypatch.setattr(HfModel, "head", spy)
+    monkeypatch.setattr(HfModel, "logits", spy_rows)
+    groups = 0
+    while live := list(engine.sessions):
+        asked.clear()
+        engine.step()
+        steps = [method.heard[-1] for s, method in zip(sessions, methods, strict=True) if s in live]
+        assert asked[0] == [list(range(len(one.step.picks))) for one in steps]
+        counts = [one.group if s.finish_reason is None else 0 for s, one in zip(live, steps, strict=True)]
+        assert [[len(own) for own in index] for index in asked[1:]] == ([counts] if any(counts) else [])
+        for one, own in zip(steps, asked[1] if any(counts) else [], strict=False):
+            above = [one.step.path[-1], *own[:-1]] if own else []
+            assert [one.step.tree.parents[row] for row in own] == above
+        assert sum(ran) == sum(len(own) for index in asked for own in index)
+        groups += sum(counts)
+        ran.clear()
+    assert groups > 9
+
+
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(50.0, seed=1)])
+def test_mask_tokens_are_never_emitted(exact: HfModel, sampler: Sampler) -> None:
+    """Not where everything is as likely, nor where a mask hangs under each row."""
+    adapted = exact.adapted(adapter(exact, 3, 16, 4))
+    session = run(adapted, Bita(faithful=True), PROMPT, sampler, Limits(100))
+    assert max(session.emitted) < VOCABULARY
+    rows = adapted.forward([Tree.chain([5]).hang(0, [VOCABULARY])], [adapted.pool().open()])
+    assert all(len(row) == VOCABULARY for row in adapted.head(rows, [[0, 1]])[0])
+
+
+@dataclass
+class Rogue:
+    """Proposes one tree under the last token."""
+
+    rows: Sequence[int]
+    parents: Sequence[int]
+
+    def drafter(self, request: object) -> Rogue:
+        return self
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return Tree((tokens[-1], *self.rows), (-1, *self.parents))
+
+    def observe(self, step: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("adapted", "rows", "parents"),
+    [
+        (False, [320], [0]),
+        (True, [323], [0]),
+        (True, [-1], [0]),
+        (True, [320, 321, 7], [0, 1, 0]),
+        (True, [320, 7], [0, 1]),
+    ],
+    ids=["no adapter", "beyond the masks", "below zero", "before ordinary ones", "under a mask"],
+)
+def test_mask_tokens_out_of_place_are_refused(
+    double: HfModel, adapted: bool, rows: Sequence[int], parents: Sequence[int]
+) -> None:
+    engine = Engine(double.adapted(adapter(double, 3)) if adapted else double)
+    engine.submit(PROMPT, Rogue(rows, parents))
+    with pytest.raises(InvalidTree, match="Rogue"):
+        engine.step()
+
+
+def test_prompts_of_mask_tokens_are_refused(double: HfModel) -> None:
+    adapted = double.adapted(adapter(double, 3))
+    with pytest.raises(InvalidPrompt):
+        Engine(adapted).submit([5, VOCABULARY], Plain())
+    with pytest.raises(InvalidReference):
+        Engine(adapted).submit([5], Llma(), references=[[VOCABULARY]])
+
+
+def test_the_users_model_is_untouched_and_adapters_work_side_by_side() -> None:
+    own = tiny_llama(torch.float64)
+    base = HfModel(own, "fast")
+    modules, keys, config = dict(own.named_modules()), list(own.state_dict()), own.config.to_dict()
+    ids = torch.tensor([PROMPT])
+    logits = own(ids).logits
+    one, other = (base.adapted(adapter(base, 2 + seed, 16 * seed, 4, seed)) for seed in range(2))
+    engines = [Engine(one), Engine(other)]
+    plain = run(base, Plain(), PROMPT, limits=SHORT).emitted
+    methods = [Knowing(plain), Knowing(plain)]
+    sessions = [e.submit(PROMPT, m, limits=SHORT) for e, m in zip(engines, methods, strict=True)]
+    while any(engine.sessions for engine in engines):
+        for engine in engines:
+            engine.step()
+        assert torch.equal(own(ids).logits, logits)
+    for adapted, method, session in zip((one, other), methods, sessions, strict=True):
+        assert session.emitted == plain
+        compare(adapted, method.heard[:-1], Sampler())
+    assert dict(own.named_modules()) == modules
+    assert list(own.state_dict()) == keys
+    assert own.config.to_dict() == config
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in own.modules())
+    for mine, theirs in zip(own.parameters(), one.model.parameters(), strict=True):
+        assert mine is theirs, "the weights are shared"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 import selfdraft
 from selfdraft import cli, methods
+
+from conftest import TEXT, Run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +29,32 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "git ", "cd "))]
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("selfdraft")])
+OWN = [line for line in commands() if "my-model" in line]  # a path of its own, from prompts to drafts
+SHORT = {  # what a test may take of it
+    "distill": ("-n", "12"),
+    "train": ("--steps", "2", "--batch", "2", "--length", "64", "--anchors", "8"),
+    "generate": ("-n", "12"),
+    "verify": ("-n", "8", "--seeds", "0", "--prompts", "few.jsonl"),
+}
+
+
+def test_readme_path_from_prompts_to_drafts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(folder)
+    rows = [json.dumps({"prompt": TEXT[i : i + 24]}) + "\n" for i in range(0, 60, 6)]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    (tmp_path / "few.jsonl").write_text(rows[0])
+    assert [line.split()[1] for line in OWN] == list(SHORT)
+    for line in OWN:
+        words = shlex.split(line)[1:]
+        code, out, err = command(*words, *SHORT[words[0]])
+        assert code == 0, err
+        assert out
+
+
+@pytest.mark.parametrize("line", [x for x in commands() if x.startswith("selfdraft") and x not in OWN])
 def test_readme_commands_run(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

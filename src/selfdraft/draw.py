@@ -70,6 +70,11 @@ class Draw:
         rows = len(logits)
         return self._scores(logits, [()] * rows, range(self.length, self.length + rows))
 
+    def guess(self, offset: int, logits: Tensor) -> int:
+        """The token with the best score of such a guess alone, so many places after the first. Of [1,
+        vocabulary]."""
+        return int(self._scores(logits, [()], [self.length + offset]).argmax())
+
     def _scores(self, logits: Tensor, tails: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.sampler.logit_bias:

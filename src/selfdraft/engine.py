@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
+from torch import Tensor
 
 from .draw import Draw
 from .errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree
@@ -172,8 +173,10 @@ class Engine:
             _group(step, count) if session.finish_reason is None else []
             for session, step, count in zip(live, steps, counts, strict=True)
         ]
-        picked = [session.tokens[-1] for session in live]
-        ahead = self.model.ahead(rows, groups, picked) if any(groups) else [None] * len(live)
+        ahead: Sequence[Tensor | None] = [None] * len(live)
+        if any(groups):
+            picked = [session.tokens[-1] for session in live]
+            ahead = self.model.ahead(rows, groups, picked, lambda i, *guess: live[i].draw.guess(*guess))
         for session, step, group, logits in zip(live, steps, groups, ahead, strict=True):
             session.observe(step, logits if group else None)
 

@@ -3,7 +3,7 @@ sampling do not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..method import Lookahead
 from ..tree import Tree
+
+Guess = Callable[[int, int, Tensor], int]  # session, offset, logits [1, vocabulary] -> token
 
 
 class Cache(Protocol):
@@ -74,9 +76,12 @@ class Model(Protocol):
     def cost(self, rows: int) -> float:
         """What a step with so many rows takes, in units of one with a single row. Measured at first use."""
 
-    def ahead(self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Tensor]:
+    def ahead(
+        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
+    ) -> list[Tensor]:
         """Logits of the mask rows asked for, as `head` gives them. tokens: per session, the one picked at the
-        row that its mask rows stand behind."""
+        row that its mask rows stand behind. guess: what a mask will be taken to say, where the next one is
+        told."""
 
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of the rows asked for: per session [len(index), vocab_size], in the model's dtype."""

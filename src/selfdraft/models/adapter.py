@@ -4,8 +4,9 @@ Four parts, each optional but the first. Embeddings of the mask tokens (BiTA, ar
 3.2; SPACE, 2402.11809). A soft prefix, keys and values that stand in the first slots of every cache
 (`cache`), without rotation, seen by mask rows alone (BiTA, 3.1). LoRA on linear layers, gated to mask rows
 (Samragh et al., "Your LLM Knows the Future", 2507.11851). A sampler head (the same, 3.2): when the masks run,
-the next token is not picked yet; when their scores are read, it is, and two small layers bring it in. Rows
-of ordinary tokens keep the bits they have without it all: that is what makes drafts free of consequences.
+the tokens before theirs are not known; when their scores are read, one after the other, the first of them
+is, and the others are guessed, and two small layers bring them in. Rows of ordinary tokens keep the bits they
+have without it all: that is what makes drafts free of consequences.
 
 An adapter works on a twin of the model: other module objects around the same weights. Hooks on the twin's
 embedding and linear layers put the trained parts in. The user's model is not touched, several adapters
@@ -65,7 +66,7 @@ class LowRank(torch.nn.Module):
 
 
 class SamplerHead(torch.nn.Module):
-    """What a picked token says about the ones after it. inner: [width, 2 * hidden]; outer: [hidden, width],
+    """What a token says about the next one, beside what a mask says. inner: [width, 2 * hidden]; outer: [hidden, width],
     zero at first."""
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -74,8 +75,8 @@ class SamplerHead(torch.nn.Module):
         self.outer = torch.nn.Parameter(torch.zeros(hidden, width))
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """Hidden states of masks, [rows, hidden], with the embedding of the token picked before each brought
-        in; of the same dtype."""
+        """Hidden states of masks, [rows, hidden], with the embedding of the token before the one that each
+        is about brought in; of the same dtype."""
         both = torch.cat([_unit(hidden), _unit(embedded)], -1).to(self.inner.dtype)
         more = linear(silu(linear(both, self.inner)), self.outer)
         return hidden + more.to(hidden.dtype)

@@ -60,7 +60,7 @@ def step_times(model: HfModel) -> StepTimes:
             out = model.forward([tree], [cache])
             model.head(out, [own])
             if masks:
-                model.ahead(out, [masks], [0])
+                model.ahead(out, [masks], [0], lambda *_: 0)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             took = time.perf_counter() - at

@@ -28,7 +28,7 @@ from ..cache import Lane, Lanes, Pair
 from ..errors import ModelUnsupported
 from ..method import Lookahead
 from ..tree import Tree
-from . import Cache, Rows, attention, masks, probe
+from . import Cache, Guess, Rows, attention, masks, probe
 from .adapter import Adapter, Gate, attach
 from .cost import StepTimes, step_times
 from .head import Head, split
@@ -187,14 +187,25 @@ class HfModel:
         return list(logits.split([len(own) for own in index]))
 
     @torch.inference_mode()
-    def ahead(self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[Tensor]:
-        hidden = _chosen(cast(HfRows, rows), index)
-        each = [token for token, own in zip(tokens, index, strict=True) for _ in own]
-        logits = self.logits(self.told(hidden, torch.tensor(each, device=self.device)))
-        return list(logits.split([len(own) for own in index]))
+    def ahead(
+        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
+    ) -> list[Tensor]:
+        if self.adapter is None or self.adapter.sampler is None:
+            return self.head(rows, index)
+        known = list(tokens)
+        told: list[list[Tensor]] = [[] for _ in index]
+        for offset in range(max(len(own) for own in index)):
+            live = [i for i, own in enumerate(index) if len(own) > offset]
+            asked = [own[offset : offset + 1] for own in index]
+            before = torch.tensor([known[i] for i in live], device=self.device)
+            logits = self.logits(self.told(_chosen(cast(HfRows, rows), asked), before))
+            for i, row in zip(live, logits.split(1), strict=True):
+                told[i].append(row)
+                known[i] = guess(i, offset, row) if offset + 1 < len(index[i]) else -1
+        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in told]
 
     def told(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Hidden states of mask rows, [rows, hidden], told which tokens were picked before them."""
+        """Hidden states of mask rows, [rows, hidden], told the tokens before those they are about."""
         if self.adapter is None or self.adapter.sampler is None:
             return hidden
         embedded = self.model.get_input_embeddings()(tokens)

@@ -60,7 +60,8 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     shards.check_model(distilled.manifest, base, model.vocab_size)
     rows, held_out = _split(distilled.rows, plan)
     student = Student(model, fresh(model, plan.config, plan.schedule.seed), plan.loss)
-    _claim(plan, {**_asked(plan), "base": base, "rows": len(rows), "held_out": len(held_out)})
+    asked = _asked(plan, distilled)
+    _claim(plan, asked)
     share = student.adapter.size / pretrained.num_parameters()
     tell(f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
     machine.reset_peak(model.device)
@@ -78,7 +79,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
         "share": share,
         "seconds": round(next((e["train_runtime"] for e in reversed(log) if "train_runtime" in e), 0.0), 1),
         "peak_bytes": peak,
-        "run": _asked(plan),
+        "run": asked,
     }
     adapter_folder.save(plan.out, student.adapter, model, plan.method, plan.model, about)
     card.write(plan.out, plan.method, plan.model, about, log, machine.describe(model.device))
@@ -86,7 +87,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
 
 
 def _split(rows: Any, plan: Plan) -> tuple[Any, Any]:
-    """Rows to train on, and rows to judge by: every so-manieth."""
+    """Rows to train on, and rows to judge by, evenly spread."""
     usable = [i for i, answer in enumerate(rows["answer"]) if len(answer) >= LEAST]
     if len(usable) < 2:
         raise TrainingDataError(
@@ -98,9 +99,11 @@ def _split(rows: Any, plan: Plan) -> tuple[Any, Any]:
     return rows.select([i for i in usable if i not in kept]), rows.select(held)
 
 
-def _asked(plan: Plan) -> dict[str, Any]:
+def _asked(plan: Plan, distilled: shards.Distilled) -> dict[str, Any]:
+    """Everything the adapter depends on. The answers by what they are, not by where they lie."""
     given = json.loads(json.dumps(asdict(plan), default=str))
     del given["out"], given["device"]
+    given["data"] = {"rows": len(distilled.rows), **distilled.manifest["asked"]}
     return dict(given)
 
 

@@ -139,9 +139,8 @@ class Student(torch.nn.Module):
         true = anchors[..., None] + 1 + torch.arange(self.adapter.config.masks, device=ids.device)
         with torch.no_grad():
             own = self.model.output(text[lanes, true.clamp(max=ids.shape[1] - 1)].flatten(0, 2)).float()
-        masks = self.adapter.config.masks
-        picked = ids[lanes[..., 0], anchors + 1].flatten().repeat_interleave(masks)
-        return self.model.output(self.model.told(ahead.flatten(0, 1), picked)).float(), own
+        before = ids[lanes, true.clamp(max=ids.shape[1] - 1)].flatten()
+        return self.model.output(self.model.told(ahead.flatten(0, 1), before)).float(), own
 
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the text, [lanes, length, hidden], without gradients, and of the mask rows,
