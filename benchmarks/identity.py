@@ -1,11 +1,12 @@
 """Does a draft ever change a text? Counts differing tokens over real prompts.
 
-    python benchmarks/identity.py --data DIR [--model pico] [--dtype bfloat16] [--tokens 20000]
+    python benchmarks/identity.py --data DIR [--model pico] [--dtype bfloat16] [--tokens 20000] [--with bita]
 
 DIR holds eval/py_edits.jsonl.gz (rows with `prompt` and `response`). For greedy decoding and eight seeds
 at temperature 0.8, each prompt is answered plainly; then by llma, jacobi, a drafter that proposes
 garbage, and a bushy tree with decoys; then by all of them in batches of four mixed sessions that join
-and leave. Every token is compared. The last line is JSON.
+and leave. `--with` adds a method that drafts with an adapter, which then is in the model throughout, but for
+plain decoding. Every token is compared. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.progress import track
 import selfdraft
 from selfdraft import Engine, Limits, Method, Sampler
 from selfdraft.methods import create
+from selfdraft.models.hf import HfModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 SAMPLERS = [Sampler(), *(Sampler(0.8, seed=seed) for seed in range(8))]
@@ -40,8 +42,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="plain tokens to compare with, at least")
     parser.add_argument("--length", type=int, default=128, help="tokens per answer, at most")
     parser.add_argument("--prompt", type=int, default=400, help="longest prompt, in tokens")
+    parser.add_argument("--with", dest="method", help="a method that drafts with an adapter: bita, space")
+    parser.add_argument("--adapter", help="its adapter; default: the embedded one")
     given = parser.parse_args()
-    generator = selfdraft.load(given.model, dtype=given.dtype, device=given.device, numerics=given.numerics)
+    where = {"dtype": given.dtype, "device": given.device, "numerics": given.numerics}
+    generator = selfdraft.load(given.model, given.method or "plain", adapter=given.adapter, **where)
     with gzip.open(given.data / "eval" / "py_edits.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     random.Random(0).shuffle(rows)
@@ -57,6 +62,7 @@ def main() -> None:
             compare(generator, prompt, limits, compared, differing)
     record = {
         "model": given.model,
+        "with": given.method,
         "dtype": given.dtype,
         "numerics": generator.model.numerics,
         "rows per call": [generator.model.rows.least, generator.model.rows.most],
@@ -78,11 +84,11 @@ def compare(
     """One prompt under all samplers, singly and in one engine of at most four sessions at a time."""
     mixed = []
     for sampler in SAMPLERS:
-        plain = answer(generator, create("plain"), prompt, sampler, limits)
+        plain = answer(generator.model.base, create("plain"), prompt, sampler, limits)
         compared["plain"] += len(plain)
-        methods = drafters(plain, generator.model.vocab_size)
+        methods = drafters(plain, generator)
         for name, method in methods.items():
-            ids = answer(generator, method, prompt, sampler, limits)
+            ids = answer(generator.model, method, prompt, sampler, limits)
             compared[name] += len(plain)
             differing[name] += ids != plain
         mixed.append((list(methods.values())[len(mixed) % len(methods)], sampler, plain))
@@ -97,8 +103,11 @@ def compare(
         differing["batch of 4"] += session.emitted != plain
 
 
-def drafters(plain: Sequence[int], vocabulary: int) -> dict[str, Method]:
+def drafters(plain: Sequence[int], generator: selfdraft.TextGenerator) -> dict[str, Method]:
+    vocabulary, own = generator.model.vocab_size, generator.method_name
+    adapted = {own: generator.method, f"{own} faithful": create(own, {"faithful": True})}
     return {
+        **(adapted if generator.model.adapter is not None else {}),
         "llma": create("llma"),
         "jacobi": create("jacobi"),
         "garbage": Garbage(12, vocabulary),
@@ -107,13 +116,9 @@ def drafters(plain: Sequence[int], vocabulary: int) -> dict[str, Method]:
 
 
 def answer(
-    generator: selfdraft.TextGenerator,
-    method: Method,
-    prompt: Sequence[int],
-    sampler: Sampler,
-    limits: Limits,
+    model: HfModel, method: Method, prompt: Sequence[int], sampler: Sampler, limits: Limits
 ) -> Sequence[int]:
-    engine = Engine(generator.model)
+    engine = Engine(model)
     session = engine.submit(prompt, method, sampler, limits)
     for _ in engine.run(session):
         pass

@@ -27,15 +27,15 @@ def adapter(
     masks: int = 3,
     prefix: int = 0,
     rank: int = 0,
+    sampler: int = 0,
     seed: int = 0,
     distinct: bool = True,
-    targets: tuple[str, ...] = LAYERS,
 ) -> Adapter:
     """A random adapter of a model, in the dtype in which one is loaded."""
-    config = AdapterConfig(masks, distinct, prefix, rank, 1.5 * rank or None, targets if rank else ())
+    alpha, targets = (1.5 * rank, LAYERS) if rank else (None, ())
+    config = AdapterConfig(masks, distinct, prefix, rank, alpha, targets, sampler)
     torch.manual_seed(seed)
-    width = model.model.get_input_embeddings().weight.shape[1]
-    made = Adapter(config, width, model.read([0]), linear_layers(model.model, config.targets))
+    made = Adapter(config, model.width, model.read([0]), linear_layers(model.model, config.targets))
     with torch.no_grad():
         for part in made.parameters():
             part.copy_(torch.randn_like(part) * 0.5)
@@ -43,11 +43,12 @@ def adapter(
 
 
 @torch.no_grad()
-def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int]) -> Tensor:
+def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int], told: Sequence[int]) -> Tensor:
     """Logits of a whole group of masks under the last row of a text, [masks, vocabulary].
 
     By transformers' own forward: the text first; then, behind prefix and text, the masks alone, with the LoRA
-    merged into the weights and a mask that is written down here.
+    merged into the weights, a mask that is written down here, and the sampler head, which is told the tokens
+    before theirs, in front of the output layer.
     """
     config, length = adapter.config, len(text)
     cache = DynamicCache()
@@ -73,6 +74,15 @@ def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int]) -> Te
     mask: Any = seen(window)
     if len(set(kinds)) > 1:
         mask = {"sliding_attention": seen(window), "full_attention": seen(10**9)}
+    if (head := adapter.sampler) is not None:
+        before = model.get_input_embeddings()(torch.tensor([list(told)]))
+
+        def tell(module: object, args: tuple[Tensor]) -> Tensor:
+            both = [x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (args[0], before)]
+            inner = torch.cat(both, -1) @ head.inner.T
+            return args[0] + (inner * inner.sigmoid()) @ head.outer.T
+
+        tuned.get_output_embeddings().register_forward_pre_hook(tell)
     rows = adapter.masks.expand(config.masks, -1)[None]
     out = tuned(inputs_embeds=rows, attention_mask=mask, position_ids=at.T, past_key_values=cache)
     return cast(Tensor, out.logits[0])
@@ -80,7 +90,7 @@ def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int]) -> Te
 
 @dataclass
 class Heard:
-    """What a drafter was told after a step. text: all of it then. ended: was that its end?"""
+    """What a drafter was told after a step. text: all of it then."""
 
     text: Sequence[int]
     step: Step

@@ -197,6 +197,17 @@ def noise_behind(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def told_nothing(patch: pytest.MonkeyPatch) -> None:
+    """The sampler head is not told what the masks before say."""
+    patch.setattr(Draw, "guess", lambda self, offset, logits: 0)
+
+
+def told_too_late(patch: pytest.MonkeyPatch) -> None:
+    """What it is told has the noise of the position after."""
+    guess = Draw.guess
+    patch.setattr(Draw, "guess", lambda self, offset, logits: guess(self, offset + 1, logits))
+
+
 def lane_cleared(patch: pytest.MonkeyPatch) -> None:
     """A lane that is opened anew is cleared whole, its prefix, too."""
     opened = Lanes.open

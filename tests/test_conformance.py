@@ -22,14 +22,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from selfdraft import Limits, Tree
-from selfdraft.errors import ModelUnsupported
+from selfdraft.errors import AdapterError, ModelUnsupported
+from selfdraft.methods.bita import Bita
 from selfdraft.methods.plain import Plain
 from selfdraft.models import attention, masks
+from selfdraft.models.adapter import AdapterConfig, all_targets
 from selfdraft.models.head import Tail
 from selfdraft.models.hf import HfModel
+from selfdraft.train.student import Loss, Student, fresh
 from selfdraft.verify.adversaries import Oracle
 
 import faults
+from adapting import Helped
 from architectures import REFUSED, WINDOW, WORKING, build, known
 from drafting import random_prompt, run
 
@@ -124,9 +128,59 @@ def test_what_cannot_verify_a_tree_is_refused_by_name(kind: str) -> None:
         HfModel(build(kind, extra), "fast")
 
 
+def ahead(model: HfModel, text: Sequence[int], masks: int) -> Tensor:
+    """Hidden states of a group of masks under the last row of a text, as decoding comes to them."""
+    ids, cache = range(model.vocab_size, model.vocab_size + masks), model.pool().open()
+    model.forward([Tree.chain(text[:-1])], [cache])
+    cache.keep(range(len(text) - 1), [])
+    return model.forward([Tree.chain(text[-1:]).hang(0, ids)], [cache]).hidden[0, 1:]
+
+
+@types(list(WORKING))
+def test_adapters_learn_and_draft(kind: str) -> None:
+    """One step of training: each part of an adapter learns, its masks say the same in decoding, and a text
+    drafted with it is the model's own."""
+    config = AdapterConfig(masks=2, prefix=4, rank=4, sampler=8)
+    model = HfModel(build(kind, WORKING[kind]).requires_grad_(False), "fast")
+    plain = run(model, Plain(), HISTORIES[1], limits=Limits(NEW)).emitted
+    student = Student(model, fresh(model, config), Loss())
+    texts = torch.tensor([[*HISTORIES[1], *plain], [*HISTORIES[0][:21], *plain]])
+    labels = torch.zeros(2, 2, config.masks, dtype=torch.long)
+    loss = student(texts, torch.tensor([[22, 5], [9, 20]]), labels)["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    learned = set()
+    for name, part in student.adapter.named_parameters():
+        assert part.grad is not None, name
+        assert part.grad.isfinite().all(), name
+        if name.endswith(".b") and part.grad.any():
+            learned.add(student.adapter.names[int(name.split(".")[1])].split(".")[-1])
+        elif not name.startswith(("lora", "sampler.inner")):  # behind zeros as yet
+            assert part.grad.any(), name
+        part.data -= 0.5 * part.grad.sign()  # far from what it was
+    assert learned == set(student.adapter.config.targets)
+    told = student.hidden(texts, torch.tensor([[20]] * 2))[1].detach()
+    for text, right in zip(texts.tolist(), told, strict=True):
+        error = (ahead(student.model, text[:21], config.masks) - right).norm(dim=-1) / right.norm(dim=-1)
+        assert error.max() <= (2e-5 if model.dtype == torch.float64 else 1e-4)
+    drafted = run(
+        student.model, Helped(Bita(faithful=True, width=2), plain), HISTORIES[1], limits=Limits(NEW)
+    )
+    assert drafted.emitted == plain
+    assert len(drafted.runs) < NEW
+
+
+@types(["llama4_text", "phimoe", "longcat_flash"])
+def test_lora_on_routers_of_their_own_kind_is_refused(kind: str) -> None:
+    name = {"longcat_flash": "classifier"}.get(kind, "router")
+    model = HfModel(build(kind, WORKING[kind]), "fast")
+    with pytest.raises(AdapterError, match=f"{name} does not run on the rows of a text"):
+        fresh(model, AdapterConfig(rank=4, targets=(name,)))
+
+
 def whole_text(patch: pytest.MonkeyPatch) -> None:
     """One mask for all layers."""
-    patch.setattr(masks, "masks", lambda kinds, seen, positions: dict.fromkeys(kinds, seen))
+    patch.setattr(masks, "masks", lambda kinds, seen, *_: dict.fromkeys(kinds, seen))
 
 
 def one_more(patch: pytest.MonkeyPatch) -> None:
@@ -198,7 +252,9 @@ def features(kind: str) -> str:
     head = "whole forward" if model._base is model.model else "output layer"
     if isinstance(model._head, Tail):
         head = "output layer and what follows it"
-    return f"| `{kind}` | {', '.join(sorted(kinds))} | {', '.join(sorted(seen))} | {head} | {wide(kind)} |"
+    lora = ", ".join(f"`{target}`" for target in all_targets(model.model))
+    parts = [f"`{kind}`", ", ".join(sorted(kinds)), ", ".join(sorted(seen)), head, wide(kind), lora]
+    return f"| {' | '.join(parts)} |"
 
 
 def wide(kind: str) -> str:
@@ -248,9 +304,13 @@ several windows, two sessions together, branches kept and built upon, and a text
 - exact: whether exact numerics are possible, if at some number of rows every row keeps its bits; that is
   measured at load and differs by machine and dtype. "No": the layers compute with cached keys in the model's
   own dtype, by code of their own. Mixtures of experts change row counts by routing and often keep no bits.
+- LoRA: linear layers that adapters can change for the rows of mask tokens (`train space --target`). With
+  each type adapters were trained a step, with mask tokens, soft prefix and sampler head, and with LoRA on
+  all these layers: every part learned, masks said the same in training and decoding, and a text drafted with
+  them was the model's own.
 
-| type | layers | scores | logits | exact |
-|---|---|---|---|---|
+| type | layers | scores | logits | exact | LoRA |
+|---|---|---|---|---|---|
 {works}
 
 Types that were tried and are refused:

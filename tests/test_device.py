@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from selfdraft import Sampler
+from selfdraft.methods.bita import Bita
 from selfdraft.methods.plain import Plain
+from selfdraft.methods.space import Space
 from selfdraft.models.hf import HfModel
 from selfdraft.noise import gumbel, philox
 from selfdraft.verify.adversaries import Garbage, Oracle
 
+from adapting import adapter
 from conftest import tiny_llama
 from drafting import random_prompt, run
 
@@ -37,3 +40,6 @@ def test_drafted_is_plain_in_float64(device: str, temperature: float) -> None:
     plain = run(model, Plain(), prompt, sampler).emitted
     for method in (Garbage(), Oracle(plain)):
         assert run(model, method, prompt, sampler).emitted == plain
+    adapted = model.adapted(adapter(model, prefix=4, rank=4).to(device))
+    for method in (Bita(faithful=True), Space()):
+        assert run(adapted, method, prompt, sampler).emitted == plain

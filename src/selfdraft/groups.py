@@ -27,7 +27,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
 from operator import mul
@@ -50,6 +49,7 @@ ONWARD = (
 TRUST = 0.7  # of the hazard itself, where nothing was calibrated: guesses are surer than right
 FIRST = 0.4  # and how often walks are taken to go on there
 PACE = 8.0  # steps that the rate expected at first counts for
+CREDIT = 3.0  # steps that drafts may lose at first: some rounds of masks and of what they guess
 PROBING = 0.01  # share of the time that goes to masks when they do not seem to pay
 
 
@@ -97,7 +97,7 @@ class GroupDrafter:
 
     def __init__(self, look: Lookahead, cost: Callable[[int], float], most: int) -> None:
         self.ids, self.most = tuple(look.ids), most
-        self.budget = Budget(cost)
+        self.budget = Budget(cost, CREDIT)
         offsets = range(len(self.ids))
         odds = look.odds.get(ODDS) or [[TRUST * at for at in middles()]] * len(self.ids)
         onward = (look.odds.get(ONWARD) or [[FIRST] * len(self.ids)])[0]
@@ -191,9 +191,8 @@ class Plan:
     def __init__(self, budget: Budget, rate: float, reach: Sequence[float]) -> None:
         self.budget, self.rate = budget, rate
         width = 2 + 2 * len(reach)
-        self.price = (
-            rate * (budget.cost(2 * width) - budget.cost(width)) / width
-        )  # of one more row, in tokens
+        slope = (budget.cost(2 * width) - budget.cost(width)) / width
+        self.price = rate * slope  # of one more row, in tokens
         self.gains = [share - self.price for share in reach]
         self.totals = [0.0]  # by how many masks there are
         for gain in self.gains:
@@ -248,27 +247,21 @@ def middles() -> list[float]:
     return [(a + b) / 2 for a, b in zip((0.0, *HAZARDS), (*HAZARDS, 1.0), strict=True)]
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """A layout as published: nodes in order, each (parent, offset, rank), under all of them a whole group.
+class FixedDrafter:
+    """Draws up the same tree at every step, as published.
 
-    Row 0 is the last token. The candidate of a node is the guess of that rank at that offset.
+    nodes: in order, each (parent, offset, rank): the guess of that rank at that offset, under the node of
+    that index, of which 0 is the last token. Every one of them has a whole group of masks under it.
     """
 
-    nodes: Sequence[tuple[int, int, int]]
-
-
-class FixedDrafter:
-    """Draws up the same tree at every step."""
-
-    def __init__(self, look: Lookahead, layout: Fixed) -> None:
-        self.ids, self.layout = tuple(look.ids), layout
-        self.width = 1 + max((rank for _, _, rank in layout.nodes), default=0)
+    def __init__(self, look: Lookahead, nodes: Sequence[tuple[int, int, int]]) -> None:
+        self.ids, self.nodes = tuple(look.ids), nodes
+        self.width = 1 + max((rank for _, _, rank in nodes), default=0)
         self.ahead: list[list[int]] = []
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         # At first nothing is known, towards the end of the text not every offset; nodes come by offset.
-        nodes = [node for node in self.layout.nodes if node[1] < len(self.ahead)]
+        nodes = [node for node in self.nodes if node[1] < len(self.ahead)]
         known = [self.ahead[offset][rank] for _, offset, rank in nodes]
         tree = Tree((tokens[-1], *known), (-1, *(parent for parent, _, _ in nodes)))
         for row in range(len(tree)):
@@ -276,5 +269,4 @@ class FixedDrafter:
         return tree
 
     def observe(self, step: Step) -> None:
-        if step.ahead is not None:
-            self.ahead = step.ahead.topk(self.width).indices.tolist()
+        self.ahead = [] if step.ahead is None else step.ahead.topk(self.width).indices.tolist()

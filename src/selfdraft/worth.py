@@ -92,11 +92,11 @@ class Node(Generic[S]):
 class Budget:
     """The time of one request, in steps of one row: what rows cost, and what drafts may still lose."""
 
-    def __init__(self, cost: Callable[[int], float]) -> None:
+    def __init__(self, cost: Callable[[int], float], credit: float = CREDIT) -> None:
         self.measured = cost
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
         self.asked = 0
-        self.credit = CREDIT
+        self.credit = credit
 
     def begin(self) -> None:
         """A step begins."""

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from ..groups import Fixed, FixedDrafter, GroupDrafter, lookahead
+from ..groups import FixedDrafter, GroupDrafter, lookahead
 from ..method import Drafter, Request
 
 
@@ -34,7 +34,7 @@ class Bita:
     def drafter(self, request: Request) -> Drafter:
         look = lookahead(request, "bita")
         if self.faithful:
-            return FixedDrafter(look, Fixed(self._nodes(len(look.ids))))
+            return FixedDrafter(look, self._nodes(len(look.ids)))
         return GroupDrafter(look, request.cost, self.block)
 
     def _nodes(self, masks: int) -> list[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
-from ..groups import Fixed, FixedDrafter, GroupDrafter, lookahead
+from ..groups import FixedDrafter, GroupDrafter, lookahead
 from ..method import Drafter, Request
 
 
@@ -30,5 +30,5 @@ class Space:
     def drafter(self, request: Request) -> Drafter:
         look = lookahead(request, "space")
         if self.faithful:
-            return FixedDrafter(look, Fixed([(offset, offset, 0) for offset in range(len(look.ids))]))
+            return FixedDrafter(look, [(offset, offset, 0) for offset in range(len(look.ids))])
         return GroupDrafter(look, request.cost, self.block)

@@ -33,7 +33,7 @@ from ..cache import Pair
 from ..errors import AdapterError
 from ..method import Lookahead
 
-ROWS = 3  # of a forward that shows which layers run on rows
+ROWS = 12  # of a forward that shows which layers run on rows
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ class LowRank(torch.nn.Module):
 
 
 class SamplerHead(torch.nn.Module):
-    """What a token says about the next one, beside what a mask says. inner: [width, 2 * hidden]; outer: [hidden, width],
-    zero at first."""
+    """What a token says about the next one, beside what a mask says.
+
+    inner: [width, 2 * hidden]; outer: [hidden, width], zero at first.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -195,50 +197,65 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
 def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Linear layers by name, with their sizes in and out, whose names end in one of `targets`.
 
-    The output layer is not among them. Raises AdapterError for a target without any.
+    Raises AdapterError for a target without any, or that does not run on the rows of a text.
     """
-    inner = {
-        name: size
-        for name, module in model.named_modules()
-        if (size := features(module)) is not None and module is not model.get_output_embeddings()
-    }
-    found = {name: size for name, size in inner.items() if name.split(".")[-1] in targets}
-    missing = [t for t in targets if all(name.split(".")[-1] != t for name in found)]
+    if not targets:
+        return {}
+    inner = {name: size for name, module in _inner(model) if (size := features(module)) is not None}
+    last = {name: name.split(".")[-1] for name in inner}
+    missing = [target for target in targets if target not in last.values()]
     if missing:
-        known = ", ".join(sorted({name.split(".")[-1] for name in inner})) or "none"
+        known = ", ".join(sorted(set(last.values()))) or "none"
         raise AdapterError(
             f"{model.config.model_type} has no linear layer {missing[0]}; its linear layers: {known}"
         )
-    return found
+    fit = all_targets(model)
+    wrong = [target for target in targets if target not in fit]
+    if wrong:
+        raise AdapterError(
+            f"{model.config.model_type}: {wrong[0]} does not run on the rows of a text, like the experts "
+            f"of a mixture; linear layers that do: {', '.join(fit)}"
+        )
+    return {name: inner[name] for name in inner if last[name] in targets}
 
 
 def all_targets(model: PreTrainedModel) -> tuple[str, ...]:
     """Last parts of the names of all linear layers, but for those that do not run on the rows of a text, as
     the experts of a mixture. Raises AdapterError where there are none."""
     ran: dict[str, bool] = {}
-    output = model.get_output_embeddings()
 
     def note(name: str) -> Any:
-        def hook(module: object, args: tuple[Tensor, ...]) -> None:
-            ran[name] = ran.get(name, True) and args[0].shape[:-1] in ((1, ROWS), (ROWS,))
+        def hook(module: object, args: object, output: object) -> None:
+            ran[name] = ran.get(name, True) and _shape(output) in ((1, ROWS), (ROWS,))
 
         return hook
 
-    modules = [(name, module) for name, module in model.named_modules() if features(module) is not None]
-    handles = [module.register_forward_pre_hook(note(n)) for n, module in modules if module is not output]
+    modules = [(name, module) for name, module in _inner(model) if features(module) is not None]
+    handles = [module.register_forward_hook(note(name)) for name, module in modules]
     try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, ROWS, dtype=torch.long, device=model.device), use_cache=False)
+        with torch.no_grad():  # of different tokens, which no expert has all
+            model(input_ids=torch.arange(ROWS, device=model.device)[None], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     wrong = {name.split(".")[-1] for name, fits in ran.items() if not fits}
-    targets = {
-        name.split(".")[-1] for name, module in modules if name in ran and module is not output
-    } - wrong
+    targets = {name.split(".")[-1] for name in ran} - wrong
     if not targets:
         raise AdapterError(f"{model.config.model_type} has no linear layers that LoRA could be gated on")
     return tuple(sorted(targets))
+
+
+def _inner(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """Modules that run with the rows of a text: what makes logits of them comes later, and for few."""
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    holds = (part for part in model.children() if part is not embedding and embedding in set(part.modules()))
+    inside = set(next(holds, model).modules()) - {output}
+    return [(name, module) for name, module in model.named_modules() if module in inside]
+
+
+def _shape(output: object) -> tuple[int, ...] | None:
+    """Of the rows of a layer's output; None where it is no such thing."""
+    return tuple(output.shape[:-1]) if isinstance(output, Tensor) else None
 
 
 def features(module: torch.nn.Module) -> tuple[int, int] | None:
@@ -274,10 +291,10 @@ def _add(name: str, low: LowRank, scale: float, gate: Gate) -> Any:
         if gate.masks is None:
             return None
         lanes, rows = gate.masks.shape
-        if output.shape[:-1] not in ((lanes, rows), (lanes * rows,)):  # the latter: all lanes in one
+        if _shape(output) not in ((lanes, rows), (lanes * rows,)):  # the latter: all lanes in one
             raise AdapterError(
-                f"layer {name} runs on {list(output.shape[:-1])} rows, the text has {[lanes, rows]}; leave "
-                "it out of the targets"
+                f"layer {name} runs on {_shape(output)} rows, the text has {(lanes, rows)}; leave it out of "
+                "the targets"
             )
         inner = args[0].view(lanes, rows, -1)[:, gate.first :]
         own = output.view(lanes, rows, -1)[:, gate.first :]

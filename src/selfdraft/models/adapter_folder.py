@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import options
 from ..errors import AdapterError, InvalidOption
-from ..method import Method
+from ..method import Lookahead, Method
 from .adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from .fingerprint import fingerprint
 from .hf import HfModel
@@ -63,9 +63,9 @@ def load(source: str, model: HfModel) -> Adapter:
         )
     weights = _weights(folder, source)
     layers = linear_layers(model.model, config.targets if config.rank else ())
-    adapter = Adapter(config, weights["mask_tokens"].shape[-1], model.read([0]), layers)
+    adapter = Adapter(config, model.width, model.read([0]), layers)
     _fill(adapter, weights, source)
-    adapter.odds = about.get("odds", {})
+    adapter.odds = about["odds"]
     few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
     return adapter.to(model.device, few).requires_grad_(False)
 
@@ -133,6 +133,8 @@ def _fill(adapter: Adapter, weights: Mapping[str, Tensor], source: str) -> None:
                 f"adapter {source}: {name} has shape {tuple(weights[name].shape)}, the model takes "
                 f"{tuple(part.shape)}"
             )
+        if not weights[name].isfinite().all():
+            raise AdapterError(f"adapter {source}: {name} holds what is not a number")
         part.copy_(weights[name])
 
 
@@ -140,7 +142,9 @@ def _config(folder: Path, source: str) -> tuple[AdapterConfig, dict[str, Any]]:
     try:
         record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         about = record["selfdraft"]
-        return _read(record, about), about
+        config = _read(record, about)
+        look = {"ids": range(config.masks), "odds": about.get("odds", {})}
+        return config, {**about, "odds": options.read(Lookahead, look, "adapter").odds}
     except FileNotFoundError as error:
         raise AdapterError(f"adapter {source}: no {CONFIG} there") from error
     except (OSError, ValueError, KeyError, TypeError, InvalidOption) as error:

@@ -81,6 +81,12 @@ class HfModel:
     def name(self) -> str:
         return str(self.model.config.model_type)
 
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        token = torch.zeros(1, dtype=torch.long, device=self.device)
+        return int(self.model.get_input_embeddings()(token).shape[-1])
+
     def pool(self) -> Lanes:
         prefix = self.adapter.pairs() if self.adapter is not None else ()
         return Lanes(torch.float64 if self.numerics == "exact" else None, prefix)

@@ -68,7 +68,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     log = train(student, plan.schedule, rows, held_out, plan.out / "checkpoints")
     peak = machine.peak(model.device)
     tell("calibrating on held-out sequences")
-    collate = batches(student, plan.schedule, fixed=True)
+    collate = batches(student, plan.schedule)
     greedy = [row for row in held_out if row["temperature"] == 0] or list(held_out)
     size = plan.schedule.batch
     calibration = calibrate(student, (collate(greedy[i : i + size]) for i in range(0, len(greedy), size)))

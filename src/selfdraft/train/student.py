@@ -53,7 +53,7 @@ def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
         config = replace(config, targets=all_targets(model.model))
     layers = linear_layers(model.model, config.targets if config.rank else ())
     pairs = model.read(sample[0].tolist())
-    adapter = Adapter(config, own.shape[-1], pairs, layers).to(model.device)
+    adapter = Adapter(config, model.width, pairs, layers).to(model.device)
     with torch.no_grad():
         adapter.masks.copy_(own.mean(0) + 0.1 * own.std(0) * torch.randn_like(adapter.masks))
         for i, layer in adapter.kept.items():

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from .sequences import Batches
+from .sequences import Batches, Draws
 from .student import IGNORED, Student
 
 
@@ -52,29 +52,28 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train, from the last checkpoint in `folder` if there is one. Returns the log."""
+    args = _arguments(schedule, folder, student.model.device)
+    uses = schedule.steps * schedule.batch * args.world_size
     trainer = AdapterTrainer(
         model=student,
-        args=_arguments(schedule, folder, student.model.device),
-        train_dataset=rows,
+        args=args,
+        train_dataset=Draws(rows, uses, schedule.seed),
         eval_dataset=held_out,
         data_collator=batches(student, schedule),
         compute_metrics=_metrics,
         optimizers=(_optimizer(student, schedule), None),
         callbacks=list(callbacks),
     )
-    trainer.held_out = batches(student, schedule, fixed=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
     return list(trainer.state.log_history)
 
 
-def batches(student: Student, schedule: Schedule, fixed: bool = False) -> Batches:
-    return Batches(schedule.length, schedule.anchors, student.adapter.config.masks, fixed)
+def batches(student: Student, schedule: Schedule) -> Batches:
+    return Batches(schedule.length, schedule.anchors, student.adapter.config.masks)
 
 
 class AdapterTrainer(Trainer):
     """A Trainer whose log says how often each mask's first guess is the model's pick."""
-
-    held_out: Batches
 
     def compute_loss(
         self,
@@ -93,13 +92,6 @@ class AdapterTrainer(Trainer):
             logs |= accuracies(torch.cat(self._hits).cpu().numpy())
             self._hits = []
         super().log(logs, start_time)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        mine, self.data_collator = self.data_collator, self.held_out
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = mine
 
 
 def accuracies(hits: np.ndarray[Any, Any]) -> dict[str, float]:

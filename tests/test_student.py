@@ -1,0 +1,401 @@
+"""Training: trees and labels as defined, losses by hand, gradients where they belong, resumed == whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import datasets
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from selfdraft import Limits, groups
+from selfdraft.errors import AdapterError
+from selfdraft.methods.plain import Plain
+from selfdraft.models.adapter import AdapterConfig
+from selfdraft.models.hf import HfModel
+from selfdraft.train import calibration, sequences, trainer
+from selfdraft.train.calibration import calibrate
+from selfdraft.train.sequences import Batches, Draws
+from selfdraft.train.student import IGNORED, Loss, Student, anchored, fresh
+from selfdraft.train.trainer import Schedule, accuracies, train
+
+from conftest import tiny_llama
+from drafting import random_prompt, run
+
+BITA = AdapterConfig(masks=2, prefix=4)
+SPACE = AdapterConfig(masks=2, rank=4)
+WHOLE = AdapterConfig(masks=3, prefix=4, rank=4, targets=("q_proj", "down_proj"), sampler=8)
+
+
+@pytest.fixture(scope="module")
+def model() -> HfModel:
+    return HfModel(tiny_llama(torch.float64).requires_grad_(False), "fast")
+
+
+@pytest.fixture(scope="module")
+def rows(model: HfModel) -> datasets.Dataset:
+    """Prompts, and what the model itself says to them."""
+    prompts = [random_prompt(8, seed) for seed in range(12)]
+    answers = [run(model, Plain(), prompt, limits=Limits(24)).emitted for prompt in prompts]
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": list(prompt), "answer": list(answer)}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    )
+
+
+def test_a_sequence_is_a_tree() -> None:
+    tree = anchored([5, 6, 7, 8], [3, 1], [50, 51, 52])
+    assert tree.tokens == (5, 6, 7, 8, 50, 51, 52, 50, 51, 52)
+    assert tree.parents == (-1, 0, 1, 2, 3, 4, 5, 1, 7, 8)
+    assert tree.depth[4:] == (4, 5, 6, 2, 3, 4)
+
+
+def right(prompt: Sequence[int], answer: Sequence[int], batches: Batches, draw: int | None = None) -> None:
+    """All about one batch of a text and a shorter one, against the text itself."""
+    rows = [{"prompt": prompt, "answer": answer}, {"prompt": prompt[:3], "answer": answer[:2]}]
+    rows = [{**row, "draw": draw} for row in rows]
+    got = batches(rows)
+    assert got["ids"].shape[1] % sequences.STRIDE == 0
+    for ids, anchors, labels, row in zip(got["ids"], got["anchors"], got["labels"], rows, strict=True):
+        whole = [*row["prompt"], *row["answer"]]
+        text = ids.tolist()
+        kept = min(len(whole), batches.length)
+        start = next(i for i in range(len(whole)) if whole[i : i + kept] == text[:kept])
+        assert not any(text[kept:])
+        assert start == 0 or len(row["prompt"]) > batches.length // 2, "the answer's start is kept"
+        known = [a for a, told in zip(anchors.tolist(), labels.tolist(), strict=True) if told[0] != IGNORED]
+        first = max(0, len(row["prompt"]) - 1 - start)
+        assert len(known) == min(batches.anchors, max(0, kept - 2 - first))
+        assert len(set(known)) == len(known)
+        assert all(first <= a <= kept - 3 for a in known), "decoding could go on from each"
+        for anchor, told in zip(anchors.tolist(), labels.tolist(), strict=True):
+            true = [text[i] if i < kept else IGNORED for i in range(anchor + 2, anchor + 2 + batches.masks)]
+            assert told == (true if told[0] != IGNORED else [IGNORED] * batches.masks)
+
+
+CASES = [(9, 30, 64), (9, 30, 24), (40, 30, 24), (40, 3, 24), (1, 5, 8)]  # prompt, answer, length
+
+
+@pytest.mark.parametrize(("prompt", "answer", "length"), CASES)
+@pytest.mark.parametrize("draw", [None, 0, 1])
+@pytest.mark.parametrize("anchors", [3, 50])
+def test_labels_are_the_tokens_two_and_more_places_on(
+    prompt: int, answer: int, length: int, draw: int | None, anchors: int
+) -> None:
+    text = [*range(1, 1 + prompt + answer)]
+    right(text[:prompt], text[prompt:], Batches(length, anchors, 3), draw)
+
+
+def test_anchors_are_drawn_anew_but_those_of_an_evaluation() -> None:
+    row = {"prompt": [*range(1, 9)], "answer": [*range(9, 60)]}
+    batches = Batches(64, 5, 2)
+
+    def drawn(rows: Sequence[Any]) -> list[tuple[int, ...]]:
+        return [tuple(batches([row])["anchors"].flatten().tolist()) for row in rows]
+
+    uses = Draws([row, row], 6)
+    assert len(uses) == 6
+    anew = drawn([uses[i] for i in range(6)])
+    assert len(set(anew)) == 6
+    assert drawn([uses[i] for i in range(6)]) == anew
+    assert not set(anew) & set(drawn([Draws([row], 6, seed=1)[i] for i in range(6)]))
+    assert len(set(drawn([row] * 5))) == 1
+
+
+def off_by_one(patch: pytest.MonkeyPatch) -> None:
+    """Masks learn the token after their own row's."""
+    call = Batches.__call__
+
+    def wrong(self: Batches, rows: Any) -> dict[str, Tensor]:
+        got = call(self, rows)
+        told = got["labels"]
+        return {**got, "labels": torch.where(told == IGNORED, told, told - 1)}  # texts count upwards
+
+    patch.setattr(Batches, "__call__", wrong)
+
+
+def beyond_the_end(patch: pytest.MonkeyPatch) -> None:
+    """What stands after the text is padding, and counts."""
+    patch.setattr(sequences, "IGNORED", 0)
+
+
+def before_the_answer(patch: pytest.MonkeyPatch) -> None:
+    """Anchors within the prompt."""
+    cut = Batches._cut
+    patch.setattr(Batches, "_cut", lambda self, *given: (cut(self, *given)[0], 0))
+
+
+@pytest.mark.parametrize("fault", [off_by_one, beyond_the_end, before_the_answer])
+def test_wrong_labels_are_seen(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        right([*range(1, 10)], [*range(10, 40)], Batches(64, 50, 3))
+
+
+def batch(rows: Any, masks: int) -> dict[str, Tensor]:
+    """One of the texts is short: it has few anchors, and masks beyond its end."""
+    return Batches(48, 8, masks)([rows[0], {**rows[1], "answer": rows[1]["answer"][:4]}, rows[2]])
+
+
+@torch.no_grad()
+def by_hand(student: Student, given: dict[str, Tensor]) -> float:
+    """The mean over masks that have a token to tell, by the definition of each kind, one by one."""
+    scores, own = student.scores(given["ids"], given["anchors"])
+    losses, weights = 0.0, 0.0
+    told = given["labels"].flatten(0, 1).tolist()
+    for group, labels in enumerate(told):
+        for offset, label in enumerate(labels):
+            if label == IGNORED:
+                continue
+            row = group * len(labels) + offset
+            logp, logq = scores[row].log_softmax(-1), own[row].log_softmax(-1)
+            weight = student.loss.decay**offset
+            loss = -logp[label] if student.loss.kind == "tokens" else -(logq.exp() * logp).sum()
+            losses, weights = losses + weight * float(loss), weights + weight
+    return losses / weights
+
+
+@pytest.mark.parametrize("kind", ["distill", "tokens"])
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_loss_is_that_by_hand(
+    model: HfModel, rows: Any, kind: Literal["distill", "tokens"], decay: float
+) -> None:
+    student = Student(model, fresh(model, WHOLE), Loss(kind, decay))
+    given = batch(rows, 3)
+    out = student(**given)
+    assert out["loss"].item() == pytest.approx(by_hand(student, given), rel=1e-5)
+    scores, own = student.scores(given["ids"], given["anchors"])
+    hits = (scores.argmax(-1) == own.argmax(-1)).view(given["labels"].shape)
+    assert torch.equal(out["hits"] == 1, hits & (given["labels"] != IGNORED))
+    assert torch.equal(out["hits"] == IGNORED, given["labels"] == IGNORED)
+
+
+def test_the_model_says_its_own_answers(model: HfModel, rows: Any) -> None:
+    """At the true positions the model's own picks are the labels, for the texts are its own."""
+    student = Student(model, fresh(model, WHOLE), Loss())
+    given = batch(rows, 3)
+    own = student.scores(given["ids"], given["anchors"])[1].argmax(-1).view(given["labels"].shape)
+    known = given["labels"] != IGNORED
+    assert known.sum() > 40
+    assert torch.equal(own[known], given["labels"][known])
+
+
+def aims_late(patch: pytest.MonkeyPatch) -> None:
+    """Masks are compared with the model's scores one row on."""
+    scores = Student.scores
+
+    def late(self: Student, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        return scores(self, ids, anchors)[0], scores(self, ids, anchors + 1)[1]
+
+    patch.setattr(Student, "scores", late)
+
+
+def nothing_ignored(patch: pytest.MonkeyPatch) -> None:
+    """Masks beyond the end of the text count."""
+    forward = Student.forward
+    patch.setattr(
+        Student,
+        "forward",
+        lambda self, ids, anchors, labels: forward(self, ids, anchors, labels.clamp(min=0)),
+    )
+
+
+def flat(patch: pytest.MonkeyPatch) -> None:
+    """All offsets have the same weight."""
+    forward = Student.forward
+
+    def even(self: Student, **given: Tensor) -> dict[str, Tensor]:
+        loss, self.loss = self.loss, Loss(self.loss.kind, 1.0)
+        out = forward(self, **given)
+        self.loss = loss
+        return out
+
+    patch.setattr(Student, "forward", even)
+
+
+@pytest.mark.parametrize("fault", [aims_late, nothing_ignored, flat])
+def test_a_wrong_loss_is_seen(model: HfModel, rows: Any, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+
+    def check() -> None:
+        test_the_loss_is_that_by_hand(model, rows, "tokens", 0.5)
+        test_the_model_says_its_own_answers(model, rows)
+
+    with pytest.raises(AssertionError):
+        check()
+
+
+@pytest.mark.parametrize("kind", ["distill", "tokens"])
+@pytest.mark.parametrize("config", [BITA, SPACE, WHOLE], ids=["bita", "space", "whole"])
+def test_it_learns_and_the_model_stays(
+    rows: Any, config: AdapterConfig, kind: Literal["distill", "tokens"]
+) -> None:
+    own = tiny_llama()
+    model = HfModel(own, "fast")
+    before = {name: part.clone() for name, part in own.state_dict().items()}
+    student = Student(model, fresh(model, config), Loss(kind))
+    assert {id(part) for part in student.parameters()} == {id(part) for part in student.adapter.parameters()}
+    optimizer = torch.optim.Adam(student.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = student(**batch(rows, config.masks))["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    for name, part in student.adapter.named_parameters():
+        assert part.grad is not None, name
+        assert part.grad.isfinite().all(), name
+        assert part.grad.any(), name
+    for name, part in own.state_dict().items():
+        assert torch.equal(part, before[name]), name
+
+
+def test_nothing_is_stored_for_the_frozen_weights(model: HfModel, rows: Any) -> None:
+    """Neither the text's forward nor the weights carry gradients, wherever those may come from."""
+    own = tiny_llama()  # its weights say that they want gradients
+    student = Student(HfModel(own, "fast"), fresh(model, BITA).float(), Loss())
+    text, ahead = student.hidden(torch.tensor([random_prompt(20, 0)]), torch.tensor([[3, 9]]))
+    assert not text.requires_grad
+    assert ahead.requires_grad
+
+
+def test_a_fresh_adapter_changes_nothing_yet_where_it_adds(model: HfModel) -> None:
+    """LoRA and sampler head begin at zero; seeds repeat."""
+    one, same, other = (fresh(model, WHOLE, seed) for seed in (0, 0, 1))
+    for mine, theirs in zip(one.parameters(), same.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(one.masks, other.masks)
+    plain = fresh(model, replace(WHOLE, rank=0, sampler=0))
+    plain.load_state_dict({name: one.state_dict()[name] for name in plain.state_dict()})
+    given = torch.tensor([random_prompt(20, 0)]), torch.tensor([[3, 9]])
+    scores = [Student(model, adapter, Loss()).scores(*given)[0] for adapter in (one, plain)]
+    assert torch.equal(*scores)
+    assert one.config.targets == WHOLE.targets
+    assert fresh(model, SPACE).config.targets == tuple(
+        sorted(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+    )
+    with pytest.raises(AdapterError, match=r"no linear layer wqkv; its linear layers: .*q_proj"):
+        fresh(model, AdapterConfig(rank=4, targets=("wqkv",)))
+
+
+class Pulled(TrainerCallback):
+    """The power goes after so many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+SCHEDULE = Schedule(steps=6, batch=2, length=48, anchors=4, every=2, seed=5)
+
+
+def trained(model: HfModel, rows: Any, folder: Path, *stops: int) -> tuple[dict[str, Tensor], list[Any]]:
+    """A run that is interrupted after some steps and started anew; the adapter and the log of the last."""
+    for stop in stops:
+        student = Student(model, fresh(model, WHOLE), Loss())
+        with pytest.raises(KeyboardInterrupt):
+            train(student, SCHEDULE, rows, rows.select([0, 1]), folder, [Pulled(stop)])
+    student = Student(model, fresh(model, WHOLE), Loss())
+    log = train(student, SCHEDULE, rows, rows.select([0, 1]), folder)
+    timed = ("runtime", "per_second")
+    held = [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in log]
+    return {name: part.detach().clone() for name, part in student.adapter.named_parameters()}, held
+
+
+def compare(model: HfModel, rows: Any, folder: Path) -> None:
+    whole, log = trained(model, rows, folder / "whole")
+    parts, resumed = trained(model, rows, folder / "parts", 3, 5)
+    for name, part in whole.items():
+        assert torch.equal(part, parts[name]), name
+    steps = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+    assert len(steps) == 6
+    assert [entry for entry in resumed if "loss" in entry or "eval_loss" in entry] == steps
+    for entry in steps:
+        prefix = "eval_" if "eval_loss" in entry else ""
+        assert entry[f"{prefix}tokens_per_forward"] >= 1
+        assert 0 <= entry[f"{prefix}right_3"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_resumed_run_is_a_run_in_one_go(model: HfModel, rows: Any, tmp_path: Path) -> None:
+    compare(model, rows, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_dice_with_a_state_of_their_own_are_seen(
+    model: HfModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "_dice", lambda draw: torch.default_generator)
+    with pytest.raises(AssertionError):
+        compare(model, rows, tmp_path)
+
+
+def test_linear_layers_have_a_rate_of_their_own(model: HfModel) -> None:
+    student = Student(model, fresh(model, WHOLE), Loss())
+    optimizer = trainer._optimizer(student, Schedule(rate=0.1, lora_rate=0.001))
+    rates = {id(part): group["lr"] for group in optimizer.param_groups for part in group["params"]}
+    for name, part in student.adapter.named_parameters():
+        assert rates.pop(id(part)) == (0.001 if name.startswith(("lora", "sampler")) else 0.1), name
+    assert not rates
+    alone = trainer._optimizer(Student(model, fresh(model, BITA), Loss()), Schedule())
+    assert len(alone.param_groups) == 1
+
+
+def test_accuracies() -> None:
+    hits = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, IGNORED], [IGNORED] * 3])
+    found = accuracies(hits.numpy())
+    assert found == {"right_1": 0.75, "right_2": 0.75, "right_3": 0.6667, "tokens_per_forward": 2.25}
+    assert accuracies(hits[4:].numpy())["tokens_per_forward"] == 1.0
+
+
+class Told:
+    """A student whose masks say given distributions."""
+
+    def __init__(self, shares: Sequence[Sequence[dict[int, float]]]) -> None:
+        self.adapter = type("Adapter", (), {"config": AdapterConfig(masks=len(shares[0]))})()
+        self.given = torch.full((len(shares), len(shares[0]), 20), 1e-9)
+        for group, masks in zip(self.given, shares, strict=True):
+            for row, known in zip(group, masks, strict=True):
+                for token, share in known.items():
+                    row[token] = share
+
+    def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        return self.given.log().flatten(0, 1), self.given.log().flatten(0, 1)
+
+
+def test_calibration_counts_what_a_walk_comes_to() -> None:
+    """Four anchors of two masks. The first guess tells the first token, twice, then the second, then none."""
+    first, second = {1: 0.55, 2: 0.35, 3: 0.065, 6: 0.035}, {4: 0.75, 5: 0.23, 7: 0.02}
+    student = Told([[first, second]] * 5)
+    labels = [[1, 4], [1, IGNORED], [2, 5], [9, 4], [IGNORED, IGNORED]]
+    given = {"ids": torch.zeros(1, 1), "anchors": torch.zeros(1, 5), "labels": torch.tensor([labels])}
+    found = calibrate(cast(Student, student), [given])
+    assert found.accuracy[0][:3] == [0.5, 0.25, 0]  # of four
+    assert found.accuracy[1][:2] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]  # of three
+    middles, least = groups.middles(), calibration.LEAST
+
+    def odds(offset: int, hazard: float, won: int, made: int) -> None:
+        kind = sum(bound <= hazard for bound in groups.HAZARDS)
+        expected = (won + least * groups.TRUST * middles[kind]) / (made + least)
+        assert found.odds[groups.ODDS][offset][kind] == pytest.approx(expected), (offset, hazard)
+
+    odds(0, 0.55, 2, 4)
+    odds(0, 0.35 / 0.45, 1, 2)  # the second guess, where the first was wrong
+    odds(0, 0.065 / 0.1, 0, 1)
+    odds(1, 0.75, 1, 2)  # not where no guess told the first token
+    odds(1, 0.23 / 0.25, 1, 1)
+    odds(1, 0.25, 0, 0)
+    onward = [(3 + groups.FIRST * least) / (4 + least), (2 + groups.FIRST * least) / (2 + least)]
+    assert found.odds[groups.ONWARD][0] == pytest.approx(onward)
