@@ -72,7 +72,8 @@ def test_right_guesses_are_run_to_the_end_with_masks_behind_them() -> None:
 def test_wrong_guesses_end_in_silence_that_is_broken_now_and_then() -> None:
     trees = replay(GroupDrafter(LOOK, cheap, 64), lambda step: False, 400)
     late = [len(tree) for tree in trees[200:]]
-    assert max(late) == 4  # a probe: the masks of the root
+    assert 4 in late  # a probe: the masks of the root
+    assert late.count(1) > len(late) / 2
     assert sum(cheap(rows) - 1 for rows in late) < 0.03 * len(late)
 
 

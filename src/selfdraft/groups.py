@@ -19,7 +19,8 @@ every step, from how sure the model is here):
 - Of all sizes the one is taken whose tokens, now and by its masks, exceed by most what its measured time
   would bring at this text's own rate.
 
-What a text can lose is bounded as elsewhere (`worth.Budget`).
+What a text can lose is bounded as elsewhere (`worth.Budget`): masks must be within the budget, candidates
+need not be, since what they cost was granted with the masks that guessed them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ONWARD = (
 TRUST = 0.7  # of the hazard itself, where nothing was calibrated: guesses are surer than right
 FIRST = 0.4  # and how often walks are taken to go on there
 PACE = 8.0  # steps that the rate expected at first counts for
-CREDIT = 3.0  # steps that drafts may lose at first: some rounds of masks and of what they guess
+CREDIT = 2.0  # steps that drafts may lose at first: some rounds of masks and of what they guess
 PROBING = 0.01  # share of the time that goes to masks when they do not seem to pay
 
 
@@ -99,8 +100,10 @@ class GroupDrafter:
         self.ids, self.most = tuple(look.ids), most
         self.budget = Budget(cost, CREDIT)
         offsets = range(len(self.ids))
-        odds = look.odds.get(ODDS) or [[TRUST * at for at in middles()]] * len(self.ids)
-        onward = (look.odds.get(ONWARD) or [[FIRST] * len(self.ids)])[0]
+        odds = _known(look, ODDS, len(self.ids), len(middles())) or [
+            [TRUST * at for at in middles()] for _ in offsets
+        ]
+        onward = (_known(look, ONWARD, 1, len(self.ids)) or [[FIRST] * len(self.ids)])[0]
         prior: dict[Hashable, float] = {(i, kind): p for i in offsets for kind, p in enumerate(odds[i])}
         self.odds = Odds(prior | dict(enumerate(onward)))  # of bets; of going on through an offset
         self.pace = [
@@ -216,14 +219,20 @@ class Plan:
         self.scores.append((self.value - self.rate * self.budget.cost(self.rows), self.rows))
 
     def best(self, most: int) -> tuple[list[Node], list[int]]:
-        """The best size that the budget allows and that has at most so many rows: nodes, masks of each."""
-        found, count = -math.inf, 0
+        """Nodes, and masks of each: of the sizes with at most so many rows the best. New masks must be within
+        the budget; what masks have guessed already is paid for, and run without new ones if need be."""
+        found, count, masked = -math.inf, 1, False
         for i, (score, rows) in enumerate(self.scores, start=1):
             if score > found and rows <= most and self.budget.affords(rows):
-                found, count = score, i
-        silent = 1 - self.rate * self.budget.cost(1)
-        if not count or found < silent:
-            return self.nodes[:1], [0]
+                found, count, masked = score, i, True
+        promised = 0.0
+        for i, node in enumerate(self.nodes[:most], start=1):
+            promised += node.reached
+            score = promised - self.rate * self.budget.cost(i)
+            if score > found:
+                found, count, masked = score, i, False
+        if not masked:
+            return self.nodes[:count], [0] * count
         ends = [node.reached for node in self.nodes[:count]]
         for node in self.nodes[1:count]:
             ends[node.parent] -= node.reached
@@ -240,6 +249,12 @@ class Plan:
         while count < len(self.gains) and end * self.gains[count] > self.price:
             count += 1
         return count
+
+
+def _known(look: Lookahead, name: str, rows: int, columns: int) -> Sequence[Sequence[float]] | None:
+    """Odds that an adapter was calibrated to; None where it was not, or by another count of kinds."""
+    table = look.odds.get(name, ())
+    return table if [len(row) for row in table] == [columns] * rows else None
 
 
 def middles() -> list[float]:

@@ -2,7 +2,8 @@
 
 Adapters and training data are bound by it. The same checkpoint gives the same fingerprint in whatever
 dtype it is loaded: weights are hashed rounded to bfloat16. What a config says about the loading (dtype,
-version, path, attention implementation) does not count, nor do adapters around the model.
+version, path) does not count, nor do its defaults, which change with transformers. A peft adapter that is at
+work in the model is part of it: it changes what the model says.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from ..cache import Pair
+from ..errors import AdapterError
 from ..models import masks
 from ..models.adapter import Adapter, AdapterConfig, all_targets, linear_layers
 from ..models.hf import HfModel
@@ -43,12 +44,18 @@ class Loss:
 
 def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
     """An untrained adapter: embeddings near the mean, prefixes as large as the model's own keys and little in
-    value, LoRA and sampler head that change nothing yet. Raises AdapterError where a target is missing."""
+    value, LoRA and sampler head that change nothing yet. Raises AdapterError where a part has no place."""
     torch.manual_seed(seed)
     embedding = cast(torch.nn.Module, model.model.get_input_embeddings())
     sample = torch.randint(model.vocab_size, (1, min(64, model.context)), device=model.device)
     with torch.no_grad():
         own = embedding(sample)[0].float()
+    hidden = getattr(model.model.config.get_text_config(), "hidden_size", model.width)
+    if config.sampler and hidden != model.width:
+        raise AdapterError(
+            f"{model.name}: hidden states of size {hidden}, embeddings of {model.width}; a sampler head "
+            "needs one size for both: train without one"
+        )
     if config.rank and not config.targets:
         config = replace(config, targets=all_targets(model.model))
     layers = linear_layers(model.model, config.targets if config.rank else ())
