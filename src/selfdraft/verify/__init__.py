@@ -1,8 +1,9 @@
 """The promise, put to the test: does a method change a text of this model on this machine?
 
 Texts of the method, of a drafter that proposes garbage and of a bushy tree with decoys are compared with
-plain decoding, alone and in a mixed batch, greedy and sampled, and cut at tokens inside them. Plain decoding
-is compared with Hugging Face's `generate`. Each difference is judged:
+plain decoding, alone and in a mixed batch, greedy and sampled, and cut at tokens inside them. An adapter is
+in the model throughout, but for plain decoding, which is compared with Hugging Face's `generate`. Each
+difference is judged:
 
 - exact: there is none;
 - tie-bounded: each lies within what this model's own rounding can do here (twice the row noise: how far
@@ -111,7 +112,7 @@ def verify(
     found: dict[str, list[tuple[Case, Comparison]]] = {}
     checks = _checks(generator.method, model.vocab_size)
     for case in progress(cases):
-        plains.append(answer(model, plain_method, case))
+        plains.append(answer(model.base, plain_method, case))
         for name, check in checks.items():
             found.setdefault(name, []).append((case, check(model, case, plains[-1])))
     together = batch(model, generator.method, cases, plains)
@@ -225,11 +226,11 @@ def _repeat(check: Check, pairs: Sequence[tuple[Case, Comparison]], twin: _Twin)
     """Does a check find anything in float64 on the cases where it found something?"""
     model, plain = twin.model(), create("plain")
     cases = [case for case, comparison in pairs if comparison.differences]
-    return any(check(model, case, answer(model, plain, case)).differences for case in cases)
+    return any(check(model, case, answer(model.base, plain, case)).differences for case in cases)
 
 
 def _batch_again(method: Method, cases: Sequence[Case], twin: _Twin) -> bool:
     """Does the whole batch differ from its sessions alone in float64?"""
     model, plain = twin.model(), create("plain")
-    plains = [answer(model, plain, case) for case in cases]
+    plains = [answer(model.base, plain, case) for case in cases]
     return any(comparison.differences for comparison in batch(model, method, cases, plains))
