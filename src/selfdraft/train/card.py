@@ -32,8 +32,8 @@ How often a mask's guess of a rank is the token that came, on held-out answers o
 
 Trained for {steps:,} steps of {batch} sequences with {anchors} groups of masks each, loss `{loss}`,
 decay {decay}, in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}.
-Learning rates {rate} and {lora_rate} (LoRA, sampler head). Made by selfdraft {version}, torch {torch}, transformers
-{transformers}, commit {commit}. `adapter_config.json` has every option.
+Learning rates {rate} and {lora_rate} (LoRA, sampler head). Made by selfdraft {version}, torch {torch},
+transformers {transformers}, commit {commit}. `adapter_config.json` has every option.
 """
 
 
