@@ -150,7 +150,7 @@ class Engine:
         start = time.perf_counter()
         trees = [self._checked(session.propose(), session) for session in live]
         rows = self.model.forward(trees, [session.cache for session in live])
-        counts = [sum(token < self.model.vocab_size for token in tree.tokens) for tree in trees]
+        counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
         logits = self.model.head(rows, [range(count) for count in counts])
         tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
         scores = [s.draw.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]

@@ -63,6 +63,12 @@ class Tree:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def ordinary(self, vocabulary: int) -> int:
+        """How many rows carry ids of a vocabulary of this size. Mask tokens, if any, stand behind them."""
+        if self.tokens[-1] < vocabulary:
+            return len(self)
+        return sum(token < vocabulary for token in self.tokens)
+
     @property
     def depth(self) -> tuple[int, ...]:
         """Distance of each row from row 0: how many positions after the root it stands."""

@@ -141,7 +141,9 @@ class HfModel:
         width = pieces[-1][1]
         pool = lanes[0].lanes
         lengths = [lane.length for lane in lanes]
-        slots = pool.bind(lanes, width, [self._sure(tree, width) for tree in trees])
+        counts = [tree.ordinary(self.vocab_size) for tree in trees]
+        sure = [width if n == len(tree) else n for n, tree in zip(counts, trees, strict=True)]
+        slots = pool.bind(lanes, width, sure)
         laid = self.layout(trees, lengths, width, slots, pool.dtype)
         made = masks.masks(self.kinds, laid.seen, laid.positions, pool.fixed)
         hidden = []
@@ -149,12 +151,6 @@ class HfModel:
             pool.start = start
             hidden.append(self.call(laid, made, pool, start, stop))
         return (hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1))[:, :rows]
-
-    def _sure(self, tree: Tree, width: int) -> int:
-        """Rows before the mask tokens, which stand behind all others."""
-        if tree.tokens[-1] < self.vocab_size:
-            return width
-        return sum(token < self.vocab_size for token in tree.tokens)
 
     def layout(
         self,
