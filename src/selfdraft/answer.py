@@ -5,18 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InvalidOption
-from .models.hf import Numerics
+from .models.hf import Grade, Numerics
 from .options import read
 from .sampling import Sampler
 from .session import FinishReason, Limits, TokenLogprob
 from .text import StopStrings
-
-Grade = Literal["base", "tuned"]
 
 
 @dataclass(frozen=True)

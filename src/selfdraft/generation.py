@@ -135,8 +135,9 @@ class TextGenerator:
     def using(
         self, method: str | Method, options: Mapping[str, object] | None = None, adapter: str | None = None
     ) -> TextGenerator:
-        """The same model with another method; see `load`."""
-        return TextGenerator(self.model.base, self.tokenizer, method, options, self.name, adapter)
+        """The same model with another method; see `load`. Without an adapter a tuned model stays tuned."""
+        start = self.model.base if adapter is None else self.model.loaded
+        return TextGenerator(start, self.tokenizer, method, options, self.name, adapter)
 
     def encode(self, text: Prompt, special: bool = True) -> Sequence[int]:
         """Token ids of a text; ids pass as they are. Raises InvalidPrompt for what is neither."""
@@ -205,7 +206,7 @@ class TextGenerator:
         return Result(
             model=self.name,
             method=self.method_name,
-            grade="base",
+            grade=self.model.grade,
             text=text if session.watch is None else text[: session.watch.cut],
             ids=ids,
             logprobs=None if session.top is None else tuple(session.logprobs),
@@ -254,15 +255,15 @@ def load(
 ) -> TextGenerator:
     """Load a model to generate with.
 
-    model: "pico" (embedded), a folder, or a hub id; or a transformers model that is loaded already, with
-    its `tokenizer`, wrapped by peft or quantised as it may be. method: a name (see
-    `selfdraft.methods.available`), with its `options`, or a `Method`. adapter: of a method that drafts with
-    one (bita, space): a folder or a hub id; None is the embedded one of an embedded model. dtype: None keeps
-    the checkpoint's. device: None is CUDA if there is one. numerics:
-    "exact" gives every token the same bits whatever the method, the batch or the step; "fast" does not
-    promise that; None is exact on the CPU, where the probe at load finds it possible. Raises a
-    SelfdraftError that says what was wrong.
-    """
+    model: "pico" (embedded), a folder, or a hub id; or a transformers model that is loaded already, with its
+    `tokenizer`, wrapped by peft or quantised as it may be. method: a name (see
+    `selfdraft.methods.available`), with its `options`, or a `Method`. adapter: a folder, a hub id or an
+    embedded one, with which the method drafts (bita, space), None being that of an embedded model; or which
+    tunes the model, for any method (`selfdraft train cllm`): then texts are those of the tuned weights.
+    dtype: None keeps the checkpoint's. device: None is CUDA if there is one. numerics: "exact" gives every
+    token the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
+    exact on the CPU, where the probe at load finds it possible. Raises a SelfdraftError that says what was
+    wrong."""
     if numerics not in (None, "exact", "fast"):
         raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}")
     methods.resolve(method, options)  # a wrong name is told before the weights are read

@@ -158,7 +158,7 @@ class Hook:
         return sequences
 
     def _of(self, model: PreTrainedModel) -> HfModel:
-        if self._model is None or self._model.base.model is not model:
+        if self._model is None or self._model.loaded.model is not model:
             probed = HfModel(model, self.numerics)
             self._model = adapter_folder.fit(probed, self.method, self.name, probed.name, self.adapter)
         return self._model

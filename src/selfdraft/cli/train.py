@@ -6,19 +6,21 @@ import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..errors import TrainingDataError
+from ..errors import InvalidOption, TrainingDataError
 from . import flags
 
 if TYPE_CHECKING:
     from ..train.run import Plan
+    from ..train.tuning import TunedPlan
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Train an adapter with which a model drafts for itself; the model stays as it is.",
+    help="Train a model to draft for itself: bita and space leave its text as it is, cllm and space-tuned "
+    "change the weights, and say what that costs.",
 )
 
 
@@ -62,6 +64,29 @@ Every = Annotated[int, typer.Option(min=1, help="Steps between evaluations, each
 Seed = Annotated[int, typer.Option(help="Of the first weights, the order and the anchors.")]
 
 
+Full = Annotated[
+    bool, typer.Option("--full", help="Tune all weights, not LoRA; the result is a model folder.")
+]
+Draft = Annotated[
+    str,
+    typer.Option(help="distill: hung rows learn the tuned model's own distribution; tokens: what came."),
+]
+Keep = Annotated[
+    str,
+    typer.Option(
+        help="base: the text's rows keep the base's distribution; tokens: learn what came, as published."
+    ),
+]
+KeepWeight = Annotated[float, typer.Option(help="Weight of that in the loss: the more, the lower the price.")]
+Share = Annotated[float, typer.Option("--data-share", help="Share of the rows to train on.")]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        help="Adapter of this kind to go on from; the data may be its own trajectories (on policy)."
+    ),
+]
+
+
 STOPS = """
 Stop it at any time: the same command goes on from the last checkpoint. It prints how often the guess of each
 mask is the model's pick (right_1, ...), and the tokens per forward of a chain of such guesses.
@@ -94,6 +119,194 @@ Examples:
 
   selfdraft verify --method space --adapter my-space
 """
+
+
+CLLM = f"""Consistency training: any state of a Jacobi trajectory to the text it ends in (arXiv 2403.00835).
+
+Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
+what that costs. Decode with `--method jacobi --adapter`. By default noisy blocks stand behind each other, ever noisier,
+in one forward with the text (Jacobi Forcing), and the text's rows keep the base's distribution.
+`--window 1 --noise random --copies 1 --keep tokens` is the published training.
+{STOPS}
+Examples:
+
+  selfdraft trajectories --prompts prompts.jsonl --out paths
+
+  selfdraft train cllm --data paths --out my-cllm
+
+  selfdraft bench --file my.jsonl --method jacobi:adapter=my-cllm
+
+On policy: record the tuned model's own trajectories, and go on.
+
+  selfdraft trajectories --prompts prompts.jsonl --adapter my-cllm --out paths-2
+
+  selfdraft train cllm --data paths-2 --start my-cllm --out my-cllm-2
+"""
+
+SPACE_TUNED = f"""Mask tokens and tuned weights: SPACE as published (SAR-SFT, arXiv 2402.11809).
+
+Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
+what that costs. Masks are drawn anew each time a row is used.
+`--masks 5 --shared-mask --sampler-head 0 --anchors 1 --draft tokens --keep tokens --keep-weight 1 --full` is the
+published training.
+{STOPS}
+Examples:
+
+  selfdraft distill --prompts prompts.jsonl --out answers
+
+  selfdraft train space-tuned --data answers --out my-space-tuned
+
+  selfdraft verify --method space-tuned --adapter my-space-tuned
+"""
+
+
+@app.command("cllm", help=CLLM)
+def cllm(
+    data: Annotated[Path, typer.Option(help="Folder written by `selfdraft trajectories`.")],
+    out: Out,
+    model: flags.Model = "pico",
+    full: Full = False,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 32,
+    target: Target = None,
+    window: Annotated[int, typer.Option(min=1, help="Noisy blocks behind each other.")] = 8,
+    noise: Annotated[
+        str, typer.Option(help="progressive, random or reverse, over the window.")
+    ] = "progressive",
+    consistency: Annotated[
+        str, typer.Option(help="global: to the text; local: to the next state, with a window of 1.")
+    ] = "global",
+    copies: Annotated[int, typer.Option(min=1, help="Noisy copies of each answer.")] = 2,
+    keep: Keep = "base",
+    keep_weight: KeepWeight = 10.0,
+    steps: Steps = 2000,
+    batch: Batch = 4,
+    length: Length = 512,
+    lora_rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
+    every: Every = 200,
+    share: Share = 1.0,
+    start: Start = None,
+    seed: Seed = 0,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    as_json: flags.Json = False,
+) -> None:
+    from .. import options
+
+    _need_trainer()
+    from ..train.packed import NoiseConfig
+
+    what = "train cllm"
+    noisy = {"window": window, "noise": noise, "consistency": consistency, "copies": copies}
+    plan = _tuned(
+        what,
+        {"method": "cllm", "model": model, "data": data, "out": out, "full": full, "share": share},
+        {"masks": 0, "rank": 0 if full else rank, "targets": tuple(target or ())},
+        {"keep": keep, "weight": keep_weight},
+        {
+            "steps": steps,
+            "batch": batch,
+            "length": length,
+            "lora_rate": lora_rate,
+            "every": every,
+            "seed": seed,
+        },
+        {"noise": options.read(NoiseConfig, noisy, what), "start": start, "dtype": dtype, "device": device},
+    )
+    _run_tuned(plan, as_json)
+
+
+@app.command("space-tuned", help=SPACE_TUNED)
+def space_tuned(
+    data: Data,
+    out: Out,
+    model: flags.Model = "pico",
+    full: Full = False,
+    masks: Masks = 4,
+    shared_mask: Shared = False,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 32,
+    target: Target = None,
+    sampler: Sampler = 256,
+    draft: Draft = "distill",
+    keep: Keep = "base",
+    keep_weight: KeepWeight = 10.0,
+    decay: Decay = 0.9,
+    steps: Steps = 2000,
+    batch: Batch = 4,
+    length: Length = 512,
+    anchors: Anchors = 64,
+    rate: Rate = 1e-2,
+    lora_rate: LoraRate = 1e-3,
+    every: Every = 200,
+    share: Share = 1.0,
+    seed: Seed = 0,
+    dtype: flags.Dtype = None,
+    device: flags.Device = None,
+    as_json: flags.Json = False,
+) -> None:
+    _need_trainer()
+    shape = {"masks": masks, "distinct": not shared_mask, "sampler": sampler}
+    times = {
+        "steps": steps,
+        "batch": batch,
+        "length": length,
+        "anchors": anchors,
+        "every": every,
+        "seed": seed,
+    }
+    plan = _tuned(
+        "train space-tuned",
+        {"method": "space-tuned", "model": model, "data": data, "out": out, "full": full, "share": share},
+        shape | {"rank": 0 if full else rank, "targets": tuple(target or ())},
+        {"draft": draft, "keep": keep, "weight": keep_weight, "decay": decay},
+        times | {"rate": rate, "lora_rate": lora_rate},
+        {"dtype": dtype, "device": device},
+    )
+    _run_tuned(plan, as_json)
+
+
+def _tuned(
+    what: str,
+    given: dict[str, Any],
+    shape: dict[str, Any],
+    loss: dict[str, Any],
+    times: dict[str, Any],
+    others: dict[str, Any],
+) -> TunedPlan:
+    from .. import options
+    from ..models.adapter import AdapterConfig
+    from ..train.trainer import Schedule
+    from ..train.tuned import TunedLoss
+    from ..train.tuning import TunedPlan
+
+    if not 0 < given["share"] <= 1:
+        raise InvalidOption(f"--data-share must be above 0, and 1 at most; got {given['share']}")
+    return TunedPlan(
+        **given,
+        **others,
+        config=options.read(AdapterConfig, shape | {"gated": False}, what),
+        loss=options.read(TunedLoss, loss, what),
+        schedule=options.read(Schedule, times, what),
+    )
+
+
+def _run_tuned(plan: TunedPlan, as_json: bool) -> None:
+    from ..train.tuning import tune
+
+    about = _watched(lambda tell: tune(plan, tell), plan.out)
+    if as_json:
+        print(json.dumps({**about, "out": str(plan.out)}))
+        return
+    loss, repeated = about["price"]["loss"], about["price"]["repeated"]
+    print(
+        f"{plan.out}: tuned in {about['seconds'] / 60:.0f} minutes. The price: loss on held-out prompts "
+        f"{loss[0]:.4f} -> {loss[1]:.4f}, likeliest tokens the same {about['price']['agreement']:.1%}, "
+        f"repeated {repeated[0]:.1%} -> {repeated[1]:.1%}"
+    )
+    if "convergence" in about:
+        found = about["convergence"]
+        print(f"passes a block {found['base']['passes']:.2f} -> {found['tuned']['passes']:.2f}")
+    if "accuracy" in about:
+        print(f"first guesses right {', '.join(f'{row[0]:.2f}' for row in about['accuracy'])}, by mask")
 
 
 def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
@@ -168,18 +381,23 @@ def _need_trainer() -> None:
 
 
 def _run(plan: Plan, as_json: bool) -> None:
-    from rich.console import Console
-
     from ..train.run import run
 
-    console = Console(stderr=True)
-    try:
-        about = run(plan, lambda line: console.print(f"selfdraft: {line}", highlight=False))
-    except KeyboardInterrupt:
-        console.print(f"selfdraft: stopped; the same command goes on from the last checkpoint in {plan.out}")
-        raise
+    about = _watched(lambda tell: run(plan, tell), plan.out)
     if as_json:
         print(json.dumps({**about, "out": str(plan.out)}))
     else:
         first = ", ".join(f"{row[0]:.2f}" for row in about["accuracy"])
         print(f"{plan.out}: first guesses right {first}, by mask; {about['seconds'] / 60:.0f} minutes")
+
+
+def _watched(work: Callable[[Callable[[str], None]], dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Do the work, telling what is done, and how to go on if it is stopped."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    try:
+        return work(lambda line: console.print(f"selfdraft: {line}", highlight=False))
+    except KeyboardInterrupt:
+        console.print(f"selfdraft: stopped; the same command goes on from the last checkpoint in {out}")
+        raise

@@ -1,4 +1,5 @@
-"""Adapters: what is trained beside a frozen model, and works on the rows of mask tokens alone.
+"""Adapters: what is trained beside a frozen model, and, if it is gated, works on the rows of mask tokens
+alone.
 
 Four parts, each optional but the first. Embeddings of the mask tokens (BiTA, arXiv 2401.12522, section
 3.2; SPACE, 2402.11809). A soft prefix, keys and values that stand in the first slots of every cache
@@ -7,6 +8,10 @@ Four parts, each optional but the first. Embeddings of the mask tokens (BiTA, ar
 the tokens before theirs are not known; when their scores are read, one after the other, the first of them
 is, and the others are guessed, and two small layers bring them in. Rows of ordinary tokens keep the bits they
 have without it all: that is what makes drafts free of consequences.
+
+LoRA that is not gated changes every row: the model is then another one, tuned (CLLM, arXiv 2403.00835; SPACE
+as published). To decode it is merged into weights of the twin's own, which cost what the old ones did; what
+is left of the adapter, mask tokens, prefix and sampler head, works as ever, for the tuned model.
 
 An adapter works on a twin of the model: other module objects around the same weights. Hooks on the twin's
 embedding and linear layers put the trained parts in. The user's model is not touched, several adapters
@@ -19,7 +24,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, cast
 
 import torch
@@ -30,7 +35,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..cache import Pair
-from ..errors import AdapterError
+from ..errors import AdapterError, InvalidOption
 from ..method import Lookahead
 
 ROWS = 12  # of a forward that shows which layers run on rows
@@ -41,15 +46,21 @@ class AdapterConfig:
     """masks: mask tokens, which is how far ahead drafts reach. distinct: has each an embedding of its own?
     prefix: slots of the soft prefix in each layer; 0 is none. rank: of the gated LoRA; 0 is none. alpha: its
     scale is alpha / rank; None is 1. targets: last parts of the names of the linear layers that get it; none
-    is all, for an adapter that is yet to be made. sampler: width of the sampler head; 0 is none."""
+    is all, for an adapter that is yet to be made. sampler: width of the sampler head; 0 is none. gated: does
+    LoRA work on mask rows alone? Else the model is tuned, and may be without mask tokens."""
 
-    masks: Annotated[int, Ge(1)] = 3
+    masks: Annotated[int, Ge(0)] = 3
     distinct: bool = True
     prefix: Annotated[int, Ge(0)] = 0
     rank: Annotated[int, Ge(0)] = 0
     alpha: float | None = None
     targets: tuple[str, ...] = ()
     sampler: Annotated[int, Ge(0)] = 0
+    gated: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.masks and (self.gated or self.prefix or self.sampler):
+            raise InvalidOption("masks is 0: an adapter without mask tokens is LoRA alone, not gated")
 
     @property
     def scale(self) -> float:
@@ -109,7 +120,8 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.config = config
         self.odds: Mapping[str, Sequence[Sequence[float]]] = {}
-        self.masks = torch.nn.Parameter(torch.randn(config.masks if config.distinct else 1, hidden) * 0.02)
+        count = config.masks if config.distinct else min(1, config.masks)
+        self.masks = torch.nn.Parameter(torch.randn(count, hidden) * 0.02)
         self.kept: dict[int, str] = {}
         self.keys, self.values = torch.nn.ParameterDict(), torch.nn.ParameterDict()
         for layer, pair in enumerate(pairs):
@@ -131,8 +143,18 @@ class Adapter(torch.nn.Module):
             for i in range(last + 1)
         ]
 
-    def lookahead(self, vocabulary: int) -> Lookahead:
-        """The ids of its mask tokens in a model with so many ids of its own."""
+    def drafting(self) -> Adapter:
+        """Itself without LoRA, which is in the weights: what is left to draft with."""
+        tensors = {id(part): part for part in self.parameters()}
+        rest = copy.deepcopy(self, cast(dict[int, Any], tensors))
+        rest.config = replace(self.config, rank=0, alpha=None, targets=(), gated=True)
+        rest.names, rest.lora = [], torch.nn.ModuleList()
+        return rest
+
+    def lookahead(self, vocabulary: int) -> Lookahead | None:
+        """The ids of its mask tokens in a model with so many ids of its own; None without any."""
+        if not self.config.masks:
+            return None
         return Lookahead(tuple(range(vocabulary, vocabulary + self.config.masks)), self.odds)
 
     @property
@@ -177,6 +199,33 @@ def attach(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedModel, G
     """
     twin, gate = share(model), Gate()
     twin.get_input_embeddings().register_forward_hook(_embed(adapter, gate))
+    scale = adapter.config.scale
+    for name, module, low in _changed(twin, adapter):
+        hook = _add(name, low, scale, gate) if adapter.config.gated else _tune(low, scale)
+        module.register_forward_hook(hook)
+    return twin, gate
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A twin of the model with LoRA added to its weights, of which it has its own; the others are shared.
+
+    Raises AdapterError as `attach`, and for weights that are quantised.
+    """
+    twin, scale = share(model), adapter.config.scale
+    for name, module, low in _changed(twin, adapter):
+        weight = cast(Tensor, module.weight)
+        if not weight.is_floating_point():
+            raise AdapterError(f"layer {name} is quantised: merge the adapter into the weights before that")
+        least = torch.promote_types(weight.dtype, torch.float32)
+        more = scale * (low.b.to(least) @ low.a.to(least))
+        tuned = weight.to(least) + (more.T if isinstance(module, Conv1D) else more)
+        module.weight = torch.nn.Parameter(tuned.to(weight.dtype), requires_grad=False)
+    return twin
+
+
+def _changed(twin: PreTrainedModel, adapter: Adapter) -> Iterator[tuple[str, torch.nn.Module, LowRank]]:
+    """The layers that get LoRA. Raises AdapterError for one that is not there, or of another size."""
     modules = dict(twin.named_modules())
     for name, part in zip(adapter.names, adapter.lora, strict=True):
         low = cast(LowRank, part)
@@ -184,8 +233,7 @@ def attach(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedModel, G
             raise AdapterError(
                 f"the adapter changes layer {name}, which the model has not, or of another size"
             )
-        modules[name].register_forward_hook(_add(name, low, adapter.config.scale, gate))
-    return twin, gate
+        yield name, modules[name], low
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
@@ -277,6 +325,17 @@ def _embed(adapter: Adapter, gate: Gate) -> Any:
         table = adapter.masks.to(output.dtype)
         which = gate.masks.clamp(0, len(table) - 1)
         return torch.where((gate.masks >= 0)[..., None], table[which], output)
+
+    return hook
+
+
+def _tune(low: LowRank, scale: float) -> Any:
+    """The hook that adds a low-rank part to all rows of a linear layer, while it learns."""
+
+    def hook(module: object, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inner = args[0]
+        more = linear(linear(inner, low.a.to(inner.dtype)), low.b.to(inner.dtype))
+        return output + more.view(output.shape) * scale
 
     return hook
 

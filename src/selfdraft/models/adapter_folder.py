@@ -31,20 +31,27 @@ PEFT = "base_model.model."  # before the names of layers, in peft's layout
 
 
 def fit(model: HfModel, method: Method, label: str, name: str, source: str | None) -> HfModel:
-    """A model with the adapter that a method needs: the one given, or the one that comes with an embedded
-    model. label, name: of the method and of the model. Raises AdapterError where there is none, or where one
-    is given in vain."""
-    if not getattr(method, "adapted", False):
-        if source is None:
-            return model
-        raise AdapterError(f"adapter {source!r}: method {label!r} drafts without one")
+    """A model with an adapter: the one given, or if the method drafts with one, that which comes with an
+    embedded model. label, name: of the method and of the model. Raises AdapterError where there is none,
+    where it lacks what the method needs, or where it would change nothing."""
+    drafts = getattr(method, "adapted", False)
+    if source is None and not drafts:
+        return model
     source = source or _embedded(f"{name}-{label}")
     if source is None:
         raise AdapterError(
             f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
             f"--adapter), or train one with `selfdraft train {label}`"
         )
-    return model.adapted(load(source, model))
+    adapter = load(source, model)
+    if drafts and not adapter.config.masks:
+        raise AdapterError(
+            f"adapter {source!r} has no mask tokens, with which method {label!r} drafts; it tunes the model "
+            "for others, as jacobi"
+        )
+    if not drafts and adapter.config.gated:
+        raise AdapterError(f"adapter {source!r}: method {label!r} drafts without one")
+    return model.adapted(adapter)
 
 
 def load(source: str, model: HfModel) -> Adapter:
@@ -92,6 +99,7 @@ def save(
         "distinct": config.distinct,
         "prefix": config.prefix,
         "sampler": config.sampler,
+        "gated": config.gated,
         "base": fingerprint(model.model),
         "base_name": base_name,
         "odds": adapter.odds,
@@ -107,7 +115,7 @@ def save(
 
 def _parts(adapter: Adapter) -> dict[str, Tensor]:
     """The trained parts by their names in a file."""
-    parts: dict[str, Tensor] = {"mask_tokens": adapter.masks}
+    parts: dict[str, Tensor] = {"mask_tokens": adapter.masks} if adapter.config.masks else {}
     for layer in adapter.kept.values():
         parts[f"prefix.{layer}.keys"] = adapter.keys[layer]
         parts[f"prefix.{layer}.values"] = adapter.values[layer]
@@ -154,6 +162,7 @@ def _config(folder: Path, source: str) -> tuple[AdapterConfig, dict[str, Any]]:
 def _read(record: Mapping[str, Any], about: Mapping[str, Any]) -> AdapterConfig:
     targets: Sequence[str] = record.get("target_modules", ())
     given = {name: about[name] for name in ("masks", "distinct", "prefix", "sampler")}
+    given["gated"] = about.get("gated", True)
     lora = {"rank": record.get("r", 0), "alpha": record.get("lora_alpha"), "targets": tuple(targets)}
     return options.read(AdapterConfig, given | lora, "adapter")
 
@@ -165,8 +174,6 @@ def _weights(folder: Path, source: str) -> dict[str, Tensor]:
         raise AdapterError(f"adapter {source}: no {WEIGHTS} there") from error
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"adapter {source}: {WEIGHTS} cannot be read ({error})") from error
-    if "mask_tokens" not in weights:
-        raise AdapterError(f"adapter {source}: {WEIGHTS} holds no mask tokens")
     return weights
 
 

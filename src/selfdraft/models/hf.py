@@ -23,19 +23,24 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..cache import Lane, Lanes, Pair
 from ..errors import ModelUnsupported
 from ..method import Lookahead
 from ..tree import Tree
 from . import Cache, Guess, Rows, attention, masks, probe
-from .adapter import Adapter, Gate, attach
+from .adapter import Adapter, Gate, attach, merge
 from .cost import StepTimes, step_times
 from .head import Head, split
 from .layout import Layout, layout
 from .load import transformers_model
 
 Numerics = Literal["exact", "fast"]
+Grade = Literal["base", "tuned"]
+TUNED = (
+    "selfdraft_tuned"  # an entry of the config of a model whose weights were tuned to draft for themselves
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class HfModel:
         self.context = probe.context(self.model)
         self.numerics: Numerics = "fast"  # until the probe has found exact to be possible
         self.rows = probe.RowRange()  # the whole range, until a narrower one is found
-        self.base = self  # what `adapted` started from
+        self.loaded = self  # what `adapted` started from
+        self.base = self  # the same, or that with weights that an adapter has tuned: whose text it is
+        self.grade: Grade = "tuned" if getattr(self.model.config, TUNED, None) else "base"
         self.adapter: Adapter | None = None
         self.lookahead: Lookahead | None = None
         self._gate = Gate()
@@ -92,12 +99,31 @@ class HfModel:
         return Lanes(torch.float64 if self.numerics == "exact" else None, prefix)
 
     def adapted(self, adapter: Adapter) -> HfModel:
-        """This model with an adapter at work on the rows of its mask tokens. The weights are shared, this
-        object and its model stay as they are. Raises AdapterError where a part has no place in the model."""
+        """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
+        merged into the weights first. Other weights are shared, this object and its model stay as they are.
+        Raises AdapterError where a part has no place in the model."""
+        if adapter.config.gated:
+            return self.learning(adapter)
+        tuned = self._twin(merge(self.model, adapter))
+        tuned.base, tuned.grade = tuned, "tuned"
+        return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
+
+    def learning(self, adapter: Adapter) -> HfModel:
+        """The same with LoRA beside the weights, gated or not, so that it can be trained."""
+        model, gate = attach(self.model, adapter)
+        twin = self._twin(model)
+        twin.adapter, twin.lookahead, twin._gate = adapter, adapter.lookahead(self.vocab_size), gate
+        return twin
+
+    def copied(self, dtype: torch.dtype) -> HfModel:
+        """The same model with weights of its own, in that dtype, which take gradients: to train all of it."""
+        twin = self._twin(copy.deepcopy(self.model).to(dtype).requires_grad_())
+        twin.dtype = dtype
+        return twin
+
+    def _twin(self, model: PreTrainedModel) -> HfModel:
         twin = copy.copy(self)
-        twin.adapter, twin.lookahead = adapter, adapter.lookahead(self.vocab_size)
-        twin.model, twin._gate = attach(self.model, adapter)
-        twin._given = twin.model
+        twin.model = twin._given = model
         twin._times = None
         _, twin._base, twin._head = twin._split()
         return twin

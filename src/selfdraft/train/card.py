@@ -37,6 +37,140 @@ transformers {transformers}, commit {commit}. `adapter_config.json` has every op
 """
 
 
+TUNED = """---
+base_model: {base}
+library_name: selfdraft
+tags: [speculative-decoding, {method}]
+---
+
+# {name}: {base}, tuned by {method}
+
+Tuned weights: what is drafted is exactly what these weights say without drafting, at any temperature, but
+not what {base} says (grade: lossless to the **tuned** weights). Trained: {trained:,} parameters,
+{share:.2%} of the model's ({parts}).
+
+```python
+import selfdraft
+
+model = {load}
+```
+
+## What it costs
+
+On {tokens:,} tokens of held-out prompts, and on greedy answers to them:
+
+| | {base} | tuned |
+|---|---|---|
+| loss on what people wrote, nats per token | {loss[0]:.4f} | {loss[1]:.4f} |
+| likeliest token is that of {base} | 100 % | {agreement:.1%} |
+| tokens behind an answer's first repetition | {repeated[0]:.1%} | {repeated[1]:.1%} |
+{found}
+Trained for {steps:,} steps of {batch} sequences in {minutes:.0f} minutes on {processor}, {threads} threads,
+{device}; peak memory {peak}. Losses: draft `{draft}`, keep `{keep}` x {weight:g}. Made by selfdraft {version},
+torch {torch}, transformers {transformers}, commit {commit}. `{config}` has every option.
+"""
+
+CONVERGENCE = """
+## How blocks converge
+
+Greedy answers to held-out prompts by Jacobi decoding as published, in blocks of {block} tokens:
+
+| per block | {base} | tuned |
+|---|---|---|
+{rows}
+
+![share of a block that is right](convergence.png)
+"""
+
+GUESSES = """
+## How good its guesses are
+
+How often a mask's guess of a rank is the token that came, on held-out answers of {base}:
+
+{table}
+
+![acceptance while training](acceptance.png)
+"""
+
+
+def write_tuned(
+    folder: Path,
+    method: str,
+    base: str,
+    about: Mapping[str, Any],
+    log: Sequence[Mapping[str, float]],
+    machine: Mapping[str, Any],
+) -> None:
+    """Write README.md and the pictures of a tuned model."""
+    asked, found = about["run"], ""
+    config = asked["config"]
+    if "convergence" in about:
+        found += CONVERGENCE.format(
+            base=base, block=asked["data"]["block"], rows=_convergence(about["convergence"])
+        )
+        converging(folder / "convergence.png", about["convergence"], base)
+    if "accuracy" in about:
+        found += GUESSES.format(base=base, table=_table(about["accuracy"]))
+        picture(folder / "acceptance.png", log, min(config["masks"], 4))
+    parts = [
+        "all weights"
+        if asked["full"]
+        else f"LoRA of rank {config['rank']} on {', '.join(config['targets']) or 'all layers'}",
+        f"{config['masks'] if config['distinct'] else 1} mask embeddings" if config["masks"] else "",
+        f"a sampler head of width {config['sampler']}" if config["sampler"] else "",
+    ]
+    drafts = f'method="{method}"' if config["masks"] else 'method="jacobi"'
+    where = f"{folder.name}/model" if asked["full"] else base
+    adapter = "" if asked["full"] and not config["masks"] else f', adapter="{folder.name}"'
+    peak = about["peak_bytes"]
+    text = TUNED.format(
+        base=base,
+        method=method,
+        name=folder.name,
+        parts=", ".join(part for part in parts if part),
+        load=f'selfdraft.load("{where}", {drafts}{adapter})',
+        found=found,
+        trained=about["trained"],
+        share=about["share"],
+        minutes=about["seconds"] / 60,
+        peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
+        version=machine["selfdraft"],
+        config="tuning.json" if asked["full"] else "adapter_config.json",
+        **about["price"],
+        **{key: asked["loss"][key] for key in ("draft", "keep", "weight")},
+        **{key: asked["schedule"][key] for key in ("steps", "batch")},
+        **{
+            key: machine[key] for key in ("processor", "threads", "device", "torch", "transformers", "commit")
+        },
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _convergence(found: Mapping[str, Mapping[str, float]]) -> str:
+    names = {
+        "tokens": "tokens",
+        "passes": "passes until it is the text",
+        "fast_forwarded": "fast-forwarded tokens",
+        "stationary": "stationary tokens",
+    }
+    before, after = found["base"], found["tuned"]
+    return "\n".join(f"| {said} | {before[key]:.2f} | {after[key]:.2f} |" for key, said in names.items())
+
+
+def converging(path: Path, found: Mapping[str, Mapping[str, Any]], base: str) -> None:
+    """The share of a block that is right up to the first wrong token, by passes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, said in (("base", base), ("tuned", "tuned")):
+        axes.plot(found[name]["progress"], label=said, marker="." if name == "tuned" else None)
+    axes.set(xlabel="passes", ylabel="right up to the first wrong token", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 def write(
     folder: Path,
     method: str,

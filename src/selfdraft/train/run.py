@@ -58,17 +58,17 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     distilled = shards.read(plan.data)
     base = fingerprint(pretrained)
     shards.check_model(distilled.manifest, base, model.vocab_size)
-    rows, held_out = _split(distilled.rows, plan)
+    rows, held_out = split(distilled.rows, plan.data)
     student = Student(model, fresh(model, plan.config, plan.schedule.seed), plan.loss)
-    asked = _asked(plan, distilled)
-    _claim(plan, asked)
+    settings = asked(plan, distilled)
+    claim(plan.out, settings)
     share = student.adapter.size / pretrained.num_parameters()
     tell(f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
     machine.reset_peak(model.device)
-    log = train(student, plan.schedule, rows, held_out, plan.out / "checkpoints")
+    collate = batches(student, plan.schedule)
+    log = train(student, plan.schedule, rows, held_out, collate, plan.out / "checkpoints")
     peak = machine.peak(model.device)
     tell("calibrating on held-out sequences")
-    collate = batches(student, plan.schedule)
     greedy = [row for row in held_out if row["temperature"] == 0] or list(held_out)
     size = plan.schedule.batch
     calibration = calibrate(student, (collate(greedy[i : i + size]) for i in range(0, len(greedy), size)))
@@ -79,49 +79,46 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
         "share": share,
         "seconds": round(next((e["train_runtime"] for e in reversed(log) if "train_runtime" in e), 0.0), 1),
         "peak_bytes": peak,
-        "run": asked,
+        "run": settings,
     }
     adapter_folder.save(plan.out, student.adapter, model, plan.method, plan.model, about)
     card.write(plan.out, plan.method, plan.model, about, log, machine.describe(model.device))
     return about
 
 
-def _split(rows: Any, plan: Plan) -> tuple[Any, Any]:
-    """Rows to train on, and rows to judge by, evenly spread."""
+def split(rows: Any, data: Path) -> tuple[Any, Any]:
+    """Rows to train on, and rows to judge by, evenly spread. Raises TrainingDataError where there are too
+    few."""
     usable = [i for i, answer in enumerate(rows["answer"]) if len(answer) >= LEAST]
     if len(usable) < 2:
-        raise TrainingDataError(
-            f"{plan.data} has {len(usable)} answers of {LEAST} tokens or more; distill more"
-        )
+        raise TrainingDataError(f"{data} has {len(usable)} answers of {LEAST} tokens or more; distill more")
     count = max(1, min(MOST, round(HELD_OUT * len(usable))))
     held = usable[:: len(usable) // count][:count]
     kept = set(held)
     return rows.select([i for i in usable if i not in kept]), rows.select(held)
 
 
-def _asked(plan: Plan, distilled: shards.Distilled) -> dict[str, Any]:
-    """Everything the adapter depends on. The answers by what they are, not by where they lie."""
+def asked(plan: Any, distilled: shards.Distilled) -> dict[str, Any]:
+    """Everything that comes of a plan depends on. The answers by what they are, not by where they lie."""
     given = json.loads(json.dumps(asdict(plan), default=str))
     del given["out"], given["device"]
     given["data"] = {"rows": len(distilled.rows), **distilled.manifest["asked"]}
     return dict(given)
 
 
-def _claim(plan: Plan, asked: Mapping[str, Any]) -> None:
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
     """See that the folder is this run's, and note the start. Raises InvalidOption."""
-    path = plan.out / "run.json"
-    plan.out.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Any] = {"asked": json.loads(json.dumps(asked)), "starts": []}
+    path = out / "run.json"
+    out.mkdir(parents=True, exist_ok=True)
+    held: dict[str, Any] = {"asked": json.loads(json.dumps(settings)), "starts": []}
     if path.exists():
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-            changed = list(changes(held["asked"], asked))
+            changed = list(changes(held["asked"], settings))
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidOption(f"{path} is not of a training run ({error}); give another --out") from error
         if changed:
-            raise InvalidOption(
-                f"--out {plan.out} holds another run ({'; '.join(changed)}); give another folder"
-            )
+            raise InvalidOption(f"--out {out} holds another run ({'; '.join(changed)}); give another folder")
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     held["starts"].append({"argv": sys.argv, "time": started, "commit": machine.commit()})
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

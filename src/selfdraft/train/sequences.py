@@ -45,7 +45,7 @@ class Batches:
     masks: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        texts = [self._cut(row["prompt"], row["answer"]) for row in rows]
+        texts = [self.cut(row["prompt"], row["answer"]) for row in rows]
         width = -(-max(len(text) for text, _ in texts) // STRIDE) * STRIDE
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         anchors, labels = [], []
@@ -59,7 +59,7 @@ class Batches:
             labels.append(told.masked_fill(~known[:, None], IGNORED))
         return {"ids": ids, "anchors": torch.stack(anchors), "labels": torch.stack(labels)}
 
-    def _cut(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], int]:
+    def cut(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], int]:
         """The text, and the row at which the first anchor may be. Of a long prompt the end is kept."""
         whole = [*prompt, *answer]
         start = max(0, min(len(prompt) - self.length // 2, len(whole) - self.length))

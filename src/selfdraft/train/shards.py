@@ -27,12 +27,14 @@ from ..errors import TrainingDataError
 
 MANIFEST = "distill.json"
 COLUMNS = ["prompt", "answer", "temperature"]  # what trainers need
+DEGENERATE = "degenerate"  # the finish reason of a row that keeps no states
 
 
 @dataclass(frozen=True)
 class Row:
     """One answer. index: which prompt it answers. prompt, answer: token ids. finish_reason: that of the
-    session, or "loop" where the answer was cut because it repeats itself."""
+    session, or "loop" where the answer was cut because it repeats itself. states: where its trajectory was
+    recorded, of each block the states before the text itself; see `trajectories`."""
 
     index: int
     prompt: Sequence[int]
@@ -40,11 +42,13 @@ class Row:
     temperature: float
     seed: int
     finish_reason: str
+    states: Sequence[Sequence[Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a folder holds. rows: a `datasets.Dataset` with the columns prompt, answer and temperature."""
+    """What a folder holds. rows: a `datasets.Dataset` with the columns prompt, answer and temperature, and of
+    recorded trajectories states."""
 
     manifest: Mapping[str, Any]
     rows: Any
@@ -75,7 +79,8 @@ class Shards:
             self._number, self._filled = self._number + 1, 0
         path = self.folder / f"shard-{self._number:05d}.jsonl"
         size = path.stat().st_size if path.exists() else 0
-        line = json.dumps(asdict(row), separators=(",", ":")).encode() + b"\n"
+        told = {name: value for name, value in asdict(row).items() if value is not None}
+        line = json.dumps(told, separators=(",", ":")).encode() + b"\n"
         try:
             with path.open("ab", buffering=0) as file:
                 write_all(file, line)
@@ -120,7 +125,7 @@ class Shards:
 
     def _resume(self) -> None:
         """Take in what is there; drop a last line that was cut off."""
-        vocabulary = self.manifest["asked"]["vocabulary"]
+        asked = self.manifest["asked"]
         paths = shards(self.folder)
         for path in paths[-1:]:
             raw = path.read_bytes()
@@ -128,7 +133,7 @@ class Shards:
             self._number = int(path.stem.removeprefix("shard-"))
         for path in paths:
             self._filled = 0
-            for row in _rows(path, vocabulary):
+            for row in _rows(path, asked["vocabulary"], asked.get("block")):
                 self._count(row)
 
     def _count(self, row: Row) -> None:
@@ -151,20 +156,22 @@ def read(folder: Path) -> Distilled:
     paths = shards(folder)
     if not paths:
         raise TrainingDataError(f"{folder} has no shards yet; run the command of its {MANIFEST} again")
+    vocabulary, block = held["asked"]["vocabulary"], held["asked"].get("block")
+    wanted = COLUMNS if block is None else [*COLUMNS, "states"]
     parts = []
     for path in paths:
-        rows = list(_rows(path, held["asked"]["vocabulary"]))
+        rows = list(_rows(path, vocabulary, block))
         if not rows:
             raise TrainingDataError(f"{path} is empty; run the command of {MANIFEST} again, or delete it")
-        columns = {name: [getattr(row, name) for row in rows] for name in ("index", *COLUMNS)}
-        parts.append(datasets.Dataset.from_dict(columns, features=_features()))
+        columns = {name: [getattr(row, name) for row in rows] for name in ("index", *wanted)}
+        parts.append(datasets.Dataset.from_dict(columns, features=_features(wanted)))
     joined = datasets.concatenate_datasets(parts)
     index = joined["index"][:]
     twice = next((one for one, count in Counter(index).items() if count > 1), None)
     if twice is not None:
         raise TrainingDataError(f"{folder} holds two rows of index {twice}; keep one, or distill again")
     order = sorted(range(len(index)), key=index.__getitem__)
-    return Distilled(held, joined.select(order).select_columns(COLUMNS))
+    return Distilled(held, joined.select(order).select_columns(wanted))
 
 
 def check_model(held: Mapping[str, Any], fingerprint: str, vocabulary: int) -> None:
@@ -213,15 +220,17 @@ def library() -> Any:
     return datasets
 
 
-def _features() -> Any:
+def _features(columns: Sequence[str]) -> Any:
     datasets = library()
     ids, value = datasets.List(datasets.Value("int32")), datasets.Value
-    kinds = {"index": value("int64"), "prompt": ids, "answer": ids, "temperature": value("float32")}
-    return datasets.Features(kinds)
+    kinds = {"prompt": ids, "answer": ids, "temperature": value("float32")}
+    kinds["states"] = datasets.List(datasets.List(ids))
+    return datasets.Features({"index": value("int64"), **{name: kinds[name] for name in columns}})
 
 
-def _rows(path: Path, vocabulary: int) -> Iterator[Row]:
-    """The rows of a shard. Raises TrainingDataError with the line that is not one."""
+def _rows(path: Path, vocabulary: int, block: int | None) -> Iterator[Row]:
+    """The rows of a shard. block: tokens of a block, where trajectories are asked for. Raises
+    TrainingDataError with the line that is not one."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line:
             continue
@@ -230,11 +239,35 @@ def _rows(path: Path, vocabulary: int) -> Iterator[Row]:
             given = json.loads(line)
         except ValueError as error:
             raise TrainingDataError(f"{where}: not JSON ({error}); the file is damaged") from error
-        yield _row(given, where, vocabulary)
+        row = _row(given, where, vocabulary)
+        if block is not None and row.states is None and row.finish_reason != DEGENERATE:
+            raise TrainingDataError(f"{where}: no column 'states'; `selfdraft trajectories` writes it")
+        if block is not None and row.states is not None:
+            _check_states(row, where, vocabulary, block)
+        yield row
+
+
+def _check_states(row: Row, where: str, vocabulary: int, block: int) -> None:
+    """See that each block of the answer has its states, as long as it is. Raises TrainingDataError."""
+    answer, found = row.answer, row.states
+    sizes = [min(block, len(answer) - start) for start in range(0, len(answer), block)]
+    try:
+        assert found is not None
+        right = [[len(state) for state in states] for states in found]
+        ids = {token for states in found for state in states for token in state}
+        fit = len(right) == len(sizes) and all(set(r) <= {n} for r, n in zip(right, sizes, strict=True))
+        fit = fit and all(type(token) is int and 0 <= token < vocabulary for token in ids)
+    except TypeError:
+        fit = False
+    if not fit:
+        raise TrainingDataError(
+            f"{where}: 'states' must be those of {len(sizes)} blocks of {block} token ids, the last one cut "
+            "where the answer ends; the file is damaged"
+        )
 
 
 def _row(given: object, where: str, vocabulary: int) -> Row:
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(Row) if field.name != "states"]
     missing = [name for name in names if not isinstance(given, dict) or name not in given]
     if missing or not isinstance(given, dict):
         raise TrainingDataError(f"{where}: no column {missing[0]!r}; `selfdraft distill` writes {names}")
@@ -250,7 +283,7 @@ def _row(given: object, where: str, vocabulary: int) -> Row:
     for name, kind in (("index", int), ("temperature", int | float)):
         if not isinstance(given[name], kind):
             raise TrainingDataError(f"{where}: {name!r} must be a number; got {given[name]!s:.60}")
-    return Row(**{name: given[name] for name in names})
+    return Row(**{name: given[name] for name in names}, states=given.get("states"))
 
 
 def _lock(folder: Path) -> int:

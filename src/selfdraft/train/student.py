@@ -80,12 +80,12 @@ def anchored(text: Sequence[int], anchors: Sequence[int], group: Sequence[int]) 
 
 
 class Tape(transformers.Cache):
-    """Keys and values of one training forward: the prefix, the text's, kept without gradients, and those of
-    the rows that run last."""
+    """Keys and values of one training forward: the prefix, if there is an adapter, and those of the rows that
+    run; behind the first rows, which it keeps, those of rows that run later."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, adapter: Adapter | None) -> None:
         super().__init__(layers=[])
-        self.pairs = adapter.pairs()
+        self.pairs = adapter.pairs() if adapter is not None else []
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -120,6 +120,11 @@ class Student(torch.nn.Module):
     @property
     def model(self) -> HfModel:
         return self._model[0]
+
+    def dense(self) -> list[torch.nn.Parameter]:
+        """Parameters of matrices that rows go through; the others are embeddings and prefixes."""
+        parts: list[torch.nn.Module | None] = [self.adapter.lora, self.adapter.sampler]
+        return [one for part in parts if part is not None for one in part.parameters()]
 
     def forward(self, ids: Tensor, anchors: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The loss, and for each mask whether its first guess is the model's pick.

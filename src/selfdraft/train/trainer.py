@@ -7,7 +7,7 @@ would break them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .sequences import Batches, Draws
 from .student import IGNORED, Student
+from .tuned import TunedStudent
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+SHOWN = 4  # offsets whose accuracy is told
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,16 @@ class Schedule:
 
 
 def train(
-    student: Student,
+    student: Student | TunedStudent,
     schedule: Schedule,
     rows: Dataset[Any],
     held_out: Dataset[Any],
+    collate: Collate,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train, from the last checkpoint in `folder` if there is one. Returns the log."""
+    """Train, from the last checkpoint in `folder` if there is one. collate: rows into what the student takes.
+    Returns the log."""
     args = _arguments(schedule, folder, student.model.device)
     uses = schedule.steps * schedule.batch * args.world_size
     trainer = AdapterTrainer(
@@ -59,7 +65,7 @@ def train(
         args=args,
         train_dataset=Draws(rows, uses, schedule.seed),
         eval_dataset=held_out,
-        data_collator=batches(student, schedule),
+        data_collator=collate,
         compute_metrics=_metrics,
         optimizers=(_optimizer(student, schedule), None),
         callbacks=list(callbacks),
@@ -73,7 +79,8 @@ def batches(student: Student, schedule: Schedule) -> Batches:
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose log says how often each mask's first guess is the model's pick."""
+    """A Trainer whose log says how often each guess is the model's pick, and what became of the model's
+    text."""
 
     def compute_loss(
         self,
@@ -84,13 +91,15 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         out = model(**inputs)
         if model.training:
-            self._hits = [*getattr(self, "_hits", []), out["hits"].detach().flatten(0, 1)]
+            told = [out["hits"].detach().flatten(0, 1), *([out["kept"]] if "kept" in out else [])]
+            self._told = [*getattr(self, "_told", []), told]
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and getattr(self, "_hits", None):
-            logs |= accuracies(torch.cat(self._hits).cpu().numpy())
-            self._hits = []
+        if "loss" in logs and getattr(self, "_told", None):
+            hits, *kept = [torch.cat(parts).cpu().numpy() for parts in zip(*self._told, strict=True)]
+            logs |= accuracies(hits) | {"kept": round(float(part.mean()), 5) for part in kept}
+            self._told = []
         super().log(logs, start_time)
 
 
@@ -101,23 +110,24 @@ def accuracies(hits: np.ndarray[Any, Any]) -> dict[str, float]:
     right = (hits == 1) & known
     found = {
         f"right_{i + 1}": round(float(right[:, i].sum() / max(1, known[:, i].sum())), 4)
-        for i in range(hits.shape[1])
+        for i in range(min(SHOWN, hits.shape[1]))
     }
     runs = right.cumprod(1).sum(1)[known[:, 0]]
     return found | {"tokens_per_forward": round(1 + float(runs.mean()) if len(runs) else 1.0, 4)}
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    hits = np.asarray(prediction.predictions)
-    return accuracies(hits.reshape(-1, hits.shape[-1]))
+    told = prediction.predictions
+    hits, *kept = list(told) if isinstance(told, tuple) else [told]
+    found = accuracies(np.asarray(hits).reshape(-1, hits.shape[-1]))
+    return found | {"kept": round(float(np.mean(part)), 5) for part in kept}
 
 
-def _optimizer(student: Student, schedule: Schedule) -> torch.optim.Optimizer:
-    adapter = student.adapter
-    dense = [*adapter.lora.parameters(), *(adapter.sampler.parameters() if adapter.sampler else ())]
+def _optimizer(student: Student | TunedStudent, schedule: Schedule) -> torch.optim.Optimizer:
+    dense = student.dense()
     known = {id(part) for part in dense}
     others = [part for part in student.parameters() if id(part) not in known]
-    groups: list[dict[str, Any]] = [{"params": others, "lr": schedule.rate}]
+    groups: list[dict[str, Any]] = [{"params": others, "lr": schedule.rate}] if others else []
     if dense:
         groups.append({"params": dense, "lr": schedule.lora_rate})
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))

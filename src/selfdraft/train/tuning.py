@@ -1,0 +1,205 @@
+"""One run that tunes a model: from a folder of answers to a folder with an adapter, or with all weights.
+
+Like `run`, whose folder and resumption it shares. At the end the tuned model is measured as it will be
+loaded, rounded and merged: how its blocks converge, how good its masks' guesses are, and what the tuning
+costs (`price`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Gt, Le
+
+from ..bench import machine
+from ..errors import InvalidOption, TrainingDataError
+from ..models import adapter_folder
+from ..models.adapter import Adapter, AdapterConfig
+from ..models.fingerprint import fingerprint
+from ..models.hf import TUNED, HfModel
+from ..models.load import load_pretrained
+from ..session import Limits
+from . import card, run, shards
+from .calibration import calibrate
+from .packed import Masked, NoiseConfig, Noisy
+from .price import price
+from .sequences import Batches
+from .student import Loss, Student, fresh
+from .trainer import Collate, Schedule, train
+from .trajectories import convergence, watch
+from .tuned import TunedLoss, TunedStudent
+
+WATCHED = 32  # held-out prompts that the tuned model answers
+LONGEST = 160  # tokens of such an answer
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """What is asked for. method: cllm or space-tuned. data: a folder of `selfdraft trajectories` (cllm), or
+    of `selfdraft distill`. noise: of cllm. full: tune all weights, not LoRA. share: of the rows to train on.
+    start: an adapter of this kind to go on from, whose own trajectories the data may be."""
+
+    method: str
+    model: str
+    data: Path
+    out: Path
+    config: AdapterConfig
+    loss: TunedLoss = field(default_factory=TunedLoss)
+    schedule: Schedule = field(default_factory=Schedule)
+    noise: NoiseConfig | None = None
+    full: bool = False
+    share: Annotated[float, Gt(0), Le(1)] = 1.0
+    start: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+
+def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train, measure, save; what came of it. tell: hears what is being done.
+
+    Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
+    """
+    pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
+    model = HfModel(pretrained.requires_grad_(False), "fast")
+    distilled = shards.read(plan.data)
+    adapter = _adapter(plan, model, distilled.manifest)
+    eos = frozenset(distilled.manifest["asked"]["eos"])
+    rows = _usable(plan, distilled)
+    rows, held_out = run.split(rows, plan.data)
+    rows = rows.select(range(max(1, round(plan.share * len(rows)))))
+    student = TunedStudent(model, adapter, plan.loss, plan.full)
+    asked = run.asked(plan, distilled)
+    run.claim(plan.out, asked)
+    trained = sum(part.numel() for part in student.parameters())
+    share = trained / pretrained.num_parameters()
+    tell(f"{trained:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
+    machine.reset_peak(model.device)
+    collate = _collate(plan, model, distilled.manifest)
+    log = train(student, plan.schedule, rows, held_out, collate, plan.out / "checkpoints")
+    peak = machine.peak(model.device)
+    tell("measuring the tuned model on held-out prompts")
+    tuned = _finished(plan, student)
+    watched = held_out.select(range(min(WATCHED, len(held_out))))
+    limits = Limits(LONGEST, eos)
+    prompts = [row["prompt"] for row in watched if len(row["prompt"]) + LONGEST <= model.context]
+    cost = price(model, tuned.base, prompts, limits)
+    about: dict[str, Any] = {
+        "trained": trained,
+        "share": share,
+        "seconds": round(next((e["train_runtime"] for e in reversed(log) if "train_runtime" in e), 0.0), 1),
+        "peak_bytes": peak,
+        "price": asdict(cost),
+        "run": asked,
+    }
+    if plan.noise is not None:
+        about["convergence"] = {
+            name: asdict(
+                convergence(
+                    watch(one, prompts, _block(distilled.manifest), limits), _block(distilled.manifest)
+                )
+            )
+            for name, one in (("base", model), ("tuned", tuned.base))
+        }
+    if plan.config.masks:
+        about["accuracy"] = _calibrated(plan, tuned, student.adapter, held_out)
+    _save(plan, model, tuned, student.adapter, tokenizer, about)
+    card.write_tuned(plan.out, plan.method, plan.model, about, log, machine.describe(model.device))
+    return about
+
+
+def _adapter(plan: TunedPlan, model: HfModel, manifest: Mapping[str, Any]) -> Adapter:
+    """The adapter to train, fresh or to go on from. Raises TrainingDataError for data of another model."""
+    base = fingerprint(model.model)
+    if plan.start is None:
+        shards.check_model(manifest, base, model.vocab_size)
+        return fresh(model, plan.config, plan.schedule.seed)
+    if plan.full:
+        raise InvalidOption("start: an adapter to go on from goes with LoRA, not with all weights")
+    adapter = adapter_folder.load(plan.start, model)
+    if manifest["asked"]["fingerprint"] != base:
+        tuned = model.adapted(adapter).base
+        shards.check_model(manifest, fingerprint(tuned.model), model.vocab_size)
+    return adapter.float().requires_grad_()
+
+
+def _usable(plan: TunedPlan, distilled: shards.Distilled) -> Any:
+    """The rows to use. Raises TrainingDataError where trajectories are needed, and there are none."""
+    if plan.noise is None:
+        return distilled.rows
+    block = _block(distilled.manifest)
+    if not block:
+        raise TrainingDataError(
+            f"{plan.data} holds answers without trajectories; record them with `selfdraft trajectories`"
+        )
+    if block >= plan.schedule.length:
+        raise TrainingDataError(
+            f"{plan.data} holds blocks of {block} tokens, and length is {plan.schedule.length}; raise it"
+        )
+    kept = [i for i, found in enumerate(distilled.rows["states"]) if found]
+    return distilled.rows.select(kept).select_columns([*shards.COLUMNS, "states"])
+
+
+def _block(manifest: Mapping[str, Any]) -> int:
+    return int(manifest["asked"].get("block", 0))
+
+
+def _collate(plan: TunedPlan, model: HfModel, manifest: Mapping[str, Any]) -> Collate:
+    prompts = plan.loss.keep == "base"  # as published, what people wrote is not learned again
+    cut = Batches(plan.schedule.length, plan.schedule.anchors, max(1, plan.config.masks))
+    if plan.noise is not None:
+        return Noisy(cut, _block(manifest), plan.noise, frozenset(manifest["asked"]["eos"]), prompts)
+    return Masked(cut, range(model.vocab_size, model.vocab_size + plan.config.masks), prompts)
+
+
+def _finished(plan: TunedPlan, student: TunedStudent) -> HfModel:
+    """The tuned model as it will be loaded: rounded as it is stored, LoRA merged."""
+    student.requires_grad_(False)
+    if not plan.full:
+        student.adapter.bfloat16().float()
+        return student.base.adapted(student.adapter)
+    tuned = student.learner.copied(student.base.dtype)
+    tuned.model.requires_grad_(False)
+    tuned.base, tuned.grade = tuned, "tuned"
+    rest = student.adapter.drafting()
+    return tuned.adapted(rest) if plan.config.masks else tuned
+
+
+def _calibrated(
+    plan: TunedPlan, tuned: HfModel, adapter: Adapter, held_out: Any
+) -> Sequence[Sequence[float]]:
+    """The masks' accuracy by offset and rank; their odds go into the adapter."""
+    student = Student(tuned.base, adapter.drafting(), Loss())
+    schedule, size = plan.schedule, plan.schedule.batch
+    collate = Batches(schedule.length, max(16, schedule.anchors), plan.config.masks)
+    greedy = [row for row in held_out if row["temperature"] == 0] or list(held_out)
+    found = calibrate(student, (collate(greedy[i : i + size]) for i in range(0, len(greedy), size)))
+    adapter.odds = found.odds
+    return [[round(p, 4) for p in row] for row in found.accuracy]
+
+
+def _save(
+    plan: TunedPlan,
+    model: HfModel,
+    tuned: HfModel,
+    adapter: Adapter,
+    tokenizer: Any,
+    about: Mapping[str, Any],
+) -> None:
+    """An adapter of the model; or, where all weights were tuned, a model, and an adapter of it if there are
+    masks."""
+    if not plan.full:
+        adapter_folder.save(plan.out, adapter, model, plan.method, plan.model, about)
+        return
+    folder = plan.out / "model"
+    setattr(
+        tuned.base.model.config, TUNED, {"method": plan.method, "base": plan.model, "price": about["price"]}
+    )
+    with tuned.base.attending(tuned.own_attention):
+        tuned.base.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if plan.config.masks:
+        adapter_folder.save(plan.out, adapter.drafting(), tuned.base, plan.method, str(folder), about)
+    (plan.out / "tuning.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
