@@ -45,6 +45,9 @@ ALLOWED = {
     "bench": {"answer", "engine", "generation", "method", "methods", "models", "options", "sampling"}
     | {"session", "step", "text", "tree"},
     "train": {
+        "method",
+        "methods",
+        "step",
         "bench",
         "cache",
         "engine",

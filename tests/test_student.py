@@ -128,8 +128,8 @@ def beyond_the_end(patch: pytest.MonkeyPatch) -> None:
 
 def before_the_answer(patch: pytest.MonkeyPatch) -> None:
     """Anchors within the prompt."""
-    cut = Batches._cut
-    patch.setattr(Batches, "_cut", lambda self, *given: (cut(self, *given)[0], 0))
+    cut = Batches.cut
+    patch.setattr(Batches, "cut", lambda self, *given: (cut(self, *given)[0], 0))
 
 
 @pytest.mark.parametrize("fault", [off_by_one, beyond_the_end, before_the_answer])
@@ -303,12 +303,13 @@ SCHEDULE = Schedule(steps=6, batch=2, length=48, anchors=4, every=2, seed=5)
 
 def trained(model: HfModel, rows: Any, folder: Path, *stops: int) -> tuple[dict[str, Tensor], list[Any]]:
     """A run that is interrupted after some steps and started anew; the adapter and the log of the last."""
+    collate = Batches(SCHEDULE.length, SCHEDULE.anchors, WHOLE.masks)
     for stop in stops:
         student = Student(model, fresh(model, WHOLE), Loss())
         with pytest.raises(KeyboardInterrupt):
-            train(student, SCHEDULE, rows, rows.select([0, 1]), folder, [Pulled(stop)])
+            train(student, SCHEDULE, rows, rows.select([0, 1]), collate, folder, [Pulled(stop)])
     student = Student(model, fresh(model, WHOLE), Loss())
-    log = train(student, SCHEDULE, rows, rows.select([0, 1]), folder)
+    log = train(student, SCHEDULE, rows, rows.select([0, 1]), collate, folder)
     timed = ("runtime", "per_second")
     held = [{k: v for k, v in entry.items() if not any(t in k for t in timed)} for entry in log]
     return {name: part.detach().clone() for name, part in student.adapter.named_parameters()}, held

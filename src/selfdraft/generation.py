@@ -67,7 +67,8 @@ class TextGenerator:
         self.tokenizer = tokenizer
         self.name = name or model.name
         self.method, self.method_name = methods.resolve(method, options)
-        self.model = adapter_folder.fit(model, self.method, self.method_name, self.name, adapter)
+        self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
+        self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
         self.eos = _end_ids(model, tokenizer)
 
     @overload

@@ -160,7 +160,8 @@ class Hook:
     def _of(self, model: PreTrainedModel) -> HfModel:
         if self._model is None or self._model.loaded.model is not model:
             probed = HfModel(model, self.numerics)
-            self._model = adapter_folder.fit(probed, self.method, self.name, probed.name, self.adapter)
+            source = adapter_folder.chosen(self.method, self.name, probed.name, self.adapter)
+            self._model = adapter_folder.fit(probed, self.method, self.name, source)
         return self._model
 
     def _limits(self, criteria: StoppingCriteriaList, row: Tensor, least: int) -> Limits:

@@ -49,12 +49,17 @@ class Answer:
 
 
 class Arm(Protocol):
-    """One way to answer. drafts: is it a method of this package?"""
+    """One way to answer. drafts: is it a method of this package? grade: whose text it is, the base's or
+    that of tuned weights. plain: the arm that decodes the same weights plainly, which it is compared with."""
 
     @property
     def name(self) -> str: ...
     @property
     def drafts(self) -> bool: ...
+    @property
+    def grade(self) -> str: ...
+    @property
+    def plain(self) -> str: ...
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         """At most `length` tokens that continue the prompt, of which some may stand in the references."""
 
@@ -68,7 +73,12 @@ class Drafted:
     model: HfModel
     sampler: Sampler
     eos: frozenset[int]
+    plain: str = PLAIN
     drafts: bool = True
+
+    @property
+    def grade(self) -> str:
+        return self.model.grade
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         times: list[float] = []
@@ -118,6 +128,8 @@ class Generated:
     eos: frozenset[int]
     lookup: int = 0
     drafts: bool = False
+    grade: str = "base"
+    plain: str = PLAIN
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         rounds = Rounds(self.model.device)
@@ -168,11 +180,20 @@ def _trace(text: Sequence[int], start: int, rounds: Rounds, started: float, eos:
 
 
 def drafted(names: Sequence[str], generator: TextGenerator, sampler: Sampler) -> list[Arm]:
-    """The methods asked for, plain decoding first. Raises UnknownMethod and InvalidOption."""
+    """The methods asked for, plain decoding first, and plain decoding of the weights that an adapter tunes
+    before what drafts with them. Raises UnknownMethod and InvalidOption."""
     wanted = [PLAIN, *(name for name in names if name != PLAIN)]
     _check_distinct(wanted)
-    using = [generator.using(*spelled(name)) for name in wanted]
-    return [Drafted(n, one.method, one.model, sampler, one.eos) for n, one in zip(wanted, using, strict=True)]
+    arms: dict[str, Arm] = {}
+    for name in wanted:
+        one = generator.using(*spelled(name))
+        plain = PLAIN if one.model.base is generator.model else f"{PLAIN}:adapter={one.adapter}"
+        if plain not in arms:
+            same = generator.using(*spelled(plain))
+            arms[plain] = Drafted(plain, same.method, same.model, sampler, same.eos, plain)
+        if name != plain:
+            arms[name] = Drafted(name, one.method, one.model, sampler, one.eos, plain)
+    return list(arms.values())
 
 
 def spelled(name: str) -> tuple[str, dict[str, object], str | None]:

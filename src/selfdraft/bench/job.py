@@ -85,6 +85,11 @@ class Job:
                 for arm in arms
                 if isinstance(arm, Drafted) and arm.model.adapter is not None
             },
+            "tuned": {
+                arm.name: machine.weights_sha256(arm.model.base)
+                for arm in arms
+                if isinstance(arm, Drafted) and arm.model.base is not model
+            },
             "repeats": self.repeats,
             "suites": {work.name: _asked(work) for work in works},
             "machine": machine.describe(model.device),

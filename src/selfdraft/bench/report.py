@@ -76,9 +76,10 @@ def _arms(bench: Bench, work: Work, items: set[str], bound: Figures) -> Figures:
 def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
     mine = [record for key, record in records.items() if key.arm == arm.name]
     out: Figures = {
-        "grade": "base",
+        "grade": arm.grade,
+        "plain": arm.plain,
         "answers": len(mine),
-        "identity": metrics.identity(mine, records, PLAIN),
+        "identity": metrics.identity(mine, records, arm.plain),
         "repeated_share": metrics.repeated(mine),
         "peak_bytes": max((r.peak for r in mine if r.peak is not None), default=None),
     }
@@ -87,9 +88,9 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
         speed = figures["forwards_per_second"]
         if speed is not None:
             figures["bandwidth_share"] = speed * bound["weight_bytes"] / bound["bandwidth"]
-        for other in (PLAIN, GENERATE):
+        for label, other in ((PLAIN, arm.plain), (GENERATE, GENERATE)):
             if other != arm.name and any(key.arm == other for key in records):
-                figures[f"against_{other}"] = metrics.ratios(mine, records, other, cut)
+                figures[f"against_{label}"] = metrics.ratios(mine, records, other, cut)
         out[name] = figures
     return out
 
@@ -199,8 +200,8 @@ def _notes(record: Figures, console: Console) -> None:
         "Figures are up to each answer's first repetition; `uncut` is x plain without that cut. x plain and "
         "x generate are medians of paired ratios over prompts, decoding alone.",
         f"{run['model']}, {run['dtype']} on {where['device']} ({where['processor']}, {where['threads']} "
-        f"threads), {run['numerics']} numerics, temperature {run['temperature']}, seed {run['seed']}; the "
-        "text is that of the base weights",
+        f"threads), {run['numerics']} numerics, temperature {run['temperature']}, seed {run['seed']}",
+        _grades(record),
         f"T(n)/T(1): {costs}; bandwidth {bound['bandwidth'] / 1e9:.1f} GB/s",
         f"background work: {record['background']['said']}",
     ]
@@ -210,6 +211,18 @@ def _notes(record: Figures, console: Console) -> None:
         )
     for line in lines:
         console.print(line, style="dim", highlight=False)
+
+
+def _grades(record: Figures) -> str:
+    """Whose text it is."""
+    arms = {name: one for suite in record["suites"].values() for name, one in suite["arms"].items()}
+    tuned = sorted(name for name, one in arms.items() if one["grade"] == "tuned")
+    if not tuned:
+        return "the text is that of the base weights"
+    return (
+        f"the text of {', '.join(tuned)} is that of tuned weights: x plain and identity are against plain "
+        "decoding of the same weights, x generate is against the base; the price is on the adapter's card"
+    )
 
 
 def _number(value: float | None, digits: int = 2, scale: float = 1, unit: str = "") -> str:

@@ -16,40 +16,50 @@ import typer
 from . import flags
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..train.distill import Distillation, Progress
 
 
+Prompts = Annotated[
+    list[str],
+    typer.Option("--prompts", "-p", help="File, folder or hub id, see `selfdraft distill`; repeatable."),
+]
+Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, or messages.")]
+Split = Annotated[str, typer.Option(help="Split of a data set.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Answer the first prompts only.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="Of the answers drawn.")]
+GreedyShare = Annotated[float, typer.Option(help="Share of answers that are greedy.")]
+Seed = Annotated[int, typer.Option(help="Keys which are greedy, and the noise of the others.")]
+CutLoops = Annotated[
+    bool, typer.Option("--cut-loops/--keep-loops", help="End an answer where it begins to loop.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Answers under way at a time.")]
+Shard = Annotated[int, typer.Option(min=1, help="Rows a file.")]
+Numerics = Annotated[
+    str,
+    typer.Option(help="fast; exact: the same bits whatever the batch and the method, but slower."),
+]
+
+
 def distill(
-    prompts: Annotated[
-        list[str],
-        typer.Option("--prompts", "-p", help="File, folder or hub id, see above; repeatable."),
-    ],
+    prompts: Prompts,
     out: Annotated[Path, typer.Option(help="Folder for the answers; one that holds this run is continued.")],
     model: flags.Model = "pico",
-    column: Annotated[
-        str | None, typer.Option(help="Column of the prompts. Default: prompt, or messages.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a data set.")] = "train",
-    limit: Annotated[int | None, typer.Option(min=1, help="Answer the first prompts only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the answers drawn.")] = 0.8,
-    greedy_share: Annotated[float, typer.Option(help="Share of answers that are greedy.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Keys which are greedy, and the noise of the others.")] = 0,
-    cut_loops: Annotated[
-        bool, typer.Option("--cut-loops/--keep-loops", help="End an answer where it begins to loop.")
-    ] = True,
-    batch: Annotated[int, typer.Option(min=1, help="Answers under way at a time.")] = 32,
-    shard: Annotated[int, typer.Option(min=1, help="Rows a file.")] = 1000,
+    column: Column = None,
+    split: Split = "train",
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.8,
+    greedy_share: GreedyShare = 0.5,
+    seed: Seed = 0,
+    cut_loops: CutLoops = True,
+    batch: Batch = 32,
+    shard: Shard = 1000,
     method: flags.Method = "plain",
     option: flags.MethodOptions = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
-    numerics: Annotated[
-        str,
-        typer.Option(help="fast; exact: the same bits whatever the batch and the method, but slower."),
-    ] = "fast",
+    numerics: Numerics = "fast",
     as_json: flags.Json = False,
 ) -> None:
     """Let the model answer prompts, for draft adapters to learn from: they guess what this model says.
@@ -71,15 +81,13 @@ def distill(
 
       selfdraft distill -p chats.parquet --model ./my-model --out answers --method llma --batch 8
     """
-    from rich.console import Console
-
     from ..generation import load
     from ..train.distill import Distillation, Recipe, asked
-    from ..train.prompts import Prompts
+    from ..train.prompts import Prompts as Read
     from ..train.shards import Shards
 
     recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops)
-    rows = Prompts(prompts, column, split)
+    rows = Read(prompts, column, split)
     generator = load(
         model,
         method,
@@ -90,7 +98,7 @@ def distill(
     )
     shards = Shards(out, asked(generator, rows, recipe), shard)
     try:
-        summary = _run(Distillation(generator, rows, recipe, shards, batch, limit), Console(stderr=True))
+        summary = work(Distillation(generator, rows, recipe, shards, batch, limit))
     finally:
         shards.close()
     if as_json:
@@ -99,12 +107,14 @@ def distill(
         _show(summary, out)
 
 
-def _run(running: Distillation, console: Console) -> dict[str, Any]:
+def work(running: Distillation) -> dict[str, Any]:
     """The run, with a bar that is drawn between steps only."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    console = Console(stderr=True)
     shards, quiet = running.shards, not console.is_terminal
     if shards.found:
         said = f"selfdraft: going on in {shards.folder}, {shards.found} rows are there"
@@ -121,7 +131,7 @@ def _run(running: Distillation, console: Console) -> dict[str, Any]:
 
             return running.run(tell)
     except (KeyboardInterrupt, SystemExit):
-        said = f"selfdraft: {len(shards.done)} rows are kept in {shards.folder}; the same command goes on"
+        said = f"selfdraft: {shards.kept} rows are kept in {shards.folder}; the same command goes on"
         console.print(said, soft_wrap=True)
         raise
 

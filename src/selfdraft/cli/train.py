@@ -92,6 +92,12 @@ Stop it at any time: the same command goes on from the last checkpoint. It print
 mask is the model's pick (right_1, ...), and the tokens per forward of a chain of such guesses.
 """
 
+LEARNS = """
+Stop it at any time: the same command goes on from the last checkpoint. It prints how often what hangs from
+the text guesses the model's own pick (right_1, ...; the tokens per forward of a chain of such guesses), and
+how far the text's rows are from what they learn to keep (kept, nats).
+"""
+
 BITA = f"""Mask tokens and a soft prefix that they alone see (arXiv 2401.12522).
 
 Some hundredths of a percent of a model's parameters. `--sampler-head 0 --loss tokens --decay 1
@@ -124,10 +130,10 @@ Examples:
 CLLM = f"""Consistency training: any state of a Jacobi trajectory to the text it ends in (arXiv 2403.00835).
 
 Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
-what that costs. Decode with `--method jacobi --adapter`. By default noisy blocks stand behind each other, ever noisier,
-in one forward with the text (Jacobi Forcing), and the text's rows keep the base's distribution.
-`--window 1 --noise random --copies 1 --keep tokens` is the published training.
-{STOPS}
+what that costs. Decode with `--method jacobi --adapter`. By default noisy blocks stand behind each other,
+ever noisier, in one forward with the text (Jacobi Forcing), and the text's rows keep the base's distribution.
+`--window 1 --noise random --copies 1 --on-policy 0 --decay 1 --keep tokens` is the published training.
+{LEARNS}
 Examples:
 
   selfdraft trajectories --prompts prompts.jsonl --out paths
@@ -147,9 +153,9 @@ SPACE_TUNED = f"""Mask tokens and tuned weights: SPACE as published (SAR-SFT, ar
 
 Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
 what that costs. Masks are drawn anew each time a row is used.
-`--masks 5 --shared-mask --sampler-head 0 --anchors 1 --draft tokens --keep tokens --keep-weight 1 --full` is the
-published training.
-{STOPS}
+`--masks 5 --shared-mask --sampler-head 0 --anchors 1 --draft tokens --keep tokens --keep-weight 1 --full` is
+the published training.
+{LEARNS}
 Examples:
 
   selfdraft distill --prompts prompts.jsonl --out answers
@@ -176,8 +182,14 @@ def cllm(
         str, typer.Option(help="global: to the text; local: to the next state, with a window of 1.")
     ] = "global",
     copies: Annotated[int, typer.Option(min=1, help="Noisy copies of each answer.")] = 2,
+    on_policy: Annotated[
+        float, typer.Option(help="Share of steps before which the states make a pass by the student itself.")
+    ] = 0.5,
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
+    decay: Annotated[
+        float, typer.Option(help="Weight of each row behind the first wrong one, in that of the one before.")
+    ] = 0.85,
     steps: Steps = 2000,
     batch: Batch = 4,
     length: Length = 512,
@@ -201,7 +213,7 @@ def cllm(
         what,
         {"method": "cllm", "model": model, "data": data, "out": out, "full": full, "share": share},
         {"masks": 0, "rank": 0 if full else rank, "targets": tuple(target or ())},
-        {"keep": keep, "weight": keep_weight},
+        {"keep": keep, "weight": keep_weight, "decay": decay, "refresh": on_policy},
         {
             "steps": steps,
             "batch": batch,

@@ -30,19 +30,27 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT = "base_model.model."  # before the names of layers, in peft's layout
 
 
-def fit(model: HfModel, method: Method, label: str, name: str, source: str | None) -> HfModel:
-    """A model with an adapter: the one given, or if the method drafts with one, that which comes with an
-    embedded model. label, name: of the method and of the model. Raises AdapterError where there is none,
-    where it lacks what the method needs, or where it would change nothing."""
-    drafts = getattr(method, "adapted", False)
-    if source is None and not drafts:
-        return model
-    source = source or _embedded(f"{name}-{label}")
+def chosen(method: Method, label: str, name: str, given: str | None) -> str | None:
+    """Which adapter a method gets: the one given, or if it drafts with one, that which comes with an embedded
+    model. label, name: of the method and of the model. Raises AdapterError where it needs one, and there is
+    none."""
+    source = given
+    if given is None and getattr(method, "adapted", False):
+        source = _embedded(f"{name}-{label}")
+        if source is None:
+            raise AdapterError(
+                f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
+                f"--adapter), or train one with `selfdraft train {label}`"
+            )
+    return source
+
+
+def fit(model: HfModel, method: Method, label: str, source: str | None) -> HfModel:
+    """A model with that adapter. Raises AdapterError where it lacks what the method needs, or would do
+    nothing."""
     if source is None:
-        raise AdapterError(
-            f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
-            f"--adapter), or train one with `selfdraft train {label}`"
-        )
+        return model
+    drafts = getattr(method, "adapted", False)
     adapter = load(source, model)
     if drafts and not adapter.config.masks:
         raise AdapterError(

@@ -66,8 +66,8 @@ On {tokens:,} tokens of held-out prompts, and on greedy answers to them:
 | tokens behind an answer's first repetition | {repeated[0]:.1%} | {repeated[1]:.1%} |
 {found}
 Trained for {steps:,} steps of {batch} sequences in {minutes:.0f} minutes on {processor}, {threads} threads,
-{device}; peak memory {peak}. Losses: draft `{draft}`, keep `{keep}` x {weight:g}. Made by selfdraft {version},
-torch {torch}, transformers {transformers}, commit {commit}. `{config}` has every option.
+{device}; peak memory {peak}. Losses: draft `{draft}`, keep `{keep}` x {weight:g}. Made by selfdraft
+{version}, torch {torch}, transformers {transformers}, commit {commit}. `{config}` has every option.
 """
 
 CONVERGENCE = """

@@ -32,7 +32,8 @@ PAD = -2  # the parent of a row that pads
 
 @dataclass
 class Packing:
-    """The tree of one sequence, as it grows. groups: pairs of hung row and aim."""
+    """The tree of one sequence, as it grows. groups: pairs of hung row and aim, NO_ROW
+    where it has none."""
 
     text: Sequence[int]
     tokens: list[int] = field(init=False)
@@ -72,11 +73,9 @@ class Masked:
                 if told[0] == IGNORED:
                     continue
                 hung = packing.hang(anchor, self.ids)
-                known = [token != IGNORED for token in told]
                 aims = range(anchor + 1, anchor + 1 + len(told))
-                packing.groups.append(
-                    [pair for pair, so in zip(zip(hung, aims, strict=True), known, strict=True) if so]
-                )
+                ends = [NO_ROW if token == IGNORED else row for row, token in zip(aims, told, strict=True)]
+                packing.groups.append(list(zip(hung, ends, strict=True)))
             made.append(packing)
             starts.append(0 if self.prompts else start)
         return batch(made, starts, len(self.ids))
@@ -126,26 +125,21 @@ class Noisy:
 
     def _hang(self, packing: Packing, first: int, states: Sequence[Any], dice: random.Random) -> None:
         """A noisy copy of the answer, whose first token is row `first` of the text."""
-        phase, under, wrong = dice.randrange(self.config.window), 0, False
-        for number, (at, known) in enumerate(
-            zip(range(first, len(packing.text), self.block), states, strict=False)
-        ):
+        phase, under = dice.randrange(self.config.window), 0
+        starts = range(first, len(packing.text), self.block)
+        for number, (at, known) in enumerate(zip(starts, states, strict=False)):
             aim = list(packing.text[at : at + self.block])
             place = (number + phase) % self.config.window
             if place == 0 or number == 0:
-                under, wrong = at - 1, False
+                under = at - 1
             line = [[*state][: len(aim)] for state in known] + [aim]
             chosen = self._choose(line, aim, place, dice)
             hung = packing.hang(under, line[chosen])
             target = range(at, at + len(aim))
             if self.config.consistency == "local" and chosen + 2 < len(line):
                 target = packing.hang(at - 1, line[chosen + 1])
-            group = []
-            for row, to, token, right in zip(hung, target, line[chosen], aim, strict=True):
-                wrong = wrong or token != right
-                if wrong and right not in self.eos:
-                    group.append((row, to))
-            packing.groups.append(group)
+            ends = [NO_ROW if token in self.eos else row for row, token in zip(target, aim, strict=True)]
+            packing.groups.append(list(zip(hung, ends, strict=True)))
             under = hung[-1]
 
     def _choose(

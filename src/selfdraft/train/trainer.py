@@ -18,7 +18,6 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from .sequences import Batches, Draws
 from .student import IGNORED, Student
@@ -70,12 +69,18 @@ def train(
         optimizers=(_optimizer(student, schedule), None),
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last(folder))
     return list(trainer.state.log_history)
 
 
 def batches(student: Student, schedule: Schedule) -> Batches:
     return Batches(schedule.length, schedule.anchors, student.adapter.config.masks)
+
+
+def _last(folder: Path) -> str | None:
+    """The last checkpoint that is whole: its state is written at the end."""
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 class AdapterTrainer(Trainer):
@@ -97,8 +102,7 @@ class AdapterTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and getattr(self, "_told", None):
-            hits, *kept = [torch.cat(parts).cpu().numpy() for parts in zip(*self._told, strict=True)]
-            logs |= accuracies(hits) | {"kept": round(float(part.mean()), 5) for part in kept}
+            logs |= _figures([torch.cat(parts).cpu().numpy() for parts in zip(*self._told, strict=True)])
             self._told = []
         super().log(logs, start_time)
 
@@ -119,8 +123,13 @@ def accuracies(hits: np.ndarray[Any, Any]) -> dict[str, float]:
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     told = prediction.predictions
     hits, *kept = list(told) if isinstance(told, tuple) else [told]
-    found = accuracies(np.asarray(hits).reshape(-1, hits.shape[-1]))
-    return found | {"kept": round(float(np.mean(part)), 5) for part in kept}
+    return _figures([np.asarray(hits).reshape(-1, hits.shape[-1]), *kept])
+
+
+def _figures(told: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
+    """Of hits, [anchors, masks], and where the model's text is at stake, of what was kept, [sequences]."""
+    found = accuracies(told[0])
+    return found | {"kept": round(float(told[1].mean()), 5)} if len(told) > 1 else found
 
 
 def _optimizer(student: Student | TunedStudent, schedule: Schedule) -> torch.optim.Optimizer:

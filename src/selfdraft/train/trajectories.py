@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -163,7 +163,7 @@ def _prefix(right: Sequence[bool]) -> int:
 def _count(right: Sequence[Sequence[bool]]) -> tuple[int, int, int, int]:
     """tokens, passes, fast-forwarded and stationary ones of one block. right: by state, by token."""
     prefix = [_prefix(row) for row in right]
-    gained = [max(0, after - before - 1) for before, after in zip(prefix, prefix[1:], strict=False)]
+    gained = [max(0, after - before - 1) for before, after in pairwise(prefix)]
     settled = set()
     for j in range(1, len(right)):  # the first state is drawn: what is right there is so by chance
         stays = [all(row[i] for row in right[j:]) for i in range(len(right[j]))]

@@ -4,10 +4,10 @@ A sequence is a tree again: the text, a chain, and what hangs from it: blocks of
 groups of mask tokens (SPACE). It goes through the same layout and masks as a tree of decoding, so a row sees
 in training what it sees later. All rows have gradients. Two losses are added:
 
-- draft: a hung row should say what the row of the text at its place says, without gradients there (the global
-  consistency loss of CLLM, arXiv 2403.00835, section 3.3.2, whose stop-gradient copy is this same student),
-  or the token that came (SPACE, 2402.11809). The local form of the former has the next state of the block
-  instead.
+- draft: a hung row that sees anything wrong should say what the row of the text at its place says, without
+  gradients there (the global consistency loss of CLLM, arXiv 2403.00835, section 3.3.2, whose stop-gradient
+  copy is this same student), or the token that came (SPACE, 2402.11809). The local form of the former has the
+  next state of the block instead.
 - keep: the text's own rows should say what they said before, by the base model's distribution, or the token
   that came (the autoregressive loss of both papers).
 
@@ -43,6 +43,7 @@ class TunedLoss:
     keep: Literal["base", "tokens"] = "base"
     weight: Annotated[float, Ge(0)] = 10.0
     decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    refresh: Annotated[float, Ge(0), Le(1)] = 0.0
 
 
 class TunedStudent(torch.nn.Module):
@@ -79,7 +80,7 @@ class TunedStudent(torch.nn.Module):
         parts: list[torch.nn.Module | None] = [adapter.lora, adapter.sampler, self.weights]
         return [one for part in parts if part is not None for one in part.parameters()]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Without the second names of weights that the model ties, which a checkpoint cannot hold."""
         named: dict[str, Any] = super().state_dict(*args, **kwargs)
         first = {part.data_ptr(): name for name, part in reversed(named.items()) if part.numel()}
@@ -89,16 +90,19 @@ class TunedStudent(torch.nn.Module):
         self, tokens: Tensor, parents: Tensor, labels: Tensor, hung: Tensor, aims: Tensor
     ) -> dict[str, Tensor]:
         """The loss; hits: is a hung row's likeliest token that of its aim, [lanes, groups, size], 1, 0, or
-        IGNORED; kept: of each lane the mean loss of its text's rows, in nats over the base's own entropy.
+        IGNORED, from the first row of a group that counts on; kept: of each lane the mean loss of its text's
+        rows, in nats over the base's own entropy.
 
         tokens, parents: [lanes, rows], of the tree; parents of rows that pad are below -1. labels: [lanes,
         rows], the token after a row of the text, IGNORED where the row does not count, and for hung ones.
         hung, aims: [lanes, groups, size], hung rows, and the rows that each should agree with; NO_ROW where
         there is none."""
+        if self.training and self.loss.refresh and float(torch.rand(())) < self.loss.refresh:
+            tokens = self.passed(tokens, parents, hung)
         hidden = self.hidden(tokens, parents)
         lanes, width, _ = hidden.shape
         first = (torch.arange(lanes, device=hidden.device) * width)[:, None, None]
-        counted = aims != NO_ROW
+        counted = (aims != NO_ROW) & astray(tokens, parents, hung, aims)
         rows, aim = (hung + first)[counted], (aims + first)[counted]
         flat, label = hidden.flatten(0, 1), labels.flatten()
         text = (label != IGNORED).nonzero().flatten()
@@ -108,20 +112,32 @@ class TunedStudent(torch.nn.Module):
             told = self.model.output(flat[aim]).float()
         target = told.softmax(-1) if self.loss.draft == "distill" else label[aim]
         each = torch.nn.functional.cross_entropy(scores, target, reduction="none", ignore_index=IGNORED)
-        offset = torch.arange(aims.shape[-1], device=aims.device).expand(aims.shape)[counted]
+        offset = (counted.cumsum(-1) - 1)[counted]  # in the group, from its first row that counts
         weights = self.loss.decay**offset
         draft = (each * weights).sum() / weights.sum().clamp(min=1e-6)
         hits = torch.full_like(aims, IGNORED)
-        hits[counted] = (scores.argmax(-1) == told.argmax(-1)).long()
-        lane = text // width
+        lane, group, _ = counted.nonzero(as_tuple=True)
+        hits[lane, group, offset] = (scores.argmax(-1) == told.argmax(-1)).long()
+        home = text // width
         sums = torch.zeros(2, lanes, device=kept.device)
-        sums[0].index_add_(0, lane, kept.detach())
-        sums[1].index_add_(0, lane, torch.ones_like(kept))
+        sums[0].index_add_(0, home, kept.detach())
+        sums[1].index_add_(0, home, torch.ones_like(kept))
         return {
             "loss": draft + self.loss.weight * kept.mean(),
             "hits": hits,
             "kept": sums[0] / sums[1].clamp(min=1),
         }
+
+    @torch.no_grad()
+    def passed(self, tokens: Tensor, parents: Tensor, hung: Tensor) -> Tensor:
+        """The tokens after one pass: each hung row carries the student's pick after the row above it."""
+        hidden = self.hidden(tokens, parents)
+        lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
+        there = hung != NO_ROW
+        lanes, rows = lane[there], hung[there]
+        made = tokens.clone()
+        made[lanes, rows] = self.model.output(hidden[lanes, parents[lanes, rows]]).argmax(-1)
+        return made
 
     def hidden(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """Hidden states of all rows, [lanes, rows, hidden]."""
@@ -159,6 +175,24 @@ def trees(tokens: Tensor, parents: Tensor) -> list[Tree]:
         count = sum(parent >= -1 for parent in above)
         found.append(Tree(tuple(mine[:count]), tuple(above[:count])))
     return found
+
+
+def astray(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
+    """Which hung rows see a token, their own or above them, that is not the one of its aim: the others see
+    what the row of the text sees, and learn nothing. [lanes, groups, size]."""
+    lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
+    there = (hung != NO_ROW) & (aims != NO_ROW)
+    wrong = torch.zeros_like(tokens)
+    wrong[lane[there], hung[there]] = (
+        tokens[lane[there], hung[there]] != tokens[lane[there], aims[there]]
+    ).long()
+    found = []
+    for grown, mine in zip(trees(tokens, parents), wrong, strict=True):
+        sees = grown.visible.to(mine.device)
+        row = mine.new_zeros(tokens.shape[1])
+        row[: len(grown)] = (sees & mine[None, : len(grown)].bool()).any(-1)
+        found.append(row.bool())
+    return there & torch.stack(found)[lane, hung.clamp(min=0)]
 
 
 def _run(model: HfModel, grown: Sequence[Tree], width: int, adapter: Adapter | None) -> Tensor:
