@@ -80,6 +80,7 @@ def verify(
     about = {
         "model": model,
         "method": method,
+        "grade": generator.model.grade,
         "dtype": str(generator.model.dtype).removeprefix("torch."),
         "device": str(generator.model.device),
         "numerics": generator.model.numerics,

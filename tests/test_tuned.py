@@ -1,0 +1,197 @@
+"""Tuned models: what is drafted is plain decoding's of the same tuned weights, the base stays as it is, and the
+merged weights are those that LoRA describes. Each planted fault is seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import selfdraft
+from selfdraft import Engine, Limits, Method, Sampler, Session
+from selfdraft.errors import AdapterError, InvalidOption
+from selfdraft.methods.jacobi import Jacobi
+from selfdraft.methods.llma import Llma
+from selfdraft.methods.plain import Plain
+from selfdraft.methods.space import SpaceTuned
+from selfdraft.models import adapter as parts
+from selfdraft.models import adapter_folder
+from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, linear_layers
+from selfdraft.models.hf import TUNED, HfModel
+
+from adapting import LAYERS, Helped, Knowing
+from conftest import Run, tiny_llama
+from drafting import random_prompt, run
+
+PROMPT = random_prompt(30, seed=1)
+SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, seed=3)}
+SHORT = Limits(16)
+
+
+def tuner(model: HfModel, masks: int = 0, prefix: int = 0, sampler: int = 0, rank: int = 4) -> Adapter:
+    """A random adapter that changes the model, in the dtype in which one is loaded."""
+    config = AdapterConfig(masks, True, prefix, rank, 1.5 * rank, LAYERS, sampler, gated=False)
+    torch.manual_seed(0)
+    made = Adapter(config, model.width, model.read([0]), linear_layers(model.model, config.targets))
+    with torch.no_grad():
+        for part in made.parameters():
+            part.copy_(torch.randn_like(part) * 0.3)
+    return made.to(torch.float64 if model.dtype == torch.float64 else torch.float32).requires_grad_(False)
+
+
+def methods(answer: Any) -> list[Method]:
+    """Some that draft with masks come first."""
+    masked = [Helped(SpaceTuned(), answer), Helped(SpaceTuned(faithful=True), answer), Knowing(answer)]
+    return [*masked, SpaceTuned(), Jacobi(12), Jacobi(8, faithful=True), Llma(trigger=1, block=8), Plain()]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("model", ["exact", "exact32", "double"])
+@pytest.mark.parametrize("shape", [(0,), (3, 4, 16)], ids=str)
+def test_drafted_is_plain_of_the_tuned_weights(
+    shape: tuple[int, ...], model: str, sampler: str, request: pytest.FixtureRequest
+) -> None:
+    base: HfModel = request.getfixturevalue(model)
+    before = run(base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted
+    tuned = base.adapted(tuner(base, *shape))
+    plain = run(tuned.base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted
+    assert plain != before, "the adapter must change the text, or nothing is tested"
+    for method in methods(plain)[0 if shape[0] else 4 :]:
+        assert run(tuned, method, PROMPT, SAMPLERS[sampler], SHORT).emitted == plain, method
+    assert run(base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted == before
+
+
+@pytest.mark.parametrize("model", ["exact", "double"])
+def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
+    base: HfModel = request.getfixturevalue(model)
+    tuned = base.adapted(tuner(base, 3, 4, 16))
+    dice = random.Random(0)
+    alone, waiting = [], []
+    for seed in range(8):
+        prompt, limits = random_prompt(dice.randint(1, 70), seed), Limits(dice.randint(1, 24))
+        sampler = SAMPLERS["sampled" if seed % 2 else "greedy"]
+        alone.append(run(tuned.base, Plain(), prompt, sampler, limits).emitted)
+        waiting.append((prompt, methods(alone[-1])[seed], sampler, limits))
+    engine, joined = Engine(tuned), list[Session]()
+    while waiting or engine.sessions:
+        while waiting and len(engine.sessions) < 4:
+            joined.append(engine.submit(*waiting.pop(0)))
+        engine.step()
+    assert [session.emitted for session in joined] == alone
+
+
+def merged_as_peft_does(folder: Path, base: HfModel) -> None:
+    """The weights of a saved adapter, merged here and by peft, and LoRA left beside them, say the same."""
+    adapter_folder.save(folder, tuner(base), base, "cllm", "tiny", {})
+    loaded = adapter_folder.load(str(folder), base)
+    tuned = base.adapted(loaded)
+    theirs: Any = PeftModel.from_pretrained(tiny_llama(torch.float64), folder)
+    peft = cast(LlamaForCausalLM, theirs.merge_and_unload())
+    for name in loaded.names:
+        torch.testing.assert_close(
+            tuned.model.get_submodule(name).weight, peft.get_submodule(name).weight.to(tuned.dtype)
+        )
+    logits = tuned.reference(PROMPT)
+    torch.testing.assert_close(logits, peft(torch.tensor([PROMPT])).logits[0])
+    torch.testing.assert_close(base.learning(loaded).reference(PROMPT), logits)
+    assert not torch.allclose(logits, base.reference(PROMPT))
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:.*is_gradient_checkpointing")
+def test_merged_weights_are_peft_s(double: HfModel, tmp_path: Path) -> None:
+    before = {name: weight.clone() for name, weight in double.model.named_parameters()}
+    merged_as_peft_does(tmp_path / "mine", double)
+    for name, weight in double.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
+def no_scale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(AdapterConfig, "scale", 1.0)
+
+
+def one_layer_left_out(patch: pytest.MonkeyPatch) -> None:
+    changed = parts._changed
+    patch.setattr(parts, "_changed", lambda *given: list(changed(*given))[1:])
+
+
+def in_the_base(patch: pytest.MonkeyPatch) -> None:
+    """The shared tensors are written to."""
+
+    def merge(model: Any, adapter: Adapter) -> Any:
+        with torch.no_grad():
+            for _, module, low in parts._changed(model, adapter):
+                module.weight += adapter.config.scale * low.b @ low.a
+        return parts.share(model)
+
+    patch.setattr("selfdraft.models.hf.merge", merge)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("fault", [no_scale, one_layer_left_out, in_the_base])
+def test_wrong_merges_are_seen(
+    fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = HfModel(tiny_llama(torch.float64), "fast")
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        merged_as_peft_does(tmp_path / "mine", base)
+
+
+@pytest.fixture
+def saved(folder: Path, tmp_path: Path) -> Path:
+    """An adapter that tunes the saved model, without masks."""
+    generator = selfdraft.load(str(folder))
+    adapter_folder.save(tmp_path / "mine", tuner(generator.model), generator.model, "cllm", str(folder), {})
+    return tmp_path / "mine"
+
+
+def test_the_grade_is_told(folder: Path, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    tuned = selfdraft.load(str(folder), "jacobi", adapter=str(saved))
+    result = tuned.generate("def add(", max_new_tokens=12)
+    base = tuned.using("plain").generate("def add(", max_new_tokens=12)
+    assert (result.grade, base.grade) == ("tuned", "tuned")
+    assert result.ids == base.ids, "without an adapter a tuned model stays tuned"
+    again = tuned.using("llma", adapter=str(saved)).generate("def add(", max_new_tokens=12)
+    assert again.ids == result.ids, "an adapter is put into the model as it was loaded"
+    untouched = selfdraft.load(str(folder)).generate("def add(", max_new_tokens=12)
+    assert untouched.grade == "base"
+    assert untouched.ids != result.ids
+    loaded = tuned.model.loaded.model
+    loaded.config._attn_implementation = "sdpa"
+    setattr(loaded.config, TUNED, {"method": "cllm"})
+    assert selfdraft.load(loaded, tokenizer=tokenizer).model.grade == "tuned"
+
+
+def test_what_does_not_go_together_is_refused(folder: Path, saved: Path, double: HfModel) -> None:
+    with pytest.raises(AdapterError, match="no mask tokens, with which method 'space-tuned' drafts"):
+        selfdraft.load(str(folder), "space-tuned", adapter=str(saved))
+    with pytest.raises(AdapterError, match="drafts with an adapter"):
+        selfdraft.load(str(folder), "space-tuned")
+    for wrong in ({"gated": True}, {"prefix": 4}, {"sampler": 8}):
+        with pytest.raises(InvalidOption, match="masks is 0"):
+            AdapterConfig(**{"masks": 0, "rank": 4, "gated": False, **wrong})
+    adapter = tuner(double)
+    cast(LowRank, adapter.lora[0]).a = torch.nn.Parameter(torch.zeros(4, 5))
+    with pytest.raises(AdapterError, match="or of another size"):
+        double.adapted(adapter)
+    quantised = HfModel(tiny_llama(torch.float64), "fast")
+    layer = quantised.model.get_submodule(tuner(double).names[0])
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(AdapterError, match="is quantised"):
+        parts.merge(quantised.model, tuner(double))
+
+
+def test_verify_compares_with_the_tuned_weights(folder: Path, saved: Path, command: Run) -> None:
+    words = ("--model", str(folder), "--method", "jacobi", "--adapter", str(saved), "-n", "8", "--seeds", "1")
+    code, said, err = command("verify", *words)
+    assert code == 0, err
+    assert "exact" in said.splitlines()[-1]
+    code, said, _ = command("generate", "def add(", *words[:6], "-n", "4", "--json")
+    assert code == 0
+    assert '"grade": "tuned"' in said
