@@ -111,8 +111,9 @@ def test_merged_weights_are_peft_s(double: HfModel, tmp_path: Path) -> None:
         assert torch.equal(weight, before[name]), name
 
 
-def no_scale(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdapterConfig, "scale", 1.0)
+def merged_twice(patch: pytest.MonkeyPatch) -> None:
+    merge = parts.merge
+    patch.setattr("selfdraft.models.hf.merge", lambda model, adapter: merge(merge(model, adapter), adapter))
 
 
 def one_layer_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def in_the_base(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:.*is_gradient_checkpointing")
-@pytest.mark.parametrize("fault", [no_scale, one_layer_left_out, in_the_base])
+@pytest.mark.parametrize("fault", [merged_twice, one_layer_left_out, in_the_base])
 def test_wrong_merges_are_seen(
     fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
