@@ -163,8 +163,7 @@ def _finished(plan: TunedPlan, student: TunedStudent) -> HfModel:
     tuned = student.learner.copied(student.base.dtype)
     tuned.model.requires_grad_(False)
     tuned.base, tuned.grade = tuned, "tuned"
-    rest = student.adapter.drafting()
-    return tuned.adapted(rest) if plan.config.masks else tuned
+    return tuned.adapted(student.adapter.drafting()) if plan.config.masks else tuned
 
 
 def _calibrated(

@@ -1,0 +1,720 @@
+"""Trajectories: the states of the uncached definition, whatever ran beside them, resumed as if never stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfdraft import Limits, Request, Sampler, Step, TextGenerator
+from selfdraft.bench.repetition import fresh
+from selfdraft.errors import TrainingDataError
+from selfdraft.methods.plain import Plain
+from selfdraft.models.hf import HfModel
+from selfdraft.train import shards, trajectories
+from selfdraft.train.distill import Progress, Recipe, asked
+from selfdraft.train.prompts import Prompts
+from selfdraft.train.shards import Row, Shards
+from selfdraft.train.trajectories import Recorded, Recorder, Recording, convergence, watch
+
+from conftest import VOCABULARY, Run, tiny_llama
+from drafting import random_prompt, run
+
+TEXTS = [f"def f{i}(a, b):\n    return a {'+' * (i % 3 + 1)} b  # {'x' * i}\n" for i in range(7)]
+RECIPE = Recipe(max_new_tokens=37, seed=3, cut_loops=False)  # 37: no multiple of a block
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+JsonRow = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
+    """The weights of `double` in a model of transformers alone."""
+    return tiny_llama(torch.float64)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return written(tmp_path / "prompts.jsonl", TEXTS)
+
+
+def written(path: Path, texts: Sequence[str]) -> str:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def generators(double: HfModel, tokenizer: PreTrainedTokenizerFast) -> Callable[[int], TextGenerator]:
+    return lambda block: TextGenerator(double, tokenizer, Recorded(block), name="tiny")
+
+
+Generators = Callable[[int], TextGenerator]
+
+
+def record(
+    generator: TextGenerator,
+    file: str,
+    out: Path,
+    recipe: Recipe = RECIPE,
+    tell: Callable[[Progress], None] = lambda progress: None,
+    **how: Any,
+) -> list[JsonRow]:
+    """The rows of a run, by index."""
+    assert isinstance(generator.method, Recorded)
+    prompts = Prompts([file])
+    about = {"block": generator.method.block, "augment": how.get("augment", False)}
+    kept = Shards(out, {**asked(generator, prompts, recipe), **about}, 3)
+    try:
+        Recording(generator, prompts, recipe, kept, **how).run(tell)
+    finally:
+        kept.close()
+    return rows(out)
+
+
+def rows(out: Path) -> list[JsonRow]:
+    found = [json.loads(line) for path in shards.shards(out) for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda row: row["index"])
+
+
+@torch.no_grad()
+def mapped(model: LlamaForCausalLM, text: list[int], state: Sequence[int], sampler: Sampler) -> list[int]:
+    """The state after this one: what a whole forward, without a cache, picks in the place of each token."""
+    whole = [*text, *state]
+    logits = model(torch.tensor([whole]), use_cache=False).logits[0, len(text) - 1 : -1]
+    for token, value in sampler.logit_bias.items():
+        logits[:, token] += value
+    return sampler.scores(logits, range(len(text), len(whole))).argmax(-1).tolist()
+
+
+def right(model: LlamaForCausalLM, row: JsonRow, block: int, sampler: Sampler) -> None:
+    """A row is the definition's: each block begins with what `jacobi` as published draws, each state is
+    mapped to the next, and the text to itself."""
+    text, dice = list(row["prompt"]), random.Random(sampler.seed)
+    aims = [row["answer"][i : i + block] for i in range(0, len(row["answer"]), block)]
+    assert len(row["states"]) == len(aims)
+    for aim, states in zip(aims, row["states"], strict=True):
+        path = [*states, aim]
+        assert path[0][: block - 1] == dice.choices(text, k=block - 1)[: len(aim)]
+        assert set(path[0]) <= set(text)
+        assert aim not in states
+        for state, following in pairwise([*path, aim]):
+            assert mapped(model, text, state, sampler) == following
+        text += aim
+
+
+def settles(row: JsonRow, block: int) -> None:
+    """What holds of any row: states are as long as their block, and each has more of the text than the one
+    before it, in one piece from the start."""
+    for i, states in enumerate(row["states"]):
+        aim = row["answer"][i * block : (i + 1) * block]
+        assert all(len(state) == len(aim) for state in states)
+        settled = [*(agreed(state, aim) for state in states), len(aim)]
+        assert all(after > before for before, after in pairwise(settled))
+
+
+def agreed(state: Sequence[int], aim: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(state, aim, strict=True)) if a != b), len(aim))
+
+
+@pytest.mark.parametrize("block", [2, 5, 16])
+@pytest.mark.parametrize("greedy_share", [1.0, 0.0], ids=["greedy", "drawn"])
+def test_states_are_those_of_whole_forwards_without_a_cache(
+    reference: LlamaForCausalLM,
+    generators: Generators,
+    file: str,
+    tmp_path: Path,
+    block: int,
+    greedy_share: float,
+) -> None:
+    generator, recipe = generators(block), replace(RECIPE, greedy_share=greedy_share)
+    made = record(generator, file, tmp_path / "out", recipe, limit=4)
+    assert any(len(row["answer"]) == 37 for row in made), "with a short block at the end"
+    assert {row["temperature"] for row in made} == {0.0 if greedy_share else 0.8}
+    for row in made:
+        right(reference, row, block, recipe.sampler(row["index"]))
+        settles(row, block)
+        plain = run(
+            generator.model,
+            Plain(),
+            row["prompt"],
+            recipe.sampler(row["index"]),
+            Limits(37, generator.eos),
+        )
+        assert (row["answer"], row["finish_reason"]) == (plain.emitted, plain.finish_reason)
+
+
+def first_state_left_out(patch: pytest.MonkeyPatch) -> None:
+    propose = Recorder.propose
+
+    def wrong(self: Recorder, tokens: Sequence[int]) -> Any:
+        begins = self.inner.guess is None
+        tree = propose(self, tokens)
+        if begins:
+            self.blocks[-1] = []
+        return tree
+
+    patch.setattr(Recorder, "propose", wrong)
+
+
+def observing(patch: pytest.MonkeyPatch, note: Callable[[Recorder, Step], list[int]]) -> None:
+    """Another state is noted after a pass."""
+
+    def wrong(self: Recorder, step: Step) -> None:
+        self.inner.observe(step)
+        self.known += step.emitted
+        self.blocks[-1].append(note(self, step))
+
+    patch.setattr(Recorder, "observe", wrong)
+
+
+def last_pick_dropped(patch: pytest.MonkeyPatch) -> None:
+    observing(patch, lambda self, step: [*self.known, *step.picks[len(step.path) : -1]])
+
+
+def right_prefix_lost(patch: pytest.MonkeyPatch) -> None:
+    observing(patch, lambda self, step: [*step.emitted, *step.picks[len(step.path) :]])
+
+
+def guesses_for_picks(patch: pytest.MonkeyPatch) -> None:
+    """What ran is noted again, not what the model made of it."""
+    observing(patch, lambda self, step: [*self.known, *step.tree.tokens[1:][len(step.path) - 1 :]])
+
+
+def not_cut(patch: pytest.MonkeyPatch) -> None:
+    """States run on behind the end of the answer."""
+
+    def wrong(blocks: Any, answer: Sequence[int], block: int) -> Any:
+        starts = range(0, len(answer), block)
+        aims = [list(answer[start : start + block]) for start in starts]
+        return [
+            [state for state in mine if list(state[: len(aim)]) != aim]
+            for mine, aim in zip(blocks, aims, strict=False)
+        ]
+
+    patch.setattr(trajectories, "states", wrong)
+
+
+def dice_not_the_requests(patch: pytest.MonkeyPatch) -> None:
+    """All requests draw from the same dice."""
+    dice, begin = random.Random(0), Recorder.__init__
+
+    def wrong(self: Recorder, block: int, request: Request) -> None:
+        begin(self, block, request)
+        self.inner.dice = self.dice = dice
+
+    patch.setattr(Recorder, "__init__", wrong)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        first_state_left_out,
+        last_pick_dropped,
+        right_prefix_lost,
+        guesses_for_picks,
+        not_cut,
+        dice_not_the_requests,
+    ],
+)
+@pytest.mark.parametrize("greedy_share", [1.0, 0.0], ids=["greedy", "drawn"])
+def test_wrong_states_are_seen(
+    reference: LlamaForCausalLM,
+    generators: Generators,
+    file: str,
+    tmp_path: Path,
+    fault: Patch,
+    greedy_share: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = replace(RECIPE, greedy_share=greedy_share)
+    fault(monkeypatch)
+    (row,) = record(generators(5), file, tmp_path / "out", recipe, limit=1)
+    with pytest.raises(AssertionError):
+        right(reference, row, 5, recipe.sampler(0))
+
+
+@pytest.mark.parametrize("fault", [last_pick_dropped, right_prefix_lost, not_cut])
+def test_states_that_do_not_settle_are_seen(
+    generators: Generators, file: str, tmp_path: Path, fault: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    (row,) = record(generators(5), file, tmp_path / "out", limit=1)
+    with pytest.raises((AssertionError, ValueError)):
+        settles(row, 5)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_rows_do_not_depend_on_what_runs_beside_them(
+    exact: HfModel, tokenizer: PreTrainedTokenizerFast, file: str, tmp_path: Path, augment: bool
+) -> None:
+    beside(TextGenerator(exact, tokenizer, Recorded(5), name="tiny"), file, tmp_path, augment)
+
+
+def beside(generator: TextGenerator, file: str, tmp_path: Path, augment: bool = False) -> None:
+    alone = record(generator, file, tmp_path / "alone", batch=1, augment=augment)
+    assert [row["index"] for row in alone] == [*range(7)]
+    assert {row["temperature"] for row in alone} == {0.0, 0.8}
+    assert record(generator, file, tmp_path / "batch", batch=4, augment=augment) == alone
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_interrupted_and_resumed_is_as_if_never_stopped(
+    generators: Generators, file: str, tmp_path: Path, at: int
+) -> None:
+    resumed(generators(5), file, tmp_path, at)
+
+
+def resumed(generator: TextGenerator, file: str, tmp_path: Path, at: int) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.rows == at:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        record(generator, file, out, tell=stop, batch=3, augment=True)
+    assert len(rows(out)) == at
+    with shards.shards(out)[-1].open("a") as last:
+        last.write('{"index":6,"prompt":[0,5],"states":[[[5')
+    whole = record(generator, file, tmp_path / "whole", augment=True)
+    assert record(generator, file, out, batch=2, augment=True) == whole
+    assert shards.read(out).rows["states"][:] == [row["states"] for row in whole]
+
+
+def test_rows_that_depend_on_others_are_seen(
+    generators: Generators, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice_not_the_requests(monkeypatch)
+    with pytest.raises(AssertionError):
+        beside(generators(5), file, tmp_path)
+    with pytest.raises(AssertionError):
+        resumed(generators(5), file, tmp_path / "resumed", 3)
+
+
+def ended(generators: Generators, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
+    """An answer whose end of text stands within a block."""
+    (long,) = record(generators(16), file, tmp_path / "long", replace(RECIPE, greedy_share=1), limit=1)
+    at = next(i for i in range(17, 31) if long["answer"][i] not in long["answer"][:i])
+    generator = generators(16)
+    generator.eos = frozenset([long["answer"][at]])
+    recipe = replace(RECIPE, greedy_share=1)
+    (row,) = record(generator, file, tmp_path / "short", recipe, limit=1)
+    assert (row["answer"], row["finish_reason"]) == (long["answer"][: at + 1], "eos")
+    assert row["states"][0] == long["states"][0]
+    assert {len(state) for state in row["states"][1]} == {at + 1 - 16}
+    right(reference, row, 16, recipe.sampler(0))
+
+
+def test_an_end_of_text_within_a_block_cuts_all_its_states(
+    reference: LlamaForCausalLM, generators: Generators, file: str, tmp_path: Path
+) -> None:
+    ended(generators, reference, file, tmp_path)
+
+
+def test_states_behind_the_end_are_seen(
+    reference: LlamaForCausalLM,
+    generators: Generators,
+    file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    not_cut(monkeypatch)
+    with pytest.raises(AssertionError):
+        ended(generators, reference, file, tmp_path)
+
+
+class Looping(Recipe):
+    """Of three answers one has four tokens to choose from, and one a single token: a random model hardly
+    repeats itself."""
+
+    def sampler(self, index: int) -> Sampler:
+        few = ({}, dict.fromkeys(range(5, 9), 30.0), {5: 30.0})[index % 3]
+        return replace(super().sampler(index), logit_bias=few)
+
+
+def loops(generators: Generators, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
+    """Answers are cut where they loop; nothing is learned from those of one token."""
+    recipe = Looping(max_new_tokens=100, greedy_share=1, seed=3)
+    cut = record(generators(5), file, tmp_path / "cut", recipe)
+    whole = record(generators(5), file, tmp_path / "whole", replace(recipe, cut_loops=False))
+    reasons = {"degenerate": 0, "loop": 0}
+    for row, full in zip(cut, whole, strict=True):
+        kept = fresh(full["answer"])
+        assert row["answer"] == full["answer"][:kept]
+        only = row["index"] % 3 == 2
+        reason = "degenerate" if only else "loop" if kept < len(full["answer"]) else full["finish_reason"]
+        assert row["finish_reason"] == reason
+        reasons[reason] = reasons.get(reason, 0) + 1
+        assert (full["finish_reason"] == "degenerate") == only, "a hundred times the same token"
+        for one in (row, full):
+            assert ("states" in one) == (not only)
+        if not only:
+            right(reference, row, 5, recipe.sampler(row["index"]))
+    assert reasons["loop"] > 0
+    summary = shards.manifest(tmp_path / "cut")["summary"]
+    assert (summary["rows"], summary["degenerate"], summary["loops_cut"]) == (7, 2, reasons["loop"])
+    assert summary["tokens"] == sum(len(row["answer"]) for row in cut)
+    assert shards.manifest(tmp_path / "whole")["summary"]["degenerate"] == 2
+    assert [one is None for one in shards.read(tmp_path / "cut").rows["states"]] == [
+        row["index"] % 3 == 2 for row in cut
+    ]
+
+
+def test_answers_end_where_they_loop(
+    reference: LlamaForCausalLM, generators: Generators, file: str, tmp_path: Path
+) -> None:
+    loops(generators, reference, file, tmp_path)
+
+
+def nothing_degenerate(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(trajectories, "degenerate", lambda row, block: False)
+
+
+@pytest.mark.parametrize("fault", [not_cut, nothing_degenerate])
+def test_loops_not_cut_are_seen(
+    reference: LlamaForCausalLM,
+    generators: Generators,
+    file: str,
+    tmp_path: Path,
+    fault: Patch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        loops(generators, reference, file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "is_so"),
+    [
+        ([7] * 10 + [*range(20)], "length", True),
+        ([*range(20), *[7] * 10], "eos", True),
+        ([7] * 9 + [8] + [7] * 9, "length", False),
+        ([1, 2, 3], "loop", True),
+        ([1, 2, 3, 4], "loop", False),
+        ([1, 2, 3], "eos", False),
+    ],
+)
+def test_degenerate_answers(answer: list[int], reason: str, is_so: bool) -> None:
+    assert trajectories.degenerate(Row(0, [1], answer, 0.0, 0, reason), 4) == is_so
+
+
+def mended() -> None:
+    """Of many blocks, what `augmented` may do and what it must not."""
+    touched = set()
+    for seed in range(200):
+        dice = random.Random(seed)
+        aim = dice.choices(range(5), k=12)
+        block = [dice.choices(range(5), k=12) for _ in range(seed % 8)]
+        before = [list(state) for state in block]
+        made = trajectories.augmented(block, aim, random.Random(seed))
+        assert made == trajectories.augmented(block, aim, random.Random(seed))
+        assert block == before, "what it was given is not its own"
+        assert made[-2:] == block[-2:]
+        for state, now in zip(block, made, strict=True):
+            wrong = [i for i in range(12) if state[i] != aim[i]]
+            changed = [i for i in range(12) if state[i] != now[i]]
+            assert all(now[i] == aim[i] for i in changed)
+            assert wrong[:1] not in (changed[:1], [[]])
+            assert len(changed) <= len(wrong) / 2
+            touched.add(len(changed))
+    assert touched == {*range(max(touched) + 1)}
+    assert len(touched) > 3
+
+
+def test_augmented_states_have_wrong_tokens_put_right() -> None:
+    mended()
+    block = [[1] * 30, [2] * 30, [3] * 30]
+    made = {str(trajectories.augmented(block, [4] * 30, random.Random(seed))) for seed in range(20)}
+    assert len(made) > 10, "other dice, other tokens"
+
+
+def augmenting(patch: pytest.MonkeyPatch, first: int, last: int | None, token: int = 0) -> None:
+    """Which wrong tokens may change, in which states, and what they become beside right."""
+
+    def wrong(block: Sequence[Sequence[int]], aim: Sequence[int], dice: random.Random) -> list[list[int]]:
+        made = [list(state) for state in block]
+        for state in made[:last]:
+            places = [i for i, (a, b) in enumerate(zip(state, aim, strict=True)) if a != b][first:]
+            for i in dice.sample(places, dice.randint(0, len(places) // 2)):
+                state[i] = aim[i] + token
+        return made
+
+    patch.setattr(trajectories, "augmented", wrong)
+
+
+def test_the_honest_one_of_these_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    augmenting(monkeypatch, 1, -2)
+    mended()
+
+
+@pytest.mark.parametrize(("first", "last", "token"), [(0, -2, 0), (1, -1, 0), (1, None, 0), (1, -2, 1)])
+def test_wrong_augmenting_is_seen(
+    first: int, last: int | None, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    augmenting(monkeypatch, first, last, token)
+    with pytest.raises(AssertionError):
+        mended()
+
+
+def test_augmented_rows_differ_in_their_states_alone(
+    generators: Generators, file: str, tmp_path: Path
+) -> None:
+    made = record(generators(16), file, tmp_path / "made", augment=True)
+    plain = record(generators(16), file, tmp_path / "plain")
+    assert made != plain
+    assert [{**row, "states": 0} for row in made] == [{**row, "states": 0} for row in plain]
+    for row in made:
+        settles(row, 16)
+
+
+BLOCKS: list[JsonRow] = [
+    {
+        "answer": [1, 2, 3, 4, 5, 6],
+        "states": [
+            [[9, 9, 3, 9], [1, 9, 3, 4], [1, 2, 3, 9]],  # the 4 turns wrong again, the 3 has come to stay
+            [[9, 6]],  # two at once; shorter, so not in the progress
+        ],
+    },
+    {"answer": [7, 7, 7, 8], "states": [[]]},  # drawn as it ends
+]
+
+
+def counted() -> None:
+    found = convergence(BLOCKS, 4)
+    assert found.blocks == 3
+    assert found.tokens == pytest.approx((4 + 2 + 4) / 3)
+    assert found.passes == pytest.approx((3 + 1 + 0) / 3)
+    assert found.fast_forwarded == pytest.approx((1 + 1 + 0) / 3)
+    assert found.stationary == pytest.approx(1 / 3)
+    assert found.progress == [0.5, 0.625, 0.875, 1.0]
+
+
+def test_convergence_by_hand() -> None:
+    counted()
+    nothing = asdict(convergence([], 4))
+    assert nothing.pop("progress") == []
+    assert set(nothing.values()) == {0}
+
+
+def counting(
+    patch: pytest.MonkeyPatch, stays: Callable[[Any, int, int], bool], least: int, one: int = 1
+) -> None:
+    """stays: of the states, when one counts and which token. least: the first state that counts. one: of the
+    tokens gained in a pass so many are not fast-forwarded."""
+
+    def wrong(known: Sequence[Sequence[bool]]) -> tuple[int, int, int, int]:
+        prefix = [trajectories._prefix(row) for row in known]
+        gained = sum(max(0, after - before - one) for before, after in pairwise(prefix))
+        told = {
+            i
+            for j in range(least, len(known))
+            for i in range(prefix[j] + 1, len(known[j]))
+            if stays(known, j, i)
+        }
+        return len(known[0]), len(known) - 1, gained, len(told)
+
+    patch.setattr(trajectories, "_count", wrong)
+
+
+def to_the_end(known: Any, j: int, i: int) -> bool:
+    return all(row[i] for row in known[j:])
+
+
+def test_the_honest_count_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(monkeypatch, to_the_end, 1)
+    counted()
+
+
+@pytest.mark.parametrize(
+    ("stays", "least", "one"),
+    [(lambda known, j, i: known[j][i], 1, 1), (lambda known, j, i: True, 1, 1), (to_the_end, 1, 0)],
+    ids=["turns wrong again", "all behind a wrong one", "each gained"],
+)
+def test_wrong_counts_are_seen(stays: Any, least: int, one: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(monkeypatch, stays, least, one)
+    with pytest.raises(AssertionError):
+        counted()
+
+
+def test_watched_answers_are_recorded_ones(reference: LlamaForCausalLM, double: HfModel) -> None:
+    prompts = [random_prompt(12, seed) for seed in range(4)]
+    for prompt, row in zip(prompts, watch(double, prompts, 5, Limits(37)), strict=True):
+        assert row["answer"] == run(double, Plain(), prompt, limits=Limits(37)).emitted
+        right(reference, {"prompt": prompt, **row}, 5, Sampler())
+
+
+ASKED = {"model": "tiny", "fingerprint": "0" * 64, "vocabulary": VOCABULARY}
+ROW = Row(0, [4, 5], [6, 7, 8], 0.0, 1, "length", [[[9, 9], [6, 9]], [[5]]])
+
+
+def folder_of(out: Path, block: int | None = 2, **changed: Any) -> Path:
+    """Two rows by hand, a shard each; of the second some entries are given, and those of None left out."""
+    about = {} if block is None else {"block": block, "augment": False}
+    kept = Shards(out, {**ASKED, **about}, 1)
+    kept.add(ROW)
+    kept.add(replace(ROW, index=1, **{"seed": 2}))
+    kept.close()
+    path = shards.shards(out)[1]
+    row = {**json.loads(path.read_text()), **changed}
+    path.write_text(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
+    return out
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        [[[9, 9]], [[5, 5]]],
+        [[[9, 9], [6]], [[5]]],
+        [[[9, 9]]],
+        [[[9, 9]], [[5]], []],
+        [[[9, 320]], [[5]]],
+        [[[9, -1]], [[5]]],
+        [[[9, True]], [[5]]],
+        [[[9, 1.0]], [[5]]],
+        [[[9, None]], [[5]]],
+        [[[9, [9]]], [[5]]],
+        [[9, 9], [5]],
+        [["99"], [[5]]],
+        [{}, [[5]]],
+        ["", [[5]]],
+        {"0": [], "1": []},
+        "ab",
+        7,
+    ],
+    ids=str,
+)
+def test_states_that_are_none_are_not_trained_on(tmp_path: Path, states: object) -> None:
+    out = folder_of(tmp_path / "out", states=states)
+    says = "shard-00001.jsonl, line 1: 'states' must be those of 2 blocks of 2 token ids"
+    with pytest.raises(TrainingDataError, match=says):
+        shards.read(out)
+    with pytest.raises(TrainingDataError, match=says):
+        Shards(out, {**ASKED, "block": 2, "augment": False}, 1)
+
+
+def test_rows_without_states(tmp_path: Path) -> None:
+    bare = folder_of(tmp_path / "bare", states=None)
+    with pytest.raises(
+        TrainingDataError, match=r"shard-00001.jsonl, line 1: no column 'states'.*trajectories"
+    ):
+        shards.read(bare)
+    degenerate = folder_of(tmp_path / "degenerate", states=None, finish_reason="degenerate")
+    assert shards.read(degenerate).rows["states"][:] == [ROW.states, None]
+    whole = shards.read(folder_of(tmp_path / "whole"))
+    assert whole.rows["states"][:] == [ROW.states, ROW.states]
+    assert whole.manifest["asked"]["block"] == 2
+    plain = shards.read(folder_of(tmp_path / "distilled", block=None, states=None)).rows
+    assert plain.column_names == ["prompt", "answer", "temperature"]
+    assert plain["answer"][:] == [[6, 7, 8]] * 2
+
+
+def test_an_empty_shard(tmp_path: Path) -> None:
+    out = folder_of(tmp_path / "out")
+    shards.shards(out)[1].write_text("")
+    with pytest.raises(TrainingDataError, match="shard-00001.jsonl is empty"):
+        shards.read(out)
+    again = Shards(out, {**ASKED, "block": 2, "augment": False}, 1)
+    assert again.done == {0}
+    again.add(replace(ROW, index=1))
+    again.close()
+    assert len(shards.read(out).rows) == 2
+
+
+@pytest.fixture
+def words(folder: Path, file: str, tmp_path: Path) -> tuple[str, ...]:
+    asked_for = ("--prompts", file, "--model", str(folder), "-n", "20", "--batch", "4", "--out")
+    return ("trajectories", *asked_for, str(tmp_path / "out"))
+
+
+def test_command(command: Run, words: tuple[str, ...], tmp_path: Path) -> None:
+    words = (*words, "--block", "6")
+    code, out, err = command(*words, "--limit", "3", "--json")
+    assert code == 0, err
+    record = json.loads(out.splitlines()[-1])
+    assert (record["rows"], record["new_rows"], record["degenerate"]) == (3, 3, 0)
+    assert record["tokens"] == sum(len(row["answer"]) for row in rows(tmp_path / "out"))
+    assert record["out"] == str(tmp_path / "out")
+    assert record["tokens_per_forward"] >= 1
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert "3 rows are there" in err
+    assert "7 rows" in out
+    assert "0 degenerate" in out
+    assert "this time 4 rows" in out
+    assert len(shards.read(tmp_path / "out").rows) == 7
+    for row in rows(tmp_path / "out"):
+        settles(row, 6)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--block", "5"), "block: 6 there, 5 asked for"),
+        (("--block", "6", "--augment"), "augment: False there, True asked for"),
+        (("--block", "6", "--seed", "1"), "seed: 0 there, 1 asked for"),
+        (("--block", "256"), "--block 256: the model's context is 256 tokens"),
+        (("--block", "1"), "--block"),
+        (("--block", "6", "-t", "0"), "temperature must be above 0"),
+    ],
+)
+def test_command_refuses(
+    command: Run, words: tuple[str, ...], tmp_path: Path, more: tuple[str, ...], says: str
+) -> None:
+    assert command(*words, "--block", "6", "--limit", "1")[0] == 0
+    before = rows(tmp_path / "out")
+    code, _, err = command(*words, *more)
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+    assert rows(tmp_path / "out") == before
+
+
+def test_folders_of_distill_and_of_trajectories_are_not_each_others(
+    command: Run, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert command("distill", *words[1:], "--limit", "1")[0] == 0
+    code, _, err = command(*words)
+    assert code == 2
+    assert "holds another run (block: " in err
+    assert command(*words[:-1], str(tmp_path / "other"), "--limit", "1")[0] == 0
+    code, _, err = command("distill", *words[1:-1], str(tmp_path / "other"))
+    assert code == 2
+    assert "holds another run" in err
+
+
+def test_ctrl_c_keeps_what_there_is(
+    command: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, add = (*words, "--numerics", "exact"), Shards.add
+
+    def stop(self: Shards, row: Row) -> None:
+        if len(self.done) == 3:
+            raise KeyboardInterrupt
+        add(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "add", stop)
+        code, _, err = command(*words)
+    assert code == 130
+    assert "3 rows are kept" in err
+    kept = rows(tmp_path / "out")
+    assert len(kept) == 3
+    assert command(*words)[0] == 0
+    assert command(*words[:-3], str(tmp_path / "whole"), *words[-2:])[0] == 0
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+    assert all(row in rows(tmp_path / "out") for row in kept)
