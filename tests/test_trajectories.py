@@ -1,9 +1,10 @@
-"""Trajectories: the states of the uncached definition, whatever ran beside them, resumed as if never stopped."""
+"""Trajectories: the states of the definition, whatever ran beside them and wherever it stopped."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -31,6 +32,7 @@ from drafting import random_prompt, run
 
 TEXTS = [f"def f{i}(a, b):\n    return a {'+' * (i % 3 + 1)} b  # {'x' * i}\n" for i in range(7)]
 RECIPE = Recipe(max_new_tokens=37, seed=3, cut_loops=False)  # 37: no multiple of a block
+SHORT = replace(RECIPE, max_new_tokens=17)
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 JsonRow = dict[str, Any]
@@ -142,7 +144,7 @@ def test_states_are_those_of_whole_forwards_without_a_cache(
     greedy_share: float,
 ) -> None:
     generator, recipe = generators(block), replace(RECIPE, greedy_share=greedy_share)
-    made = record(generator, file, tmp_path / "out", recipe, limit=4)
+    made = record(generator, file, tmp_path / "out", recipe, limit=2)
     assert any(len(row["answer"]) == 37 for row in made), "with a short block at the end"
     assert {row["temperature"] for row in made} == {0.0 if greedy_share else 0.8}
     for row in made:
@@ -241,7 +243,7 @@ def test_wrong_states_are_seen(
     greedy_share: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = replace(RECIPE, greedy_share=greedy_share)
+    recipe = replace(SHORT, greedy_share=greedy_share)
     fault(monkeypatch)
     (row,) = record(generators(5), file, tmp_path / "out", recipe, limit=1)
     with pytest.raises(AssertionError):
@@ -254,7 +256,7 @@ def test_states_that_do_not_settle_are_seen(
 ) -> None:
     fault(monkeypatch)
     (row,) = record(generators(5), file, tmp_path / "out", limit=1)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises(AssertionError):
         settles(row, 5)
 
 
@@ -266,13 +268,13 @@ def test_rows_do_not_depend_on_what_runs_beside_them(
 
 
 def beside(generator: TextGenerator, file: str, tmp_path: Path, augment: bool = False) -> None:
-    alone = record(generator, file, tmp_path / "alone", batch=1, augment=augment)
+    alone = record(generator, file, tmp_path / "alone", SHORT, batch=1, augment=augment)
     assert [row["index"] for row in alone] == [*range(7)]
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
-    assert record(generator, file, tmp_path / "batch", batch=4, augment=augment) == alone
+    assert record(generator, file, tmp_path / "batch", SHORT, batch=4, augment=augment) == alone
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [1, 5])
 def test_interrupted_and_resumed_is_as_if_never_stopped(
     generators: Generators, file: str, tmp_path: Path, at: int
 ) -> None:
@@ -286,12 +288,12 @@ def resumed(generator: TextGenerator, file: str, tmp_path: Path, at: int) -> Non
 
     out = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        record(generator, file, out, tell=stop, batch=3, augment=True)
+        record(generator, file, out, SHORT, stop, batch=3, augment=True)
     assert len(rows(out)) == at
     with shards.shards(out)[-1].open("a") as last:
         last.write('{"index":6,"prompt":[0,5],"states":[[[5')
-    whole = record(generator, file, tmp_path / "whole", augment=True)
-    assert record(generator, file, out, batch=2, augment=True) == whole
+    whole = record(generator, file, tmp_path / "whole", SHORT, augment=True)
+    assert record(generator, file, out, SHORT, batch=2, augment=True) == whole
     assert shards.read(out).rows["states"][:] == [row["states"] for row in whole]
 
 
@@ -338,40 +340,41 @@ def test_states_behind_the_end_are_seen(
 
 
 class Looping(Recipe):
-    """Of three answers one has four tokens to choose from, and one a single token: a random model hardly
+    """Of three answers one has eight tokens to choose from, and one a single token: a random model hardly
     repeats itself."""
 
     def sampler(self, index: int) -> Sampler:
-        few = ({}, dict.fromkeys(range(5, 9), 30.0), {5: 30.0})[index % 3]
+        few = ({}, dict.fromkeys(range(5, 13), 30.0), {5: 30.0})[index % 3]
         return replace(super().sampler(index), logit_bias=few)
 
 
 def loops(generators: Generators, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
-    """Answers are cut where they loop; nothing is learned from those of one token."""
-    recipe = Looping(max_new_tokens=100, greedy_share=1, seed=3)
+    """Answers are cut where they loop; of those in which there is nothing to learn no states are kept."""
+    recipe = Looping(max_new_tokens=60, greedy_share=1, seed=3)
     cut = record(generators(5), file, tmp_path / "cut", recipe)
     whole = record(generators(5), file, tmp_path / "whole", replace(recipe, cut_loops=False))
-    reasons = {"degenerate": 0, "loop": 0}
     for row, full in zip(cut, whole, strict=True):
         kept = fresh(full["answer"])
         assert row["answer"] == full["answer"][:kept]
-        only = row["index"] % 3 == 2
-        reason = "degenerate" if only else "loop" if kept < len(full["answer"]) else full["finish_reason"]
-        assert row["finish_reason"] == reason
-        reasons[reason] = reasons.get(reason, 0) + 1
-        assert (full["finish_reason"] == "degenerate") == only, "a hundred times the same token"
-        for one in (row, full):
-            assert ("states" in one) == (not only)
-        if not only:
+        looped = kept < len(full["answer"])
+        for one, bad in ((row, looped and kept < 5), (full, same(full["answer"]))):
+            assert (one["finish_reason"] == "degenerate") == bad
+            assert ("states" in one) == (not bad)
+            assert (one["finish_reason"] == "loop") == (looped and one is row and not bad)
+        if row["finish_reason"] != "degenerate":
             right(reference, row, 5, recipe.sampler(row["index"]))
-    assert reasons["loop"] > 0
-    summary = shards.manifest(tmp_path / "cut")["summary"]
-    assert (summary["rows"], summary["degenerate"], summary["loops_cut"]) == (7, 2, reasons["loop"])
-    assert summary["tokens"] == sum(len(row["answer"]) for row in cut)
-    assert shards.manifest(tmp_path / "whole")["summary"]["degenerate"] == 2
-    assert [one is None for one in shards.read(tmp_path / "cut").rows["states"]] == [
-        row["index"] % 3 == 2 for row in cut
-    ]
+    for out, made in (("cut", cut), ("whole", whole)):
+        reasons = Counter(row["finish_reason"] for row in made)
+        summary = shards.manifest(tmp_path / out)["summary"]
+        assert 2 <= reasons["degenerate"] == summary["degenerate"] < 7
+        assert reasons["loop"] == summary["loops_cut"]
+        assert bool(reasons["loop"]) == (out == "cut"), "there are some"
+        assert (summary["rows"], summary["tokens"]) == (7, sum(len(row["answer"]) for row in made))
+        assert shards.read(tmp_path / out).rows["states"][:] == [row.get("states") for row in made]
+
+
+def same(answer: Sequence[int]) -> bool:
+    return any(len({*answer[i : i + 10]}) == 1 for i in range(len(answer) - 9))
 
 
 def test_answers_end_where_they_loop(
@@ -552,7 +555,7 @@ def test_wrong_counts_are_seen(stays: Any, least: int, one: int, monkeypatch: py
 
 
 def test_watched_answers_are_recorded_ones(reference: LlamaForCausalLM, double: HfModel) -> None:
-    prompts = [random_prompt(12, seed) for seed in range(4)]
+    prompts = [random_prompt(12, seed) for seed in range(2)]
     for prompt, row in zip(prompts, watch(double, prompts, 5, Limits(37)), strict=True):
         assert row["answer"] == run(double, Plain(), prompt, limits=Limits(37)).emitted
         right(reference, {"prompt": prompt, **row}, 5, Sampler())
@@ -566,8 +569,9 @@ def folder_of(out: Path, block: int | None = 2, **changed: Any) -> Path:
     """Two rows by hand, a shard each; of the second some entries are given, and those of None left out."""
     about = {} if block is None else {"block": block, "augment": False}
     kept = Shards(out, {**ASKED, **about}, 1)
+    kept.note(summary=None)
     kept.add(ROW)
-    kept.add(replace(ROW, index=1, **{"seed": 2}))
+    kept.add(replace(ROW, index=1, seed=2))
     kept.close()
     path = shards.shards(out)[1]
     row = {**json.loads(path.read_text()), **changed}
@@ -603,8 +607,9 @@ def test_states_that_are_none_are_not_trained_on(tmp_path: Path, states: object)
     says = "shard-00001.jsonl, line 1: 'states' must be those of 2 blocks of 2 token ids"
     with pytest.raises(TrainingDataError, match=says):
         shards.read(out)
-    with pytest.raises(TrainingDataError, match=says):
-        Shards(out, {**ASKED, "block": 2, "augment": False}, 1)
+    for _ in range(2):  # what is refused is not locked either
+        with pytest.raises(TrainingDataError, match=says):
+            Shards(out, {**ASKED, "block": 2, "augment": False}, 1)
 
 
 def test_rows_without_states(tmp_path: Path) -> None:
@@ -626,7 +631,7 @@ def test_rows_without_states(tmp_path: Path) -> None:
 def test_an_empty_shard(tmp_path: Path) -> None:
     out = folder_of(tmp_path / "out")
     shards.shards(out)[1].write_text("")
-    with pytest.raises(TrainingDataError, match="shard-00001.jsonl is empty"):
+    with pytest.raises(TrainingDataError, match=r"shard-00001\.jsonl is empty"):
         shards.read(out)
     again = Shards(out, {**ASKED, "block": 2, "augment": False}, 1)
     assert again.done == {0}
@@ -661,27 +666,37 @@ def test_command(command: Run, words: tuple[str, ...], tmp_path: Path) -> None:
         settles(row, 6)
 
 
+def test_command_refuses_other_folders(command: Run, words: tuple[str, ...], tmp_path: Path) -> None:
+    words = (*words, "--block", "6")
+    assert command(*words, "--limit", "1")[0] == 0
+    before = rows(tmp_path / "out")
+    for more, says in (
+        (("--block", "5"), "block: 6 there, 5 asked for"),
+        (("--augment",), "augment: false there, true asked for"),
+        (("--seed", "1"), "seed: 0 there, 1 asked for"),
+    ):
+        code, _, err = command(*words, *more)
+        assert code == 2
+        assert f"holds another run ({says})" in err
+        assert len(err.splitlines()) == 1
+    assert rows(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--block", "5"), "block: 6 there, 5 asked for"),
-        (("--block", "6", "--augment"), "augment: False there, True asked for"),
-        (("--block", "6", "--seed", "1"), "seed: 0 there, 1 asked for"),
-        (("--block", "256"), "--block 256: the model's context is 256 tokens"),
+        (("--block", "256"), "--block 256: the model's context is 256 tokens; give less"),
         (("--block", "1"), "--block"),
-        (("--block", "6", "-t", "0"), "temperature must be above 0"),
+        (("--temperature", "0"), "temperature must be above 0"),
     ],
 )
-def test_command_refuses(
+def test_command_refuses_options(
     command: Run, words: tuple[str, ...], tmp_path: Path, more: tuple[str, ...], says: str
 ) -> None:
-    assert command(*words, "--block", "6", "--limit", "1")[0] == 0
-    before = rows(tmp_path / "out")
     code, _, err = command(*words, *more)
     assert code == 2
     assert says in err
-    assert "Traceback" not in err
-    assert rows(tmp_path / "out") == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_distill_and_of_trajectories_are_not_each_others(

@@ -72,7 +72,7 @@ class Node(NamedTuple):
 
 def lookahead(request: Request, method: str) -> Lookahead:
     """The mask tokens of the request's model. Raises AdapterError where it has none."""
-    if request.lookahead is None:
+    if request.lookahead is None or not request.lookahead.ids:
         raise AdapterError(
             f"method {method!r} drafts with an adapter, and this model came without one: give a folder "
             f"(adapter=..., --adapter), or train one with `selfdraft train {method}`"

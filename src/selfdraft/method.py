@@ -37,11 +37,13 @@ class Lookahead:
     ids: its mask tokens, at or above the vocabulary's size, in the order in which they follow each other. A
     chain of them under a row stands for tokens not known yet: where the model's pick after that row is the
     next token of the text, the scores at mask j are about the token j + 1 places after it. odds: how often
-    guesses of a kind came true when the adapter was calibrated, by the drafter's names.
+    guesses of a kind came true when the adapter was calibrated, by the drafter's names. filler: the ordinary
+    token that a tuned model learned to read as one not known yet, if any; such a model may be without masks.
     """
 
     ids: Sequence[int]
     odds: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    filler: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Request:
     sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
     log-probability plus noise. cost: what a step takes with so many rows of this session, measured, in
-    units of a step with one; it may change while others join and leave. lookahead: the mask tokens of
-    the model's adapter; None without one.
+    units of a step with one; it may change while others join and leave. lookahead: what the model's
+    adapter drafts with; None without one.
     """
 
     prompt: Sequence[int]

@@ -132,7 +132,8 @@ CLLM = f"""Consistency training: any state of a Jacobi trajectory to the text it
 Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
 what that costs. Decode with `--method jacobi --adapter`. By default noisy blocks stand behind each other,
 ever noisier, in one forward with the text (Jacobi Forcing), and the text's rows keep the base's distribution.
-`--window 1 --noise random --copies 1 --on-policy 0 --decay 1 --keep tokens` is the published training.
+`--unknown random --window 1 --noise random --copies 1 --on-policy 0 --decay 1 --keep tokens` is the published
+training.
 {LEARNS}
 Examples:
 
@@ -182,6 +183,14 @@ def cllm(
         str, typer.Option(help="global: to the text; local: to the next state, with a window of 1.")
     ] = "global",
     copies: Annotated[int, typer.Option(min=1, help="Noisy copies of each answer.")] = 2,
+    unknown: Annotated[
+        str,
+        typer.Option(
+            help="What stands for tokens not known yet: filler, a token that the model learns to read so; "
+            "random, as published."
+        ),
+    ] = "filler",
+    reach: Annotated[int, typer.Option(min=1, help="Rows of a block of filler.")] = 8,
     on_policy: Annotated[
         float, typer.Option(help="Share of steps before which the states make a pass by the student itself.")
     ] = 0.5,
@@ -208,7 +217,9 @@ def cllm(
     from ..train.packed import NoiseConfig
 
     what = "train cllm"
-    noisy = {"window": window, "noise": noise, "consistency": consistency, "copies": copies}
+    noisy = {"window": window, "noise": noise, "consistency": consistency, "copies": copies, "reach": reach}
+    if unknown not in ("filler", "random"):
+        raise InvalidOption(f"--unknown takes filler or random; got {unknown!r}")
     plan = _tuned(
         what,
         {"method": "cllm", "model": model, "data": data, "out": out, "full": full, "share": share},
@@ -222,7 +233,13 @@ def cllm(
             "every": every,
             "seed": seed,
         },
-        {"noise": options.read(NoiseConfig, noisy, what), "start": start, "dtype": dtype, "device": device},
+        {
+            "noise": options.read(NoiseConfig, noisy, what),
+            "start": start,
+            "unknown": unknown,
+            "dtype": dtype,
+            "device": device,
+        },
     )
     _run_tuned(plan, as_json)
 

@@ -4,7 +4,8 @@ A window of guesses stands behind the last token. Each pass replaces every guess
 after the token before it; the right prefix is emitted, and what is left moves up. The window is always
 refilled, from what the text's own n-grams and those of discarded tails would copy (Lookahead's pool,
 arXiv 2402.02057), so that no row is random where something is known. These are bets like the
-guesses themselves (`worth`), which may branch.
+guesses themselves (`worth`), which may branch. Where nothing is known stands a token of the text at random,
+or the one that a tuned model was taught to read as unknown (`Lookahead.filler`).
 
 How long the window is follows from how often its guesses come true, by how far ahead they stand, and
 from what rows cost: on an ordinary model it is short or nothing, on one tuned for consistency (CLLM)
@@ -27,12 +28,14 @@ from typing import Annotated, NamedTuple
 from annotated_types import Ge
 
 from ..copies import PRIOR, Copies, Places
-from ..method import Drafter, Request
+from ..method import Drafter, Lookahead, Request
 from ..step import Step
 from ..tree import Tree
 from ..worth import LEAST, MARGIN, Bet, Growth, Odds
 
 AHEAD = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)  # a guess 1, 2, 3-4, 5-8, ... rows ahead, after right ones
+TUNED = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # the same of a model that was tuned to guess,
+ODDS = "ahead"  # unless its adapter was calibrated, under this name
 POOL = 0.1  # what once followed the same two tokens, off the text
 PROBE = 8  # rows of a window that is run to learn
 SHARE = 0.01  # of the time, for probing
@@ -48,7 +51,8 @@ class Jacobi:
 
     def drafter(self, request: Request) -> Drafter:
         if self.faithful:
-            return FaithfulDrafter(self.block or 16, random.Random(request.seed))
+            filler = request.lookahead.filler if request.lookahead is not None else None
+            return FaithfulDrafter(self.block or 16, random.Random(request.seed), filler)
         return JacobiDrafter(self.block or 64, request)
 
 
@@ -67,8 +71,11 @@ class JacobiDrafter:
         self.copies = Copies((), request.prompt)
         self.guesses: dict[int, int] = {}  # index in the text -> token
         self.pool: dict[tuple[int, int], int] = {}
-        self.ahead = Odds(dict(enumerate(AHEAD)))
-        guessed: dict[Hashable, float] = {("guess", i): odds for i, odds in enumerate(AHEAD)}
+        look = request.lookahead
+        self.filler = look.filler if look is not None else None
+        prior = AHEAD if look is None or self.filler is None else _calibrated(look)
+        self.ahead = Odds(dict(enumerate(prior)))
+        guessed: dict[Hashable, float] = {("guess", i): odds for i, odds in enumerate(prior)}
         noise = request.noise if request.temperature > 0 else None
         self.growth = Growth(self, Odds(PRIOR | guessed | {"pool": POOL}), request.cost, noise, block)
         self.length = 0
@@ -142,9 +149,12 @@ class JacobiDrafter:
         first = len(tokens) + tree.depth[row]
         for at in range(first, min(len(tokens) + window - 1, first + self.block - len(tree))):
             known = self.guesses.get(at, self.pool.get((line[-2], line[-1])) if len(line) > 1 else None)
-            line.append(self.dice.choice(tokens) if known is None else known)
+            line.append(self._unknown(tokens) if known is None else known)
             more.append(line[-1])
         return tree.hang(row, more) if more else tree
+
+    def _unknown(self, tokens: Sequence[int]) -> int:
+        return self.dice.choice(tokens) if self.filler is None else self.filler
 
     def _remember(self, step: Step) -> None:
         """The picks off the path: guesses for positions to come, n-grams for the pool."""
@@ -162,15 +172,22 @@ def _far(ahead: int) -> int:
     return min(ahead.bit_length(), len(AHEAD) - 1)
 
 
+def _calibrated(look: Lookahead) -> Sequence[float]:
+    table = look.odds.get(ODDS, ())
+    return table[0] if [len(row) for row in table] == [len(AHEAD)] else TUNED
+
+
 class FaithfulDrafter:
-    def __init__(self, block: int, dice: random.Random) -> None:
+    def __init__(self, block: int, dice: random.Random, filler: int | None = None) -> None:
         self.block = block
         self.dice = dice
+        self.filler = filler
         self.guess: Sequence[int] | None = None  # None: the block is used up
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         if self.guess is None:
-            self.guess = self.dice.choices(tokens, k=self.block - 1)
+            unknown = tokens if self.filler is None else [self.filler]
+            self.guess = self.dice.choices(unknown, k=self.block - 1)
         return Tree.chain([tokens[-1], *self.guess])
 
     def observe(self, step: Step) -> None:

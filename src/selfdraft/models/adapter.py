@@ -57,6 +57,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = ()
     sampler: Annotated[int, Ge(0)] = 0
     gated: bool = True
+    filler: Annotated[int, Ge(0)] | None = None
 
     def __post_init__(self) -> None:
         if not self.masks and (self.gated or self.prefix or self.sampler):
@@ -152,10 +153,11 @@ class Adapter(torch.nn.Module):
         return rest
 
     def lookahead(self, vocabulary: int) -> Lookahead | None:
-        """The ids of its mask tokens in a model with so many ids of its own; None without any."""
-        if not self.config.masks:
+        """What it drafts with in a model with so many ids of its own; None if with nothing."""
+        if not self.config.masks and self.config.filler is None:
             return None
-        return Lookahead(tuple(range(vocabulary, vocabulary + self.config.masks)), self.odds)
+        ids = tuple(range(vocabulary, vocabulary + self.config.masks))
+        return Lookahead(ids, self.odds, self.config.filler)
 
     @property
     def size(self) -> int:

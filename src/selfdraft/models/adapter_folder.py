@@ -108,6 +108,7 @@ def save(
         "prefix": config.prefix,
         "sampler": config.sampler,
         "gated": config.gated,
+        "filler": config.filler,
         "base": fingerprint(model.model),
         "base_name": base_name,
         "odds": adapter.odds,
@@ -170,7 +171,7 @@ def _config(folder: Path, source: str) -> tuple[AdapterConfig, dict[str, Any]]:
 def _read(record: Mapping[str, Any], about: Mapping[str, Any]) -> AdapterConfig:
     targets: Sequence[str] = record.get("target_modules", ())
     given = {name: about[name] for name in ("masks", "distinct", "prefix", "sampler")}
-    given["gated"] = about.get("gated", True)
+    given |= {"gated": about.get("gated", True), "filler": about.get("filler")}
     lora = {"rank": record.get("r", 0), "alpha": record.get("lora_alpha"), "targets": tuple(targets)}
     return options.read(AdapterConfig, given | lora, "adapter")
 

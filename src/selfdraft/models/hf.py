@@ -71,9 +71,11 @@ class HfModel:
         self.rows = probe.RowRange()  # the whole range, until a narrower one is found
         self.loaded = self  # what `adapted` started from
         self.base = self  # the same, or that with weights that an adapter has tuned: whose text it is
-        self.grade: Grade = "tuned" if getattr(self.model.config, TUNED, None) else "base"
         self.adapter: Adapter | None = None
-        self.lookahead: Lookahead | None = None
+        about: Mapping[str, Any] = getattr(self.model.config, TUNED, None) or {}
+        filler = about.get("filler")
+        self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
+        self.grade: Grade = "tuned" if about else "base"
         self._gate = Gate()
         self._times: StepTimes | None = None
         own = self.model.config._attn_implementation
@@ -105,7 +107,7 @@ class HfModel:
         if adapter.config.gated:
             return self.learning(adapter)
         tuned = self._twin(merge(self.model, adapter))
-        tuned.base, tuned.grade = tuned, "tuned"
+        tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", adapter.lookahead(self.vocab_size)
         return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
 
     def learning(self, adapter: Adapter) -> HfModel:

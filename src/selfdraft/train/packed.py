@@ -94,6 +94,8 @@ class NoiseConfig:
     noise: Noise = "progressive"
     consistency: Literal["global", "local"] = "global"
     copies: Annotated[int, Ge(1)] = 2
+    filler: Annotated[int, Ge(0)] | None = None
+    reach: Annotated[int, Ge(1)] = 8
 
     def __post_init__(self) -> None:
         if self.consistency == "local" and self.window > 1:
@@ -118,10 +120,23 @@ class Noisy:
             text, start = self.cut.cut(row["prompt"], row["answer"])
             packing = Packing(text)
             for copy in range(self.config.copies):
-                self._hang(packing, start + 1, row["states"], random.Random(f"{row.get('draw', 0)} {copy}"))
+                dice = random.Random(f"{row.get('draw', 0)} {copy}")
+                if self.config.filler is not None and copy % 2 == 0:
+                    self._fill(packing, start + 1, self.config.filler, dice)
+                else:
+                    self._hang(packing, start + 1, row["states"], dice)
             made.append(packing)
             starts.append(0 if self.prompts else start)
-        return batch(made, starts, self.block)
+        return batch(made, starts, max(self.block, self.config.reach))
+
+    def _fill(self, packing: Packing, first: int, filler: int, dice: random.Random) -> None:
+        """Blocks of which nothing is known, beside the answer."""
+        reach, text = self.config.reach, packing.text
+        for at in range(first + dice.randrange(min(reach, max(1, len(text) - first))), len(text), reach):
+            aims = range(at, min(at + reach, len(text)))
+            hung = packing.hang(at - 1, [filler] * len(aims))
+            ends = [NO_ROW if text[row] in self.eos else row for row in aims]
+            packing.groups.append(list(zip(hung, ends, strict=True)))
 
     def _hang(self, packing: Packing, first: int, states: Sequence[Any], dice: random.Random) -> None:
         """A noisy copy of the answer, whose first token is row `first` of the text."""
@@ -134,7 +149,11 @@ class Noisy:
                 under = at - 1
             line = [[*state][: len(aim)] for state in known] + [aim]
             chosen = self._choose(line, aim, place, dice)
-            hung = packing.hang(under, line[chosen])
+            state = line[chosen]
+            if self.config.filler is not None:
+                known_ones = dice.randrange(1, len(state) + 1)
+                state = [*state[:known_ones], *[self.config.filler] * (len(state) - known_ones)]
+            hung = packing.hang(under, state)
             target = range(at, at + len(aim))
             if self.config.consistency == "local" and chosen + 2 < len(line):
                 target = packing.hang(at - 1, line[chosen + 1])

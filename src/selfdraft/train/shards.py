@@ -67,8 +67,12 @@ class Shards:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder)
-            self.manifest = self._claim(json.loads(json.dumps(asked)))
-            self._resume()
+            try:
+                self.manifest = self._claim(json.loads(json.dumps(asked)))
+                self._resume()
+            except BaseException:  # a folder that is refused must not stay locked
+                self.close()
+                raise
         except OSError as error:
             raise TrainingDataError(f"--out {folder} cannot be used: {error.strerror or error}") from error
         self.found = len(self.done)
@@ -260,7 +264,9 @@ def _check_states(row: Row, where: str, vocabulary: int, block: int) -> None:
         assert found is not None
         right = [[len(state) for state in states] for states in found]
         ids = {token for states in found for state in states for token in state}
-        fit = len(right) == len(sizes) and all(set(r) <= {n} for r, n in zip(right, sizes, strict=True))
+        fit = all(isinstance(states, list) for states in found)  # an empty text has no wrong length
+        fit = fit and len(right) == len(sizes)
+        fit = fit and all(set(r) <= {n} for r, n in zip(right, sizes, strict=True))
         fit = fit and all(type(token) is int and 0 <= token < vocabulary for token in ids)
     except TypeError:
         fit = False

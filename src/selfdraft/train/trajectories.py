@@ -51,7 +51,8 @@ class Recorder:
     """blocks: of each its states, the first one drawn, the last one the text."""
 
     def __init__(self, block: int, request: Request) -> None:
-        self.inner = FaithfulDrafter(block, random.Random(request.seed))
+        filler = request.lookahead.filler if request.lookahead is not None else None
+        self.inner = FaithfulDrafter(block, random.Random(request.seed), filler)
         self.dice = random.Random(f"{request.seed} last")  # its own: `inner` draws what it would draw alone
         self.blocks: list[list[State]] = []
         self.known: list[int] = []  # the right prefix of the block

@@ -44,6 +44,7 @@ class TunedLoss:
     weight: Annotated[float, Ge(0)] = 10.0
     decay: Annotated[float, Gt(0), Le(1)] = 1.0
     refresh: Annotated[float, Ge(0), Le(1)] = 0.0
+    filler: int | None = None
 
 
 class TunedStudent(torch.nn.Module):
@@ -137,6 +138,11 @@ class TunedStudent(torch.nn.Module):
         lanes, rows = lane[there], hung[there]
         made = tokens.clone()
         made[lanes, rows] = self.model.output(hidden[lanes, parents[lanes, rows]]).argmax(-1)
+        if self.loss.filler is not None:
+            size = hung.shape[-1]
+            known = torch.randint(1, size + 1, (*hung.shape[:2], 1), device=hung.device)
+            unknown = there & (torch.arange(size, device=hung.device) >= known)
+            made[lane[unknown], hung[unknown]] = self.loss.filler
         return made
 
     def hidden(self, tokens: Tensor, parents: Tensor) -> Tensor:

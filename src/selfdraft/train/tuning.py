@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
@@ -40,7 +40,9 @@ LONGEST = 160  # tokens of such an answer
 class TunedPlan:
     """What is asked for. method: cllm or space-tuned. data: a folder of `selfdraft trajectories` (cllm), or
     of `selfdraft distill`. noise: of cllm. full: tune all weights, not LoRA. share: of the rows to train on.
-    start: an adapter of this kind to go on from, whose own trajectories the data may be."""
+    start: an adapter of this kind to go on from, whose own trajectories the data may be. unknown: what stands
+    for tokens not known yet in blocks of noise: a filler, one token that the model learns to read so, or
+    tokens at random."""
 
     method: str
     model: str
@@ -53,6 +55,7 @@ class TunedPlan:
     full: bool = False
     share: Annotated[float, Gt(0), Le(1)] = 1.0
     start: str | None = None
+    unknown: Literal["filler", "random"] = "filler"
     dtype: str | None = None
     device: str | None = None
 
@@ -65,6 +68,7 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
     model = HfModel(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
+    plan = _filled(plan, tokenizer, distilled.manifest)
     adapter = _adapter(plan, model, distilled.manifest)
     eos = frozenset(distilled.manifest["asked"]["eos"])
     rows = _usable(plan, distilled)
@@ -108,6 +112,24 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     _save(plan, model, tuned, student.adapter, tokenizer, about)
     card.write_tuned(plan.out, plan.method, plan.model, about, log, machine.describe(model.device))
     return about
+
+
+def _filled(plan: TunedPlan, tokenizer: Any, manifest: Mapping[str, Any]) -> TunedPlan:
+    """The plan with the id of its filler, if it wants one: the token that begins a text or pads it, which no
+    text has inside."""
+    if plan.noise is None or plan.unknown == "random":
+        return plan
+    ends = manifest["asked"]["eos"]
+    rare = [
+        one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None and one not in ends
+    ]
+    filler = [*rare, *ends, 0][0]
+    return replace(
+        plan,
+        config=replace(plan.config, filler=filler),
+        loss=replace(plan.loss, filler=filler),
+        noise=replace(plan.noise, filler=filler),
+    )
 
 
 def _adapter(plan: TunedPlan, model: HfModel, manifest: Mapping[str, Any]) -> Adapter:
