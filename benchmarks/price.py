@@ -55,9 +55,9 @@ def main() -> None:
         one = {"strength": strength, "tokens_per_forward": per_forward, "identical": same, **asdict(cost)}
         found.append(one)
         print(
-            f"{strength:4.2f}: {per_forward:.3f} tokens per forward, {same} of {len(prompts)} texts are "
-            f"plain's; loss {cost.loss[0]:.4f} -> {cost.loss[1]:.4f}, agreement {cost.agreement:.1%}, repeated "
-            f"{cost.repeated[0]:.1%} -> {cost.repeated[1]:.1%}"
+            f"{strength:4.2f}: {per_forward:.3f} tokens per forward, {same} of {len(prompts)} texts "
+            f"are plain's; loss {cost.loss[0]:.4f} -> {cost.loss[1]:.4f}, agreement {cost.agreement:.1%}, "
+            f"repeated {cost.repeated[0]:.1%} -> {cost.repeated[1]:.1%}"
         )
     if asked.picture:
         draw(asked.picture, found)

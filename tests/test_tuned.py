@@ -1,5 +1,5 @@
-"""Tuned models: what is drafted is plain decoding's of the same tuned weights, the base stays as it is, and the
-merged weights are those that LoRA describes. Each planted fault is seen."""
+"""Tuned models: what is drafted is plain decoding's of the same tuned weights, the base stays as it is, and
+the merged weights are those that LoRA describes. Each planted fault is seen."""
 
 from __future__ import annotations
 

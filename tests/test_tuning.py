@@ -7,7 +7,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import selfdraft
-from selfdraft import Limits
-from selfdraft.errors import InvalidOption, TrainingDataError
+from selfdraft import Limits, Tree
+from selfdraft.errors import AdapterError, InvalidOption, TrainingDataError
+from selfdraft.method import Lookahead, free
+from selfdraft.methods.jacobi import Jacobi
 from selfdraft.methods.plain import Plain
+from selfdraft.methods.space import SpaceTuned
+from selfdraft.models import adapter_folder
 from selfdraft.models.adapter import AdapterConfig, LowRank
 from selfdraft.models.hf import HfModel
 from selfdraft.train import packed, price, shards, tuned
@@ -534,3 +538,93 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
     assert run(HfModel(tiny_llama(), "fast"), Plain(), [5], limits=Limits(2)).emitted
     with pytest.raises(TrainingDataError):
         shards.read(plain)
+
+
+def test_blocks_of_filler(rows: datasets.Dataset) -> None:
+    """Half of the copies are filler alone, the others end in it; aims are as ever."""
+    used = {
+        token
+        for row in rows
+        for part in (row["prompt"], row["answer"], *sum(row["states"], []))
+        for token in part
+    }
+    filler = next(token for token in range(2, VOCABULARY) if token not in used)
+    noise = NoiseConfig(window=1, noise="random", copies=2, filler=filler, reach=3)
+    collate = Noisy(CUT, BLOCK, noise, EOS, True)
+    starts, tails = set(), set()
+    for use in range(24):
+        row = drawn(rows, use)[0]
+        got, first = collate([row]), len(row["prompt"])
+        tokens = got["tokens"][0]
+        groups = [group[group != NO_ROW].tolist() for group in got["hung"][0]]
+        filled = [
+            group for group in groups if all(int(tokens[r]) == filler for r in group) and len(group) <= 3
+        ]
+        assert filled
+        starts.add(int(got["parents"][0, groups[0][0]]) + 1 - first)
+        others = [group for group in groups if group not in filled]
+        tails |= {sum(int(tokens[r]) == filler for r in group) for group in others}
+        assert all(int(tokens[group[0]]) != filler for group in others), "the first token is always known"
+        assert all(len(path) == aim + 1 for _, _, aim, path in paths(got))
+    assert starts == {0, 1, 2}
+    assert len(tails) > 2
+
+
+def test_a_pass_leaves_filler_at_the_end(model: HfModel, rows: datasets.Dataset) -> None:
+    learner = student(model, LORA, TunedLoss(refresh=1.0, filler=7))
+    merged = model.adapted(learner.adapter)
+    noise = NoiseConfig(window=1, noise="random", copies=2, filler=7, reach=3)
+    batch = Noisy(CUT, BLOCK, noise, EOS, True)(drawn(rows, 0, 3))
+    torch.manual_seed(0)
+    after = learner.passed(batch["tokens"], batch["parents"], batch["hung"])
+    picks = {
+        (lane, row): int(merged.reference(tokens[:-1])[-1].argmax()) for lane, row, _, tokens in paths(batch)
+    }
+    cut = 0
+    for lane in range(2):
+        for group in batch["hung"][lane]:
+            own = [row for row in group.tolist() if row != NO_ROW]
+            known = [int(after[lane, row]) == picks.get((lane, row)) for row in own]
+            unknown = [int(after[lane, row]) == 7 for row in own]
+            last = unknown.index(True) if True in unknown else len(own)
+            assert all(known[:last])
+            assert all(unknown[last:])
+            cut += last < len(own)
+    assert cut
+
+
+def test_a_filler_is_used_saved_and_harmless(model: HfModel, tmp_path: Path) -> None:
+    config = replace(LORA, filler=7)
+    adapter = student(model, config, TunedLoss()).adapter.requires_grad_(False)
+    adapter.odds = {"ahead": [[0.9] * 7]}
+    adapter_folder.save(tmp_path / "mine", adapter, model, "cllm", "tiny", {})
+    loaded = model.adapted(adapter_folder.load(str(tmp_path / "mine"), model))
+    assert loaded.lookahead == Lookahead((), {"ahead": [[0.9] * 7]}, 7)
+    prompt = random_prompt(9, 0)
+    for method, least in ((Jacobi(12), 4), (Jacobi(12, faithful=True), 11)):
+        seen: list[Tree] = []
+        plain = run(loaded.base, Plain(), prompt, limits=Limits(20)).emitted
+        assert run(loaded, Heard(method, seen), prompt, limits=Limits(20)).emitted == plain
+        assert 7 in seen[0].tokens[-1:]
+        assert max(map(len, seen)) > least
+    with pytest.raises(AdapterError, match="this model came without one"):
+        run(loaded, SpaceTuned(), prompt)
+
+
+@dataclass
+class Heard:
+    """Notes the trees of a method; rows cost nothing."""
+
+    method: Any
+    seen: list[Tree]
+
+    def drafter(self, request: Any) -> Any:
+        inner = self.method.drafter(replace(request, cost=free))
+        propose = inner.propose
+
+        def noted(tokens: Sequence[int]) -> Tree:
+            self.seen.append(propose(tokens))
+            return self.seen[-1]
+
+        inner.propose = noted
+        return inner

@@ -73,7 +73,7 @@ def _tree(model: HfModel, rows: int) -> tuple[Tree, range, range]:
     """A tree of so many rows, its ordinary ones, and a group of its mask rows. With an adapter half of the
     rows carry mask tokens, as in its drafts."""
     look = model.lookahead
-    if look is None or rows == 1:
+    if look is None or not look.ids or rows == 1:
         return Tree.chain([0] * rows), range(rows), range(0)
     own = rows - rows // 2
     masks = [look.ids[i % len(look.ids)] for i in range(rows - own)]

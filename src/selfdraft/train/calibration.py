@@ -8,16 +8,24 @@ rank, were right.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from .. import groups
+from ..engine import Engine
 from ..groups import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
+from ..method import Drafter, Request, free
+from ..methods.jacobi import ODDS as AHEAD
+from ..methods.jacobi import JacobiDrafter
+from ..models.hf import HfModel
+from ..session import Limits
 from .student import IGNORED, Student
 
 LEAST = 20.0  # outcomes that the untrained odds of a kind count for
+BLOCK = 16  # rows of a window that guesses are counted in
 DRAFTED = 2  # candidates per offset that a tree is taken to hold where the masks' worth is counted
 
 
@@ -60,6 +68,32 @@ def calibrate(student: Student, batches: Iterable[Mapping[str, Tensor]]) -> Cali
     ]
     onward = [(won + FIRST * LEAST) / (made + LEAST) for won, made in (counts.onward for counts in offsets)]
     return Calibration(accuracy, {ODDS: odds, ONWARD: [onward]})
+
+
+@dataclass
+class Unpriced:
+    """Jacobi decoding whose rows cost nothing, so that its windows are long. drafters: all there were."""
+
+    drafters: list[JacobiDrafter] = field(default_factory=list)
+
+    def drafter(self, request: Request) -> Drafter:
+        made = JacobiDrafter(BLOCK, replace(request, cost=free))
+        self.drafters.append(made)
+        return made
+
+
+def ahead(
+    model: HfModel, prompts: Iterable[Sequence[int]], limits: Limits
+) -> Mapping[str, Sequence[Sequence[float]]]:
+    """How often the guesses of a tuned model come true, by how far ahead they stand: the mean over greedy
+    answers. See `Lookahead`."""
+    engine, method = Engine(model), Unpriced()
+    for prompt in prompts:
+        engine.submit(prompt, method, limits=limits)
+    while engine.sessions:
+        engine.step()
+    tables = [[drafter.ahead[far] for far in range(len(drafter.ahead.counts))] for drafter in method.drafters]
+    return {AHEAD: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 
 
 def _count(offsets: Sequence[Counts], guessed: Sequence[Sequence[groups.Guess]], told: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ from ..models.hf import TUNED, HfModel
 from ..models.load import load_pretrained
 from ..session import Limits
 from . import card, run, shards
-from .calibration import calibrate
+from .calibration import ahead, calibrate
 from .packed import Masked, NoiseConfig, Noisy
 from .price import price
 from .sequences import Batches
@@ -107,6 +107,8 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
             )
             for name, one in (("base", model), ("tuned", tuned.base))
         }
+    if plan.config.filler is not None:
+        student.adapter.odds = ahead(tuned.base, prompts, limits)
     if plan.config.masks:
         about["accuracy"] = _calibrated(plan, tuned, student.adapter, held_out)
     _save(plan, model, tuned, student.adapter, tokenizer, about)
