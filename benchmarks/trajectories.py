@@ -22,7 +22,6 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,8 +42,6 @@ from selfdraft.train.prompts import Prompts
 from selfdraft.train.trajectories import Recorded, Recording
 from selfdraft.verify.prompts import PROMPTS
 
-Ids = Sequence[int]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -62,7 +59,7 @@ def main() -> None:
     generator = selfdraft.load(given.model, Recorded(given.block), **where, numerics="fast")
     theirs = load_pretrained(given.model, **where)[0].eval()
     prompts = read(given.prompts)
-    ids, _, _ = ours(generator, prompts, given, given.batch)  # ids: of the prompts that fit
+    ids = [row["prompt"] for row in ours(generator, prompts, given, given.batch)[0]]  # those that fit
     uncached(theirs, ids[0], given, generator.eos, random.Random(0))
     paces: dict[str, list[float]] = {}
     equal: dict[str, int] = {}
@@ -70,19 +67,18 @@ def main() -> None:
         dice, start = random.Random(number), time.perf_counter()
         answers = [uncached(theirs, prompt, given, generator.eos, dice) for prompt in ids]
         made = {"uncached": (answers, time.perf_counter() - start)}
-        for batch in dict.fromkeys((1, given.batch)):
-            made[f"batch {batch}"] = ours(generator, prompts, given, batch)[1:]
+        for batch in (1, given.batch):
+            rows, seconds = ours(generator, prompts, given, batch)
+            made[f"batch {batch}"] = [row["answer"] for row in rows], seconds
         for name, (found, seconds) in made.items():
             paces.setdefault(name, []).append(sum(map(len, found)) / seconds)
-            equal[name] = sum(list(a) == list(b) for a, b in zip(found, answers, strict=True))
+            equal[name] = sum(a == b for a, b in zip(found, answers, strict=True))
     record: dict[str, Any] = vars(given) | {"answers": len(ids)}
     for name, found in paces.items():
         ratio = median(a / b for a, b in zip(found, paces["uncached"], strict=True))
         record[name] = {"tokens_per_second": median(found), "ratio": ratio, "equal": equal[name]}
-        print(
-            f"{name:9} {median(found):9,.1f} tokens/s, {ratio:6.2f} of uncached, {equal[name]} of {len(ids)} "
-            "answers the same"
-        )
+        same = f"{equal[name]} of {len(ids)} answers equal"
+        print(f"{name:9} {median(found):9,.1f} tokens/s, {ratio:6.2f} of uncached, {same}")
     print(json.dumps(record | {"load": os.getloadavg()[0], "on": machine.describe(generator.model.device)}))
 
 
@@ -98,8 +94,8 @@ def read(file: str | None) -> Prompts:
 
 def ours(
     generator: selfdraft.TextGenerator, prompts: Prompts, given: argparse.Namespace, batch: int
-) -> tuple[Sequence[Ids], Sequence[Ids], float]:
-    """Prompts and answers, and the seconds that these took."""
+) -> tuple[list[dict[str, Any]], float]:
+    """The rows, by index, and the seconds that they took."""
     recipe = Recipe(given.tokens, greedy_share=1, cut_loops=False)
     with tempfile.TemporaryDirectory() as folder:
         about = asked(generator, prompts, recipe) | {"block": given.block}
@@ -108,15 +104,14 @@ def ours(
         Recording(generator, prompts, recipe, kept, batch, given.limit).run()
         seconds = time.perf_counter() - start
         kept.close()
-        lines = [json.loads(x) for path in shards.shards(Path(folder)) for x in path.read_text().splitlines()]
-    rows = sorted(lines, key=lambda row: row["index"])
-    return [row["prompt"] for row in rows], [row["answer"] for row in rows], seconds
+        rows = [json.loads(x) for path in shards.shards(Path(folder)) for x in path.read_text().splitlines()]
+    return sorted(rows, key=lambda row: row["index"]), seconds
 
 
 @torch.inference_mode()
 def uncached(
-    model: Any, prompt: Ids, given: argparse.Namespace, eos: frozenset[int], dice: random.Random
-) -> Ids:
+    model: Any, prompt: list[int], given: argparse.Namespace, eos: frozenset[int], dice: random.Random
+) -> list[int]:
     """An answer by whole forwards. Its states are kept while it is made, as they would be to be written."""
     text, end, kept = list(prompt), len(prompt) + given.tokens, []
     while len(text) < end:

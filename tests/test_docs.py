@@ -32,9 +32,12 @@ def commands() -> list[str]:
 OWN = [line for line in commands() if "my-model" in line]  # a path of its own, from prompts to drafts
 SHORT = {  # what a test may take of it
     "distill": ("-n", "12"),
-    "train": ("--steps", "2", "--batch", "2", "--length", "64", "--anchors", "8"),
+    "train bita": ("--steps", "2", "--batch", "2", "--length", "64", "--anchors", "8"),
     "generate": ("-n", "12"),
     "verify": ("-n", "8", "--seeds", "0", "--prompts", "few.jsonl"),
+    "trajectories": ("-n", "12", "--block", "4"),
+    "train cllm": ("--steps", "2", "--batch", "2", "--length", "64", "--rank", "4"),
+    "bench": ("-n", "8", "--prompts", "1", "--repeats", "1"),
 }
 
 
@@ -46,10 +49,11 @@ def test_readme_path_from_prompts_to_drafts(
     rows = [json.dumps({"prompt": TEXT[i : i + 24]}) + "\n" for i in range(0, 60, 6)]
     (tmp_path / "prompts.jsonl").write_text("".join(rows))
     (tmp_path / "few.jsonl").write_text(rows[0])
-    assert [line.split()[1] for line in OWN] == list(SHORT)
-    for line in OWN:
+    assert len(OWN) == len(SHORT)
+    for line, (name, short) in zip(OWN, SHORT.items(), strict=True):
         words = shlex.split(line)[1:]
-        code, out, err = command(*words, *SHORT[words[0]])
+        assert " ".join(words).startswith(name)
+        code, out, err = command(*words, *short)
         assert code == 0, err
         assert out
 

@@ -542,12 +542,9 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
 
 def test_blocks_of_filler(rows: datasets.Dataset) -> None:
     """Half of the copies are filler alone, the others end in it; aims are as ever."""
-    used = {
-        token
-        for row in rows
-        for part in (row["prompt"], row["answer"], *sum(row["states"], []))
-        for token in part
-    }
+    used: set[int] = set()
+    for row in rows:
+        used.update(row["prompt"], row["answer"], *(state for states in row["states"] for state in states))
     filler = next(token for token in range(2, VOCABULARY) if token not in used)
     noise = NoiseConfig(window=1, noise="random", copies=2, filler=filler, reach=3)
     collate = Noisy(CUT, BLOCK, noise, EOS, True)

@@ -21,6 +21,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import selfdraft
+
 import tokenizer as tokens
 from bits import bits_per_byte, predictions
 from documents import FORMS, Row, rows
@@ -102,10 +104,15 @@ def prompts(data: Path, count: int, context: int) -> list[str]:
     return [p for group in fitting for p in spaced(group, count // 2)]
 
 
-def evaluate(folder: Path, data: Path, settings: Settings) -> dict[str, float]:
-    """The figures of the model in a folder, by name."""
+def evaluate(
+    folder: Path, data: Path, settings: Settings, adapter: str | None = None
+) -> dict[str, float]:
+    """The figures of the model in a folder, or of that which an adapter makes of it, by name."""
     how, context = settings.evaluation, settings.shape.context
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        tuned = selfdraft.load(str(folder), adapter=adapter, numerics="fast").model.base.model
+        model.load_state_dict(tuned.state_dict())
     model.eval().cuda() if torch.cuda.is_available() else model.eval()
     encoder = tokens.read(folder)
     lengths, figures = tokens.byte_lengths(encoder), dict[str, float]()
@@ -132,9 +139,12 @@ def main(
     model: Annotated[Path, typer.Argument(help="A checkpoint or an exported folder.")],
     data: Annotated[Path, typer.Option(help="Folder that holds eval/.")],
     settings: Annotated[Path, typer.Option(help="Another settings file.")] = HERE / "settings.toml",
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter that tunes it, as pico-cllm.")
+    ] = None,
 ) -> None:
     """Print the model's figures; the last line is JSON."""
-    figures = evaluate(model, data, load(settings))
+    figures = evaluate(model, data, load(settings), adapter)
     show(figures)
     print(json.dumps(figures))
 

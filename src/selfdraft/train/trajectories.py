@@ -62,7 +62,8 @@ class Recorder:
         tree = self.inner.propose(tokens)
         if begins:  # a pass runs the token before the block and all guesses but the last
             self.known = []
-            self.blocks.append([[*tree.tokens[1:], self.dice.choice(tokens)]])
+            unknown = tokens if self.inner.filler is None else [self.inner.filler]
+            self.blocks.append([[*tree.tokens[1:], self.dice.choice(unknown)]])
         return tree
 
     def observe(self, step: Step) -> None:
