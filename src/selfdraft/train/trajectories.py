@@ -83,8 +83,8 @@ def states(blocks: Iterable[Sequence[State]], answer: Sequence[int], block: int)
 
 
 def augmented(block: Sequence[State], aim: State, dice: random.Random) -> list[list[int]]:
-    """States in which up to half of the wrong tokens, never the first, are put right, but for the one before the
-    text; so states are seen that the model does not come by."""
+    """States in which up to half of the wrong tokens, never the first, are put right, but for the one before
+    the text; so states are seen that the model does not come by."""
     made = [list(state) for state in block]
     for state in made[:-1]:
         wrong = [i for i, (a, b) in enumerate(zip(state, aim, strict=True)) if a != b][1:]
