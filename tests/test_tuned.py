@@ -3,6 +3,7 @@ the merged weights are those that LoRA describes. Each planted fault is seen."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from selfdraft.methods.space import SpaceTuned
 from selfdraft.models import adapter as parts
 from selfdraft.models import adapter_folder
 from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from selfdraft.models.hf import TUNED, HfModel
+from selfdraft.models.hf import MARK, HfModel
 
 from adapting import LAYERS, Helped, Knowing
 from conftest import Run, tiny_llama
@@ -163,9 +164,11 @@ def test_the_grade_is_told(folder: Path, saved: Path, tokenizer: PreTrainedToken
     untouched = selfdraft.load(str(folder)).generate("def add(", max_new_tokens=12)
     assert untouched.grade == "base"
     assert untouched.ids != result.ids
+    again = tuned.using("jacobi", {"faithful": True}).generate("def add(", max_new_tokens=12)
+    assert (again.ids, again.grade) == (result.ids, "tuned")
     loaded = tuned.model.loaded.model
     loaded.config._attn_implementation = "sdpa"
-    setattr(loaded.config, TUNED, {"method": "cllm"})
+    setattr(loaded.config, MARK, {"method": "cllm"})
     assert selfdraft.load(loaded, tokenizer=tokenizer).model.grade == "tuned"
 
 
@@ -183,9 +186,12 @@ def test_what_does_not_go_together_is_refused(folder: Path, saved: Path, double:
         double.adapted(adapter)
     quantised = HfModel(tiny_llama(torch.float64), "fast")
     layer = quantised.model.get_submodule(tuner(double).names[0])
-    layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    for coarse in (torch.int8, torch.float8_e4m3fn):
+        layer.weight = torch.nn.Parameter(layer.weight.to(coarse), requires_grad=False)
+        with pytest.raises(AdapterError, match="is quantised"):
+            parts.merge(quantised.model, tuner(double))
     with pytest.raises(AdapterError, match="is quantised"):
-        parts.merge(quantised.model, tuner(double))
+        quantised.copied(torch.float32)
 
 
 def test_verify_compares_with_the_tuned_weights(folder: Path, saved: Path, command: Run) -> None:
@@ -196,3 +202,43 @@ def test_verify_compares_with_the_tuned_weights(folder: Path, saved: Path, comma
     code, said, _ = command("generate", "def add(", *words[:6], "-n", "4", "--json")
     assert code == 0
     assert '"grade": "tuned"' in said
+
+
+def test_another_way_to_draft_with_the_same_masks(folder: Path, tmp_path: Path) -> None:
+    generator = selfdraft.load(str(folder))
+    tuned = tuner(generator.model, masks=3)
+    adapter_folder.save(tmp_path / "mine", tuned, generator.model, "space-tuned", str(folder), {})
+    one = selfdraft.load(str(folder), "space-tuned", adapter=str(tmp_path / "mine"))
+    other = one.using("space-tuned", {"faithful": True})
+    assert one.generate("def", max_new_tokens=9).ids == other.generate("def", max_new_tokens=9).ids
+    assert other.model.grade == "tuned"
+
+
+def test_the_bench_compares_with_plain_of_the_same_weights(
+    folder: Path, saved: Path, command: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"prompt": "def add("}\n{"prompt": "class Stack:"}\n')
+    out = tmp_path / "out"
+    words = (
+        "bench",
+        "--file",
+        str(tmp_path / "few.jsonl"),
+        "--model",
+        str(folder),
+        "--repeats",
+        "1",
+        "-n",
+        "8",
+    )
+    code, said, err = command(*words, "-m", f"jacobi:adapter={saved}", "-m", "llma", "--out", str(out))
+    assert code == 0, err
+    report = json.loads((out / "report.json").read_text())
+    arms = report["suites"]["few"]["arms"]
+    plain = f"plain:adapter={saved}"
+    assert list(arms) == ["plain", plain, f"jacobi:adapter={saved}", "llma", "generate"]
+    assert [arm["grade"] for arm in arms.values()] == ["base", "tuned", "tuned", "base", "base"]
+    assert [arm["plain"] for arm in arms.values()] == ["plain", plain, plain, "plain", "plain"]
+    for name, arm in arms.items():
+        assert arm["identity"]["identical"] == arm["identity"]["of"] == 2, name
+    assert set(report["run"]["tuned"]) == {plain, f"jacobi:adapter={saved}"}
+    assert "is that of tuned weights" in " ".join(said.split())

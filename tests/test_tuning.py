@@ -29,12 +29,14 @@ from selfdraft.models import adapter_folder
 from selfdraft.models.adapter import AdapterConfig, LowRank
 from selfdraft.models.hf import HfModel
 from selfdraft.train import packed, price, shards, tuned
+from selfdraft.train import run as run_
 from selfdraft.train.packed import Masked, NoiseConfig, Noisy
 from selfdraft.train.sequences import Batches, Draws
 from selfdraft.train.student import IGNORED, fresh
 from selfdraft.train.trainer import Schedule, train
 from selfdraft.train.trajectories import watch
 from selfdraft.train.tuned import NO_ROW, TunedLoss, TunedStudent, astray, trees
+from selfdraft.train.tuning import TunedPlan, tune
 
 from adapting import LAYERS, defined
 from conftest import VOCABULARY, Run, tiny_llama
@@ -154,7 +156,7 @@ def by_hand(model: HfModel, rows: datasets.Dataset, loss: TunedLoss, noise: Nois
     learner = student(model, LORA, loss).eval()
     merged = model.adapted(learner.adapter)
     batch = Noisy(CUT, BLOCK, noise, EOS, loss.keep == "base")(drawn(rows, 2, 5))
-    draft, weights = 0.0, 0.0
+    draft, weights, weighed = 0.0, 0.0, 0
     counted = astray(batch["tokens"], batch["parents"], batch["hung"], batch["aims"])
     first: dict[tuple[int, int], int] = {}
     for lane, row, aim, tokens in paths(batch):
@@ -168,7 +170,7 @@ def by_hand(model: HfModel, rows: datasets.Dataset, loss: TunedLoss, noise: Nois
         while at >= 0:
             right.append(to.tokens[at])
             at = to.parents[at]
-        assert bool(counted[lane, group, place]) == (right[::-1] != tokens)
+        assert bool(counted[lane, row]) == (right[::-1] != tokens)
         if right[::-1] == tokens:
             continue
         start = first.setdefault((lane, group), place)
@@ -181,6 +183,7 @@ def by_hand(model: HfModel, rows: datasets.Dataset, loss: TunedLoss, noise: Nois
             each = -scores.log_softmax(-1)[label] if label != IGNORED else torch.tensor(0.0)
         draft += loss.decay ** (place - start) * float(each)
         weights += loss.decay ** (place - start)
+        weighed += 1
     kept = []
     for lane, labels in enumerate(batch["labels"]):
         count = int((labels != IGNORED).nonzero()[-1]) + 1
@@ -195,7 +198,7 @@ def by_hand(model: HfModel, rows: datasets.Dataset, loss: TunedLoss, noise: Nois
         draft / weights + loss.weight * sum(kept) / len(kept), rel=1e-4
     )
     hits = out["hits"][out["hits"] != IGNORED]
-    assert len(hits) == int(counted.sum())
+    assert len(hits) == weighed
 
 
 LOSSES = [
@@ -248,7 +251,7 @@ def test_wrong_trees_are_seen(
 
 def all_count(patch: pytest.MonkeyPatch) -> None:
     """Rows before the first wrong token count, too."""
-    patch.setattr(tuned, "astray", lambda tokens, parents, hung, aims: hung != NO_ROW)
+    patch.setattr(tuned, "astray", lambda tokens, *_: torch.ones_like(tokens, dtype=torch.bool))
 
 
 def own_wrong_only(patch: pytest.MonkeyPatch) -> None:
@@ -256,8 +259,10 @@ def own_wrong_only(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
         there = (hung != NO_ROW) & (aims != NO_ROW)
-        lane = torch.arange(len(tokens))[:, None, None]
-        return there & (tokens[lane, hung.clamp(min=0)] != tokens[lane, aims.clamp(min=0)])
+        lane = torch.arange(len(tokens))[:, None, None].expand(hung.shape)[there]
+        found = torch.zeros_like(tokens, dtype=torch.bool)
+        found[lane, hung[there]] = tokens[lane, hung[there]] != tokens[lane, aims[there]]
+        return found
 
     patch.setattr(tuned, "astray", wrong)
 
@@ -296,13 +301,17 @@ def test_a_pass_is_a_jacobi_iteration(model: HfModel, rows: datasets.Dataset) ->
     learner = student(model, LORA, TunedLoss(refresh=1.0))
     merged = model.adapted(learner.adapter)
     batch = Noisy(CUT, BLOCK, NOISES[0], EOS, True)(drawn(rows, 0, 3))
-    after = learner.passed(batch["tokens"], batch["parents"], batch["hung"])
-    changed = 0
-    for lane, row, _, tokens in paths(batch):
+    after = learner.passed(*(batch[name] for name in ("tokens", "parents", "hung", "aims")))
+    changed = right = 0
+    for lane, row, aim, tokens in paths(batch):
         pick = int(merged.reference(tokens[:-1])[-1].argmax())
+        if tokens[:-1] == batch["tokens"][lane, :aim].tolist():  # it would be known by then
+            pick = int(batch["tokens"][lane, aim])
+            right += 1
         assert int(after[lane, row]) == pick
         changed += int(batch["tokens"][lane, row]) != pick
     assert changed
+    assert right
     text = batch["hung"][0][batch["hung"][0] != NO_ROW].min()
     assert torch.equal(after[0, :text], batch["tokens"][0, :text])
     still = replace(learner.loss, refresh=0.0)
@@ -481,6 +490,13 @@ def test_from_answers_to_a_tuned_model(
     adapter = None if full and method == "cllm" else str(out)
     loaded = selfdraft.load(model, drafts, adapter=adapter)
     assert loaded.generate("def add(", max_new_tokens=6).grade == "tuned"
+    assert loaded.model.lookahead is not None
+    if method == "cllm":
+        assert loaded.model.lookahead.filler == 0, "the token that begins texts"
+        assert len(loaded.model.lookahead.odds["ahead"][0]) == 7
+        kept = shards.manifest(data)["asked"]["eos"]
+        prompts = [row["prompt"] for row in shards.read(data).rows.select([0])]
+        assert price.price(loaded.model, loaded.model, prompts, Limits(4, frozenset(kept))).agreement == 1
     plain = loaded.using("plain").generate("def add(", max_new_tokens=6)
     assert plain.ids == loaded.generate("def add(", max_new_tokens=6).ids
     again = json.loads(command(*words, "--json")[1].splitlines()[-1])
@@ -504,6 +520,36 @@ def test_on_policy_goes_on_from_an_adapter(folder: Path, data: Path, command: Ru
     assert selfdraft.load(str(folder), "jacobi", adapter=str(second)).model.grade == "tuned"
 
 
+def test_full_weights_are_measured_as_they_are_loaded(data: Path, folder: Path, tmp_path: Path) -> None:
+    """In bfloat16: rotations keep their precision."""
+    plan = TunedPlan(
+        "cllm",
+        str(folder),
+        data,
+        tmp_path / "mine",
+        FULL,
+        schedule=Schedule(steps=2, batch=2, length=48, every=1, lora_rate=1e-3),
+        noise=NoiseConfig(),
+        full=True,
+    )
+    about = tune(plan)
+    loaded = selfdraft.load(str(tmp_path / "mine" / "model"), numerics="fast").model
+    base = selfdraft.load(str(folder), numerics="fast").model
+    prompts = [row["prompt"] for row in run_.split(shards.read(data).rows, data)[1]]
+    again = price.price(base, loaded, prompts, Limits(160, frozenset([1])))
+    assert again.loss[1] == pytest.approx(about["price"]["loss"][1], rel=1e-6)
+    assert again.loss[1] != again.loss[0]
+
+
+def test_an_adapter_of_another_kind_is_no_start(folder: Path, data: Path, tmp_path: Path) -> None:
+    base = selfdraft.load(str(folder)).model
+    for name, config in (("gated", replace(MASKS, gated=True)), ("masks", MASKS)):
+        adapter_folder.save(tmp_path / name, fresh(base, config), base, "space", str(folder), {})
+        plan = TunedPlan("cllm", str(folder), data, tmp_path / "out", LORA, start=str(tmp_path / name))
+        with pytest.raises(AdapterError, match="no adapter of `selfdraft train cllm`|is not an adapter of"):
+            tune(replace(plan, noise=NoiseConfig()))
+
+
 def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Path) -> None:
     words = ("--model", str(folder), "--out", str(tmp_path / "out"), *SMALL)
     for more, message in (
@@ -511,6 +557,8 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
         (("--noise", "loud"), "noise"),
         (("--data-share", "0"), "--data-share must be above 0"),
         (("--keep", "all"), "keep"),
+        (("--full", "--rank", "4"), "go with LoRA"),
+        (("--unknown", "noise"), "--unknown takes filler or random"),
     ):
         code, _, err = command("train", "cllm", "--data", str(data), *words, *more)
         assert (code, message in err) == (2, True), err
@@ -524,7 +572,9 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
         ("answers", {"block": None}, "holds answers without trajectories"),
         ("wide", {"block": 64}, "raise it|the file is damaged"),
         ("other", {"fingerprint": "0" * 64}, "distill from the model itself"),
-        ("tokenizer", {"vocabulary": 400}, "a vocabulary of 400"),
+        ("vocabulary", {"vocabulary": 400}, "a vocabulary of 400"),
+        ("tokenizer", {"tokenizer": "0" * 64}, "ids of another tokenizer"),
+        ("ends", {"eos": None}, "does not say which model answered"),
     ):
         other = tmp_path / name
         other.mkdir()
@@ -558,7 +608,7 @@ def test_blocks_of_filler(rows: datasets.Dataset) -> None:
             group for group in groups if all(int(tokens[r]) == filler for r in group) and len(group) <= 3
         ]
         assert filled
-        starts.add(int(got["parents"][0, groups[0][0]]) + 1 - first)
+        starts.add(int(got["parents"][0, filled[0][0]]) + 1 - first)
         others = [group for group in groups if group not in filled]
         tails |= {sum(int(tokens[r]) == filler for r in group) for group in others}
         assert all(int(tokens[group[0]]) != filler for group in others), "the first token is always known"
@@ -573,10 +623,12 @@ def test_a_pass_leaves_filler_at_the_end(model: HfModel, rows: datasets.Dataset)
     noise = NoiseConfig(window=1, noise="random", copies=2, filler=7, reach=3)
     batch = Noisy(CUT, BLOCK, noise, EOS, True)(drawn(rows, 0, 3))
     torch.manual_seed(0)
-    after = learner.passed(batch["tokens"], batch["parents"], batch["hung"])
-    picks = {
-        (lane, row): int(merged.reference(tokens[:-1])[-1].argmax()) for lane, row, _, tokens in paths(batch)
-    }
+    after = learner.passed(*(batch[name] for name in ("tokens", "parents", "hung", "aims")))
+    picks = {}
+    for lane, row, aim, tokens in paths(batch):
+        astray = tokens[:-1] != batch["tokens"][lane, :aim].tolist()
+        pick = int(merged.reference(tokens[:-1])[-1].argmax())
+        picks[lane, row] = pick if astray else int(batch["tokens"][lane, aim])
     cut = 0
     for lane in range(2):
         for group in batch["hung"][lane]:

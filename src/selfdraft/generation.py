@@ -137,6 +137,9 @@ class TextGenerator:
         self, method: str | Method, options: Mapping[str, object] | None = None, adapter: str | None = None
     ) -> TextGenerator:
         """The same model with another method; see `load`. Without an adapter a tuned model stays tuned."""
+        made, _ = methods.resolve(method, options)
+        if adapter is None and getattr(made, "adapted", False) and method == self.method_name:
+            adapter = self.adapter
         start = self.model.base if adapter is None else self.model.loaded
         return TextGenerator(start, self.tokenizer, method, options, self.name, adapter)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from .errors import InvalidTree
 
+SHARED = 512  # rows up to which a shape is kept; larger ones are those of training, which do not come again
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -77,7 +79,11 @@ class Tree:
     @property
     def visible(self) -> Tensor:
         """Which rows each row sees among the rows of this tree, [rows, rows] bool: ancestors and itself."""
-        return _visible(self.parents)
+        return _visible(self.parents) if len(self) <= SHARED else self._seen
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        return _visible.__wrapped__(self.parents)
 
     @cached_property
     def _children(self) -> dict[tuple[int, int], int]:

@@ -189,7 +189,7 @@ def drafted(names: Sequence[str], generator: TextGenerator, sampler: Sampler) ->
         one = generator.using(*spelled(name))
         plain = PLAIN if one.model.base is generator.model else f"{PLAIN}:adapter={one.adapter}"
         if plain not in arms:
-            same = generator.using(*spelled(plain))
+            same = one.using(PLAIN)
             arms[plain] = Drafted(plain, same.method, same.model, sampler, same.eos, plain)
         if name != plain:
             arms[name] = Drafted(name, one.method, one.model, sampler, one.eos, plain)

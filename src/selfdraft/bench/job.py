@@ -66,7 +66,11 @@ class Job:
         if not wanted:
             return []
         model = load_pretrained(self.model, self.dtype, self.device)[0].eval()
-        return [Generated(name, model, sampler, generator.eos, tokens) for name, tokens in wanted.items()]
+        grade = generator.model.grade
+        return [
+            Generated(name, model, sampler, generator.eos, tokens, grade=grade)
+            for name, tokens in wanted.items()
+        ]
 
     def _run(self, generator: TextGenerator, arms: Sequence[Arm], works: Sequence[Work]) -> dict[str, Any]:
         """All that figures depend on: no folder made with anything else is continued."""

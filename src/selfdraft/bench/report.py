@@ -221,7 +221,8 @@ def _grades(record: Figures) -> str:
         return "the text is that of the base weights"
     return (
         f"the text of {', '.join(tuned)} is that of tuned weights: x plain and identity are against plain "
-        "decoding of the same weights, x generate is against the base; the price is on the adapter's card"
+        "decoding of the same weights, x generate is against the model as it was loaded; the price is on "
+        "the card"
     )
 
 

@@ -15,7 +15,9 @@ Method = Annotated[str, typer.Option(help="How to draft: plain, llma, jacobi, or
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable.")
 ]
-Adapter = Annotated[str | None, typer.Option(help="Adapter of the method: a name or a folder.")]
+Adapter = Annotated[
+    str | None, typer.Option(help="Adapter to draft with, or that tunes the model: a name or a folder.")
+]
 References = Annotated[
     list[Path] | None,
     typer.Option("--reference", "-r", help="Text file the answer may quote; repeatable."),

@@ -69,7 +69,7 @@ Full = Annotated[
 ]
 Draft = Annotated[
     str,
-    typer.Option(help="distill: hung rows learn the tuned model's own distribution; tokens: what came."),
+    typer.Option(help="distill: masks learn the tuned model's own distribution; tokens: what came."),
 ]
 Keep = Annotated[
     str,
@@ -78,6 +78,9 @@ Keep = Annotated[
     ),
 ]
 KeepWeight = Annotated[float, typer.Option(help="Weight of that in the loss: the more, the lower the price.")]
+TUNED_RATE = "Learning rate of what tunes the model. Default: 2e-3, with --full 2e-5."
+TunedRate = Annotated[float | None, typer.Option("--rate", help=TUNED_RATE)]
+TunedRank = Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA. Default: 32.")]
 Share = Annotated[float, typer.Option("--data-share", help="Share of the rows to train on.")]
 Start = Annotated[
     str | None,
@@ -130,10 +133,10 @@ Examples:
 CLLM = f"""Consistency training: any state of a Jacobi trajectory to the text it ends in (arXiv 2403.00835).
 
 Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
-what that costs. Decode with `--method jacobi --adapter`. By default noisy blocks stand behind each other,
-ever noisier, in one forward with the text (Jacobi Forcing), and the text's rows keep the base's distribution.
-`--unknown random --window 1 --noise random --copies 1 --on-policy 0 --decay 1 --keep tokens` is the published
-training.
+what that costs. Decode with `--method jacobi --adapter`. All states of an answer run in one forward with it,
+and the text keeps the base's distribution. `--window 8 --noise progressive` has noisy blocks behind each
+other, ever noisier (Jacobi Forcing). The published training is `--full --unknown random --copies 1
+--on-policy 0 --decay 1 --keep tokens`, on greedy trajectories.
 {LEARNS}
 Examples:
 
@@ -154,8 +157,8 @@ SPACE_TUNED = f"""Mask tokens and tuned weights: SPACE as published (SAR-SFT, ar
 
 Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
 what that costs. Masks are drawn anew each time a row is used.
-`--masks 5 --shared-mask --sampler-head 0 --anchors 1 --draft tokens --keep tokens --keep-weight 1 --full` is
-the published training.
+The published training is `--full --masks 5 --shared-mask --sampler-head 0 --anchors 1 --draft tokens --keep
+tokens --keep-weight 1 --decay 1`.
 {LEARNS}
 Examples:
 
@@ -173,16 +176,16 @@ def cllm(
     out: Out,
     model: flags.Model = "pico",
     full: Full = False,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 32,
+    rank: TunedRank = None,
     target: Target = None,
-    window: Annotated[int, typer.Option(min=1, help="Noisy blocks behind each other.")] = 8,
+    window: Annotated[int, typer.Option(min=1, help="Noisy blocks behind each other.")] = 1,
     noise: Annotated[
-        str, typer.Option(help="progressive, random or reverse, over the window.")
-    ] = "progressive",
+        str, typer.Option(help="Which state of a block: random; progressive or reverse over the window.")
+    ] = "random",
     consistency: Annotated[
         str, typer.Option(help="global: to the text; local: to the next state, with a window of 1.")
     ] = "global",
-    copies: Annotated[int, typer.Option(min=1, help="Noisy copies of each answer.")] = 2,
+    copies: Annotated[int, typer.Option(min=1, help="Noisy copies of each answer.")] = 3,
     unknown: Annotated[
         str,
         typer.Option(
@@ -190,10 +193,12 @@ def cllm(
             "random, as published."
         ),
     ] = "filler",
-    reach: Annotated[int, typer.Option(min=1, help="Rows of a block of filler.")] = 8,
+    reach: Annotated[
+        int, typer.Option(min=1, help="Rows of a block of filler; all copies but the first are such.")
+    ] = 8,
     on_policy: Annotated[
         float, typer.Option(help="Share of steps before which the states make a pass by the student itself.")
-    ] = 0.5,
+    ] = 0.35,
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
     decay: Annotated[
@@ -202,7 +207,7 @@ def cllm(
     steps: Steps = 2000,
     batch: Batch = 4,
     length: Length = 512,
-    lora_rate: Annotated[float, typer.Option("--rate", help="Learning rate.")] = 1e-3,
+    lora_rate: TunedRate = None,
     every: Every = 200,
     share: Share = 1.0,
     start: Start = None,
@@ -223,13 +228,13 @@ def cllm(
     plan = _tuned(
         what,
         {"method": "cllm", "model": model, "data": data, "out": out, "full": full, "share": share},
-        {"masks": 0, "rank": 0 if full else rank, "targets": tuple(target or ())},
+        {"masks": 0} | _lora(full, rank, target),
         {"keep": keep, "weight": keep_weight, "decay": decay, "refresh": on_policy},
         {
             "steps": steps,
             "batch": batch,
             "length": length,
-            "lora_rate": lora_rate,
+            "lora_rate": _rate(full, lora_rate),
             "every": every,
             "seed": seed,
         },
@@ -252,7 +257,7 @@ def space_tuned(
     full: Full = False,
     masks: Masks = 4,
     shared_mask: Shared = False,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")] = 32,
+    rank: TunedRank = None,
     target: Target = None,
     sampler: Sampler = 256,
     draft: Draft = "distill",
@@ -264,7 +269,7 @@ def space_tuned(
     length: Length = 512,
     anchors: Anchors = 64,
     rate: Rate = 1e-2,
-    lora_rate: LoraRate = 1e-3,
+    lora_rate: Annotated[float | None, typer.Option(help=TUNED_RATE)] = None,
     every: Every = 200,
     share: Share = 1.0,
     seed: Seed = 0,
@@ -285,12 +290,24 @@ def space_tuned(
     plan = _tuned(
         "train space-tuned",
         {"method": "space-tuned", "model": model, "data": data, "out": out, "full": full, "share": share},
-        shape | {"rank": 0 if full else rank, "targets": tuple(target or ())},
+        shape | _lora(full, rank, target),
         {"draft": draft, "keep": keep, "weight": keep_weight, "decay": decay},
-        times | {"rate": rate, "lora_rate": lora_rate},
+        times | {"rate": rate, "lora_rate": _rate(full, lora_rate)},
         {"dtype": dtype, "device": device},
     )
     _run_tuned(plan, as_json)
+
+
+def _lora(full: bool, rank: int | None, target: list[str] | None) -> dict[str, Any]:
+    """What LoRA is like. Raises InvalidOption where there is none."""
+    if full and (rank or target):
+        raise InvalidOption("--rank and --target go with LoRA; --full tunes all weights without it")
+    return {"rank": 0 if full else rank or 32, "targets": tuple(target or ())}
+
+
+def _rate(full: bool, given: float | None) -> float:
+    """The published rate for all weights; one that suits LoRA on few steps."""
+    return given or (2e-5 if full else 2e-3)
 
 
 def _tuned(

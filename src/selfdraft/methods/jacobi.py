@@ -34,8 +34,8 @@ from ..tree import Tree
 from ..worth import LEAST, MARGIN, Bet, Growth, Odds
 
 AHEAD = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)  # a guess 1, 2, 3-4, 5-8, ... rows ahead, after right ones
-TUNED = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # the same of a model that was tuned to guess,
-ODDS = "ahead"  # unless its adapter was calibrated, under this name
+TAUGHT = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # the same of a model that was tuned to guess,
+GUESSED = "ahead"  # unless its adapter was calibrated, under this name
 POOL = 0.1  # what once followed the same two tokens, off the text
 PROBE = 8  # rows of a window that is run to learn
 SHARE = 0.01  # of the time, for probing
@@ -173,8 +173,8 @@ def _far(ahead: int) -> int:
 
 
 def _calibrated(look: Lookahead) -> Sequence[float]:
-    table = look.odds.get(ODDS, ())
-    return table[0] if [len(row) for row in table] == [len(AHEAD)] else TUNED
+    table = look.odds.get(GUESSED, ())
+    return table[0] if [len(row) for row in table] == [len(AHEAD)] else TAUGHT
 
 
 class FaithfulDrafter:

@@ -38,6 +38,7 @@ from ..cache import Pair
 from ..errors import AdapterError, InvalidOption
 from ..method import Lookahead
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROWS = 12  # of a forward that shows which layers run on rows
 
 
@@ -216,14 +217,20 @@ def merge(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """
     twin, scale = share(model), adapter.config.scale
     for name, module, low in _changed(twin, adapter):
-        weight = cast(Tensor, module.weight)
-        if not weight.is_floating_point():
-            raise AdapterError(f"layer {name} is quantised: merge the adapter into the weights before that")
-        least = torch.promote_types(weight.dtype, torch.float32)
-        more = scale * (low.b.to(least) @ low.a.to(least))
-        tuned = weight.to(least) + (more.T if isinstance(module, Conv1D) else more)
+        weight = cast(Tensor, getattr(module, "weight", None))
+        check_float(name, weight)
+        more = scale * (low.b.double() @ low.a.double())  # so that all machines round to the same weights
+        tuned = weight.double() + (more.T if isinstance(module, Conv1D) else more)
         module.weight = torch.nn.Parameter(tuned.to(weight.dtype), requires_grad=False)
     return twin
+
+
+def check_float(name: str, weight: Tensor | None) -> None:
+    """See that weights are numbers that can be added to. Raises AdapterError."""
+    if weight is None or weight.dtype not in FLOATS:
+        raise AdapterError(
+            f"{name} is quantised: tune the model as it was before that, and quantise the tuned one"
+        )
 
 
 def _changed(twin: PreTrainedModel, adapter: Adapter) -> Iterator[tuple[str, torch.nn.Module, LowRank]]:

@@ -14,7 +14,10 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-LOADING = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures")
+LOADING = (
+    *("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"),
+    "selfdraft_tuned",  # what we note in a model that was tuned
+)
 CHUNK = 1 << 24  # weights hashed at a time
 
 

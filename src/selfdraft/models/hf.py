@@ -30,7 +30,7 @@ from ..errors import ModelUnsupported
 from ..method import Lookahead
 from ..tree import Tree
 from . import Cache, Guess, Rows, attention, masks, probe
-from .adapter import Adapter, Gate, attach, merge
+from .adapter import Adapter, Gate, attach, check_float, merge
 from .cost import StepTimes, step_times
 from .head import Head, split
 from .layout import Layout, layout
@@ -38,9 +38,7 @@ from .load import transformers_model
 
 Numerics = Literal["exact", "fast"]
 Grade = Literal["base", "tuned"]
-TUNED = (
-    "selfdraft_tuned"  # an entry of the config of a model whose weights were tuned to draft for themselves
-)
+MARK = "selfdraft_tuned"  # an entry of the config of a model whose weights were tuned to draft for themselves
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class HfModel:
         self.loaded = self  # what `adapted` started from
         self.base = self  # the same, or that with weights that an adapter has tuned: whose text it is
         self.adapter: Adapter | None = None
-        about: Mapping[str, Any] = getattr(self.model.config, TUNED, None) or {}
+        about: Mapping[str, Any] = getattr(self.model.config, MARK, None) or {}
         filler = about.get("filler")
         self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
         self.grade: Grade = "tuned" if about else "base"
@@ -118,8 +116,13 @@ class HfModel:
         return twin
 
     def copied(self, dtype: torch.dtype) -> HfModel:
-        """The same model with weights of its own, in that dtype, which take gradients: to train all of it."""
-        twin = self._twin(copy.deepcopy(self.model).to(dtype).requires_grad_())
+        """The same model with weights of its own, in that dtype, which take gradients: to train all of it.
+        Buffers, as rotations, stay as they are. Raises AdapterError for weights that are quantised."""
+        model = copy.deepcopy(self.model)
+        for name, weight in model.named_parameters():
+            check_float(name, weight)
+            weight.data = weight.data.to(dtype)
+        twin = self._twin(model.requires_grad_())
         twin.dtype = dtype
         return twin
 

@@ -18,8 +18,7 @@ from .. import groups
 from ..engine import Engine
 from ..groups import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
 from ..method import Drafter, Request, free
-from ..methods.jacobi import ODDS as AHEAD
-from ..methods.jacobi import JacobiDrafter
+from ..methods.jacobi import GUESSED, JacobiDrafter
 from ..models.hf import HfModel
 from ..session import Limits
 from .student import IGNORED, Student
@@ -93,7 +92,7 @@ def ahead(
     while engine.sessions:
         engine.step()
     tables = [[drafter.ahead[far] for far in range(len(drafter.ahead.counts))] for drafter in method.drafters]
-    return {AHEAD: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
+    return {GUESSED: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 
 
 def _count(offsets: Sequence[Counts], guessed: Sequence[Sequence[groups.Guess]], told: Sequence[int]) -> None:

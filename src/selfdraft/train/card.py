@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+SHOWN = 4  # masks whose acceptance is logged and drawn
 TEMPLATE = """---
 base_model: {base}
 library_name: selfdraft
@@ -37,7 +38,7 @@ transformers {transformers}, commit {commit}. `adapter_config.json` has every op
 """
 
 
-TUNED = """---
+TUNED_TEMPLATE = """---
 base_model: {base}
 library_name: selfdraft
 tags: [speculative-decoding, {method}]
@@ -111,7 +112,7 @@ def write_tuned(
         converging(folder / "convergence.png", about["convergence"], base)
     if "accuracy" in about:
         found += GUESSES.format(base=base, table=_table(about["accuracy"]))
-        picture(folder / "acceptance.png", log, min(config["masks"], 4))
+        picture(folder / "acceptance.png", log, config["masks"])
     parts = [
         "all weights"
         if asked["full"]
@@ -123,7 +124,7 @@ def write_tuned(
     where = f"{folder.name}/model" if asked["full"] else base
     adapter = "" if asked["full"] and not config["masks"] else f', adapter="{folder.name}"'
     peak = about["peak_bytes"]
-    text = TUNED.format(
+    text = TUNED_TEMPLATE.format(
         base=base,
         method=method,
         name=folder.name,
@@ -218,7 +219,7 @@ def picture(path: Path, log: Sequence[Mapping[str, float]], masks: int) -> None:
     points = [entry for entry in log if "eval_right_1" in entry]
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
-    for i in range(masks):
+    for i in range(min(masks, SHOWN)):
         shares = [entry[f"eval_right_{i + 1}"] for entry in points]
         axes.plot([entry["step"] for entry in points], shares, label=f"mask {i + 1}")
     axes.set(xlabel="step", ylabel="first guess is the model's pick", ylim=(0, 1))

@@ -88,12 +88,15 @@ Noise = Literal["random", "progressive", "reverse"]
 class NoiseConfig:
     """window: noisy blocks in a row; 1 is as published. noise: how noisy they are: random; progressive, which
     rises over the window; reverse. consistency: to what a noisy row should agree, the text (global) or the
-    next state (local; with a window of 1). copies: of the noisy answer, each with its own draws."""
+    next state (local; with a window of 1). copies: of the noisy answer, each with its own draws. filler: a
+    token that stands for those not known yet: all copies but the first are then blocks of it alone, `reach`
+    rows each, from a random row on, and in the first it takes the end of each state, as it does when
+    decoding."""
 
-    window: Annotated[int, Ge(1)] = 8
-    noise: Noise = "progressive"
+    window: Annotated[int, Ge(1)] = 1
+    noise: Noise = "random"
     consistency: Literal["global", "local"] = "global"
-    copies: Annotated[int, Ge(1)] = 2
+    copies: Annotated[int, Ge(1)] = 3
     filler: Annotated[int, Ge(0)] | None = None
     reach: Annotated[int, Ge(1)] = 8
 
@@ -121,7 +124,7 @@ class Noisy:
             packing = Packing(text)
             for copy in range(self.config.copies):
                 dice = random.Random(f"{row.get('draw', 0)} {copy}")
-                if self.config.filler is not None and copy % 2 == 0:
+                if self.config.filler is not None and copy:
                     self._fill(packing, start + 1, self.config.filler, dice)
                 else:
                     self._hang(packing, start + 1, row["states"], dice)

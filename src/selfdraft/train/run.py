@@ -25,8 +25,9 @@ from ..models.hf import HfModel
 from ..models.load import load_pretrained
 from . import card, shards
 from .calibration import calibrate
+from .distill import tokenizer_sha256
 from .student import Loss, Student, fresh
-from .trainer import Schedule, batches, train
+from .trainer import SECONDS, Schedule, batches, train
 
 LEAST = 4  # tokens of an answer that can be trained on
 HELD_OUT = 0.02  # share of the rows that is not trained on, at most
@@ -53,11 +54,11 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
 
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """
-    pretrained, _ = load_pretrained(plan.model, plan.dtype, plan.device)
+    pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
     model = HfModel(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
     base = fingerprint(pretrained)
-    shards.check_model(distilled.manifest, base, model.vocab_size)
+    shards.check_model(distilled.manifest, [base], model.vocab_size, tokenizer_sha256(tokenizer))
     rows, held_out = split(distilled.rows, plan.data)
     student = Student(model, fresh(model, plan.config, plan.schedule.seed), plan.loss)
     settings = asked(plan, distilled)
@@ -77,7 +78,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
         "accuracy": [[round(p, 4) for p in row] for row in calibration.accuracy],
         "trained": student.adapter.size,
         "share": share,
-        "seconds": round(next((e["train_runtime"] for e in reversed(log) if "train_runtime" in e), 0.0), 1),
+        "seconds": log[-1][SECONDS],
         "peak_bytes": peak,
         "run": settings,
     }

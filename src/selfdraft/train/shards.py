@@ -183,18 +183,27 @@ def read(folder: Path) -> Distilled:
     return Distilled(held, joined.select(order).select_columns(wanted))
 
 
-def check_model(held: Mapping[str, Any], fingerprint: str, vocabulary: int) -> None:
-    """See that data are this model's own answers. Raises TrainingDataError."""
+def check_model(
+    held: Mapping[str, Any], fingerprints: Sequence[str], vocabulary: int, tokenizer: str
+) -> None:
+    """See that data are the own answers of a model, one of those with these fingerprints, in the ids of this
+    tokenizer, given by its hash. Raises TrainingDataError."""
     asked = held["asked"]
     if asked["vocabulary"] != vocabulary:
         raise TrainingDataError(
             f"the data are ids of the tokenizer of {asked['model']}, with a vocabulary of "
             f"{asked['vocabulary']}; the model's has {vocabulary}: distill from the model itself"
         )
-    if asked["fingerprint"] != fingerprint:
+    if asked["fingerprint"] not in fingerprints:
         raise TrainingDataError(
             f"the data are answers of {asked['model']} with the fingerprint {asked['fingerprint'][:12]}; the "
-            f"model's is {fingerprint[:12]}: distill from the model itself"
+            f"model's is {fingerprints[0][:12]}: distill from the model itself, or if they are a tuned "
+            "model's own, give the adapter that tuned it (--start)"
+        )
+    if asked.get("tokenizer", tokenizer) != tokenizer:
+        raise TrainingDataError(
+            f"the data are ids of another tokenizer than the model's, which has {tokenizer[:12]}, not "
+            f"{asked['tokenizer'][:12]}: distill from the model itself"
         )
 
 
@@ -210,7 +219,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise TrainingDataError(f"{path} is not JSON ({error}); give another folder") from error
     asked = held.get("asked") if isinstance(held, dict) else None
-    if not isinstance(asked, dict) or not {"model", "fingerprint", "vocabulary"} <= set(asked):
+    if not isinstance(asked, dict) or not {"model", "fingerprint", "vocabulary", "eos"} <= set(asked):
         raise TrainingDataError(f"{path} does not say which model answered; give another folder")
     return held
 

@@ -1,12 +1,13 @@
 """Training an adapter on `transformers.Trainer`: its loop, schedule, logs, checkpoints and resumption.
 
-The student holds no frozen weights, so a checkpoint is the adapter and its optimizer, some megabytes. LoRA
-and sampler head have a learning rate of their own: one that suits embeddings and prefixes (3e-2 in BiTA)
-would break them.
-"""
+The student holds no frozen weights, so a checkpoint is the adapter and its optimizer, some megabytes; where
+all weights learn, they are in it. LoRA and sampler head have a learning rate of their own: one that suits
+embeddings and prefixes (3e-2 in BiTA) would break them."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +20,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
+from .card import SHOWN
 from .sequences import Batches, Draws
 from .student import IGNORED, Student
 from .tuned import TunedStudent
 
+SECONDS = "seconds"  # the last entry of a log: what the run took, over all its starts
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
-SHOWN = 4  # offsets whose accuracy is told
 
 
 @dataclass(frozen=True)
 class Schedule:
     """steps: of the optimizer. batch: sequences of a step. length: tokens of a sequence, at most. anchors:
-    groups of masks per sequence. rate: learning rate of embeddings and prefix; lora_rate: of LoRA and
-    sampler head; both rise for `warmup` of the steps, then fall as a cosine. every: steps between
-    checkpoints, each with an evaluation. Several processes (`accelerate launch`) each have a batch of their
-    own."""
+    groups of masks per sequence. rate: learning rate of embeddings and prefix; lora_rate: of LoRA, sampler
+    head, and of all weights where they learn; both rise for `warmup` of the steps, then fall as a cosine.
+    every: steps between checkpoints, each with an evaluation. Several processes (`accelerate launch`) each
+    have a batch of their own."""
 
     steps: Annotated[int, Ge(1)] = 2000
     batch: Annotated[int, Ge(1)] = 4
@@ -58,6 +60,8 @@ def train(
     """Train, from the last checkpoint in `folder` if there is one. collate: rows into what the student takes.
     Returns the log."""
     args = _arguments(schedule, folder, student.model.device)
+    last = _last(folder)
+    clock = Clock(folder, last)
     uses = schedule.steps * schedule.batch * args.world_size
     trainer = AdapterTrainer(
         model=student,
@@ -67,10 +71,27 @@ def train(
         data_collator=collate,
         compute_metrics=_metrics,
         optimizers=(_optimizer(student, schedule), None),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, clock],
     )
-    trainer.train(resume_from_checkpoint=_last(folder))
-    return list(trainer.state.log_history)
+    trainer.train(resume_from_checkpoint=last)
+    return [*trainer.state.log_history, {SECONDS: clock.seconds}]
+
+
+class Clock(TrainerCallback):
+    """The seconds a run has taken, those up to the checkpoint among them that it goes on from."""
+
+    def __init__(self, folder: Path, last: str | None) -> None:
+        self.path, self.began = folder / "seconds.json", time.perf_counter()
+        self.known: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.before = self.known.get(Path(last).name, 0.0) if last is not None else 0.0
+
+    @property
+    def seconds(self) -> float:
+        return round(self.before + time.perf_counter() - self.began, 1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.known[f"checkpoint-{state.global_step}"] = self.seconds
+        self.path.write_text(json.dumps(self.known), encoding="utf-8")
 
 
 def batches(student: Student, schedule: Schedule) -> Batches:

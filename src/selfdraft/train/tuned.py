@@ -37,7 +37,10 @@ NO_ROW = -1
 @dataclass(frozen=True)
 class TunedLoss:
     """draft, keep: what hung rows and the text's rows learn from, see above. weight: of keep, in that of
-    draft. decay: weight of each row of a group of masks, in that of the one before."""
+    draft. decay: weight of each hung row, in that of the one before it, from the first one of its group that
+    sees anything wrong. refresh: share of steps before which each noisy block makes a pass by the student
+    itself, so that it learns from states that it comes to (on policy); filler: what stands at the end of a
+    block after it, as in `packed.NoiseConfig`."""
 
     draft: Literal["distill", "tokens"] = "distill"
     keep: Literal["base", "tokens"] = "base"
@@ -92,18 +95,19 @@ class TunedStudent(torch.nn.Module):
     ) -> dict[str, Tensor]:
         """The loss; hits: is a hung row's likeliest token that of its aim, [lanes, groups, size], 1, 0, or
         IGNORED, from the first row of a group that counts on; kept: of each lane the mean loss of its text's
-        rows, in nats over the base's own entropy.
+        rows: what they diverge from the base, or the cross-entropy of what came, in nats.
 
         tokens, parents: [lanes, rows], of the tree; parents of rows that pad are below -1. labels: [lanes,
         rows], the token after a row of the text, IGNORED where the row does not count, and for hung ones.
         hung, aims: [lanes, groups, size], hung rows, and the rows that each should agree with; NO_ROW where
         there is none."""
         if self.training and self.loss.refresh and float(torch.rand(())) < self.loss.refresh:
-            tokens = self.passed(tokens, parents, hung)
+            tokens = self.passed(tokens, parents, hung, aims)
         hidden = self.hidden(tokens, parents)
         lanes, width, _ = hidden.shape
-        first = (torch.arange(lanes, device=hidden.device) * width)[:, None, None]
-        counted = (aims != NO_ROW) & astray(tokens, parents, hung, aims)
+        lane = torch.arange(lanes, device=hidden.device)[:, None, None]
+        first = lane * width
+        counted = (aims != NO_ROW) & astray(tokens, parents, hung, aims)[lane, hung.clamp(min=0)]
         rows, aim = (hung + first)[counted], (aims + first)[counted]
         flat, label = hidden.flatten(0, 1), labels.flatten()
         text = (label != IGNORED).nonzero().flatten()
@@ -117,8 +121,8 @@ class TunedStudent(torch.nn.Module):
         weights = self.loss.decay**offset
         draft = (each * weights).sum() / weights.sum().clamp(min=1e-6)
         hits = torch.full_like(aims, IGNORED)
-        lane, group, _ = counted.nonzero(as_tuple=True)
-        hits[lane, group, offset] = (scores.argmax(-1) == told.argmax(-1)).long()
+        own, group, _ = counted.nonzero(as_tuple=True)
+        hits[own, group, offset] = (scores.argmax(-1) == told.argmax(-1)).long()
         home = text // width
         sums = torch.zeros(2, lanes, device=kept.device)
         sums[0].index_add_(0, home, kept.detach())
@@ -130,18 +134,21 @@ class TunedStudent(torch.nn.Module):
         }
 
     @torch.no_grad()
-    def passed(self, tokens: Tensor, parents: Tensor, hung: Tensor) -> Tensor:
-        """The tokens after one pass: each hung row carries the student's pick after the row above it."""
+    def passed(self, tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
+        """The tokens after one pass. Each hung row carries the student's pick after the row above it; behind
+        a right prefix the text's own token, which decoding would have by then."""
         hidden = self.hidden(tokens, parents)
         lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
-        there = hung != NO_ROW
-        lanes, rows = lane[there], hung[there]
+        lanes, rows, aim = (part[hung != NO_ROW] for part in (lane, hung, aims))
+        above = parents[lanes, rows]
+        guessed = (aim == NO_ROW) | astray(tokens, parents, hung, aims)[lanes, above]
+        picks = self.model.output(hidden[lanes, above]).argmax(-1)
         made = tokens.clone()
-        made[lanes, rows] = self.model.output(hidden[lanes, parents[lanes, rows]]).argmax(-1)
+        made[lanes, rows] = torch.where(guessed, picks, tokens[lanes, aim.clamp(min=0)])
         if self.loss.filler is not None:
             size = hung.shape[-1]
             known = torch.randint(1, size + 1, (*hung.shape[:2], 1), device=hung.device)
-            unknown = there & (torch.arange(size, device=hung.device) >= known)
+            unknown = (hung != NO_ROW) & (torch.arange(size, device=hung.device) >= known)
             made[lane[unknown], hung[unknown]] = self.loss.filler
         return made
 
@@ -184,21 +191,17 @@ def trees(tokens: Tensor, parents: Tensor) -> list[Tree]:
 
 
 def astray(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
-    """Which hung rows see a token, their own or above them, that is not the one of its aim: the others see
-    what the row of the text sees, and learn nothing. [lanes, groups, size]."""
+    """Which rows see a hung token, their own or above them, that is not the one of its aim: the others see
+    what a row of the text sees, and learn nothing. [lanes, rows]."""
     lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
     there = (hung != NO_ROW) & (aims != NO_ROW)
-    wrong = torch.zeros_like(tokens)
-    wrong[lane[there], hung[there]] = (
-        tokens[lane[there], hung[there]] != tokens[lane[there], aims[there]]
-    ).long()
-    found = []
-    for grown, mine in zip(trees(tokens, parents), wrong, strict=True):
-        sees = grown.visible.to(mine.device)
-        row = mine.new_zeros(tokens.shape[1])
-        row[: len(grown)] = (sees & mine[None, : len(grown)].bool()).any(-1)
-        found.append(row.bool())
-    return there & torch.stack(found)[lane, hung.clamp(min=0)]
+    lanes, rows, aim = lane[there], hung[there], aims[there]
+    wrong = torch.zeros_like(tokens, dtype=torch.bool)
+    wrong[lanes, rows] = tokens[lanes, rows] != tokens[lanes, aim]
+    found = torch.zeros_like(wrong)
+    for grown, mine, seen in zip(trees(tokens, parents), wrong, found, strict=True):
+        seen[: len(grown)] = (grown.visible.to(mine.device) & mine[: len(grown)]).any(-1)
+    return found
 
 
 def _run(model: HfModel, grown: Sequence[Tree], width: int, adapter: Adapter | None) -> Tensor:

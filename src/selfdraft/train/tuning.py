@@ -15,20 +15,21 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from ..bench import machine
-from ..errors import InvalidOption, TrainingDataError
+from ..errors import AdapterError, InvalidOption, TrainingDataError
 from ..models import adapter_folder
 from ..models.adapter import Adapter, AdapterConfig
 from ..models.fingerprint import fingerprint
-from ..models.hf import TUNED, HfModel
+from ..models.hf import MARK, HfModel
 from ..models.load import load_pretrained
 from ..session import Limits
 from . import card, run, shards
 from .calibration import ahead, calibrate
+from .distill import tokenizer_sha256
 from .packed import Masked, NoiseConfig, Noisy
 from .price import price
 from .sequences import Batches
 from .student import Loss, Student, fresh
-from .trainer import Collate, Schedule, train
+from .trainer import SECONDS, Collate, Schedule, train
 from .trajectories import convergence, watch
 from .tuned import TunedLoss, TunedStudent
 
@@ -68,14 +69,20 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
     model = HfModel(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
-    plan = _filled(plan, tokenizer, distilled.manifest)
-    adapter = _adapter(plan, model, distilled.manifest)
+    started = _started(plan, model)
+    bases = [model] if started is None else [model, model.adapted(started).base]
+    prints = [fingerprint(one.model) for one in bases]
+    shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
+    plan = _filled(plan, tokenizer, model.vocab_size, distilled.manifest, started)
+    adapter = started or fresh(model, plan.config, plan.schedule.seed)
     eos = frozenset(distilled.manifest["asked"]["eos"])
     rows = _usable(plan, distilled)
     rows, held_out = run.split(rows, plan.data)
     rows = rows.select(range(max(1, round(plan.share * len(rows)))))
     student = TunedStudent(model, adapter, plan.loss, plan.full)
     asked = run.asked(plan, distilled)
+    if started is not None:
+        asked["start"] = machine.adapter_sha256(started)
     run.claim(plan.out, asked)
     trained = sum(part.numel() for part in student.parameters())
     share = trained / pretrained.num_parameters()
@@ -88,12 +95,14 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     tuned = _finished(plan, student)
     watched = held_out.select(range(min(WATCHED, len(held_out))))
     limits = Limits(LONGEST, eos)
-    prompts = [row["prompt"] for row in watched if len(row["prompt"]) + LONGEST <= model.context]
+    prompts = [row["prompt"] for row in watched if 1 < len(row["prompt"]) < model.context]
+    if not prompts:
+        raise TrainingDataError(f"{plan.data}: no held-out prompt fits the context, so no price can be told")
     cost = price(model, tuned.base, prompts, limits)
     about: dict[str, Any] = {
         "trained": trained,
         "share": share,
-        "seconds": round(next((e["train_runtime"] for e in reversed(log) if "train_runtime" in e), 0.0), 1),
+        "seconds": log[-1][SECONDS],
         "peak_bytes": peak,
         "price": asdict(cost),
         "run": asked,
@@ -116,37 +125,43 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     return about
 
 
-def _filled(plan: TunedPlan, tokenizer: Any, manifest: Mapping[str, Any]) -> TunedPlan:
-    """The plan with the id of its filler, if it wants one: the token that begins a text or pads it, which no
-    text has inside."""
-    if plan.noise is None or plan.unknown == "random":
-        return plan
-    ends = manifest["asked"]["eos"]
-    rare = [
-        one for one in (tokenizer.bos_token_id, tokenizer.pad_token_id) if one is not None and one not in ends
-    ]
-    filler = [*rare, *ends, 0][0]
-    return replace(
-        plan,
-        config=replace(plan.config, filler=filler),
-        loss=replace(plan.loss, filler=filler),
-        noise=replace(plan.noise, filler=filler),
-    )
-
-
-def _adapter(plan: TunedPlan, model: HfModel, manifest: Mapping[str, Any]) -> Adapter:
-    """The adapter to train, fresh or to go on from. Raises TrainingDataError for data of another model."""
-    base = fingerprint(model.model)
+def _started(plan: TunedPlan, model: HfModel) -> Adapter | None:
+    """The adapter to go on from, if any. Raises AdapterError for one of another kind."""
     if plan.start is None:
-        shards.check_model(manifest, base, model.vocab_size)
-        return fresh(model, plan.config, plan.schedule.seed)
+        return None
     if plan.full:
         raise InvalidOption("start: an adapter to go on from goes with LoRA, not with all weights")
     adapter = adapter_folder.load(plan.start, model)
-    if manifest["asked"]["fingerprint"] != base:
-        tuned = model.adapted(adapter).base
-        shards.check_model(manifest, fingerprint(tuned.model), model.vocab_size)
+    if adapter.config.gated or adapter.config.masks:
+        raise AdapterError(
+            f"start: {plan.start} is not an adapter of `selfdraft train cllm`; give one that is"
+        )
     return adapter.float().requires_grad_()
+
+
+def _filled(
+    plan: TunedPlan, tokenizer: Any, vocabulary: int, manifest: Mapping[str, Any], started: Adapter | None
+) -> TunedPlan:
+    """The plan with the shape of the adapter that it goes on from, and the id of its filler, if it wants one:
+    the token that begins a text or pads it, which no text has inside. Raises InvalidOption where there is
+    none."""
+    config = plan.config if started is None else started.config
+    filler = None
+    if plan.noise is not None and plan.unknown == "filler":
+        ends = manifest["asked"]["eos"]
+        known = (config.filler, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        rare = [one for one in known if one is not None and one not in ends and one < vocabulary]
+        if not rare:
+            raise InvalidOption(
+                "unknown: the tokenizer has no token that begins or pads a text, and no other is sure to be "
+                "in no text; give --unknown random"
+            )
+        filler = rare[0]
+    config = replace(config, filler=filler)
+    if started is not None:
+        started.config, started.odds = config, {}
+    noise = None if plan.noise is None else replace(plan.noise, filler=filler)
+    return replace(plan, config=config, loss=replace(plan.loss, filler=filler), noise=noise)
 
 
 def _usable(plan: TunedPlan, distilled: shards.Distilled) -> Any:
@@ -186,7 +201,7 @@ def _finished(plan: TunedPlan, student: TunedStudent) -> HfModel:
         return student.base.adapted(student.adapter)
     tuned = student.learner.copied(student.base.dtype)
     tuned.model.requires_grad_(False)
-    tuned.base, tuned.grade = tuned, "tuned"
+    tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", student.adapter.lookahead(tuned.vocab_size)
     return tuned.adapted(student.adapter.drafting()) if plan.config.masks else tuned
 
 
@@ -217,9 +232,8 @@ def _save(
         adapter_folder.save(plan.out, adapter, model, plan.method, plan.model, about)
         return
     folder = plan.out / "model"
-    setattr(
-        tuned.base.model.config, TUNED, {"method": plan.method, "base": plan.model, "price": about["price"]}
-    )
+    mark = {"method": plan.method, "base": plan.model, "filler": adapter.config.filler, "odds": adapter.odds}
+    setattr(tuned.base.model.config, MARK, {**mark, "price": about["price"]})
     with tuned.base.attending(tuned.own_attention):
         tuned.base.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
