@@ -327,13 +327,17 @@ def test_trainers_read_rows_in_the_order_of_prompts(
     assert read.rows["prompt"][:] == [row["prompt"] for row in made]
     assert read.rows["answer"][:] == [row["answer"] for row in made]
     asked_for = read.manifest["asked"]
-    shards.check_model(read.manifest, asked_for["fingerprint"], asked_for["vocabulary"])
+    prints, ids = [asked_for["fingerprint"]], (asked_for["vocabulary"], asked_for["tokenizer"])
+    shards.check_model(read.manifest, prints, *ids)
+    shards.check_model(read.manifest, ["0" * 64, *prints], *ids)
     with pytest.raises(
         TrainingDataError, match="tokenizer of tiny, with a vocabulary of 320; the model's has 9"
     ):
-        shards.check_model(read.manifest, asked_for["fingerprint"], 9)
+        shards.check_model(read.manifest, prints, 9, ids[1])
     with pytest.raises(TrainingDataError, match="answers of tiny with the fingerprint"):
-        shards.check_model(read.manifest, "0" * 64, asked_for["vocabulary"])
+        shards.check_model(read.manifest, ["0" * 64], *ids)
+    with pytest.raises(TrainingDataError, match="ids of another tokenizer"):
+        shards.check_model(read.manifest, prints, ids[0], "0" * 64)
 
 
 def damage(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

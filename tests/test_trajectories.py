@@ -561,7 +561,7 @@ def test_watched_answers_are_recorded_ones(reference: LlamaForCausalLM, double: 
         right(reference, {"prompt": prompt, **row}, 5, Sampler())
 
 
-ASKED = {"model": "tiny", "fingerprint": "0" * 64, "vocabulary": VOCABULARY}
+ASKED = {"model": "tiny", "fingerprint": "0" * 64, "vocabulary": VOCABULARY, "eos": [1]}
 ROW = Row(0, [4, 5], [6, 7, 8], 0.0, 1, "length", [[[9, 9], [6, 9]], [[5]]])
 
 
