@@ -40,6 +40,7 @@ def info(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
         "verifies trees": True,
+        "grade": loaded.grade,
         "numerics": loaded.numerics,
         "rows per call": [loaded.rows.least, loaded.rows.most],
         "methods": methods.available(),
