@@ -6,7 +6,8 @@ LoRA is merged at 0, a quarter, ... of its scale; nothing is trained. For each s
 per step and up to the first repetition (greedy), of the method and of plain decoding's texts, which must be
 the same; and what it costs (`selfdraft.train.price`): nats per token on the suite's prompts, places where the
 likeliest token is the base's, share of tokens behind the first repetition. Only counts: other work on the
-machine does not disturb them. The last line is JSON."""
+machine does not disturb them. The last line is JSON.
+"""
 
 from __future__ import annotations
 

@@ -267,7 +267,8 @@ def load(
     dtype: None keeps the checkpoint's. device: None is CUDA if there is one. numerics: "exact" gives every
     token the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
     exact on the CPU, where the probe at load finds it possible. Raises a SelfdraftError that says what was
-    wrong."""
+    wrong.
+    """
     if numerics not in (None, "exact", "fast"):
         raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}")
     methods.resolve(method, options)  # a wrong name is told before the weights are read

@@ -9,7 +9,8 @@ window.
 A noisy row counts from the first wrong token on, since before it sees nothing wrong and is the text's own
 row; and not where it stands behind the end of the text. All draws are keyed by the number of the use
 (`Draws`), so masks and states are other ones each time a row is used, and the same ones in a run that was
-interrupted."""
+interrupted.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A tuned model says other things than its base; a draft method that needs one has a price, and it is stated.
 The loss on what people wrote says how good a model of language is left; where the two models' likeliest
 tokens agree says how far it went; and the share of text behind the first repetition says whether it began to
-loop, which speeds drafting up and is worth nothing."""
+loop, which speeds drafting up and is worth nothing.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The student holds no frozen weights, so a checkpoint is the adapter and its optimizer, some megabytes; where
 all weights learn, they are in it. LoRA and sampler head have a learning rate of their own: one that suits
-embeddings and prefixes (3e-2 in BiTA) would break them."""
+embeddings and prefixes (3e-2 in BiTA) would break them.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ would come to. So each row is an answer, as `selfdraft distill` writes them, wit
 
 A text ends where it ends: an end inside a block cuts all states of the block there. Answers that loop are cut
 where they begin to; one that has less than a block left, or is the same token again and again, keeps no
-states and is counted."""
+states and is counted.
+"""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ class TunedStudent(torch.nn.Module):
         tokens, parents: [lanes, rows], of the tree; parents of rows that pad are below -1. labels: [lanes,
         rows], the token after a row of the text, IGNORED where the row does not count, and for hung ones.
         hung, aims: [lanes, groups, size], hung rows, and the rows that each should agree with; NO_ROW where
-        there is none."""
+        there is none.
+        """
         if self.training and self.loss.refresh and float(torch.rand(())) < self.loss.refresh:
             tokens = self.passed(tokens, parents, hung, aims)
         hidden = self.hidden(tokens, parents)

@@ -2,7 +2,8 @@
 
 Like `run`, whose folder and resumption it shares. At the end the tuned model is measured as it will be
 loaded, rounded and merged: how its blocks converge, how good its masks' guesses are, and what the tuning
-costs (`price`)."""
+costs (`price`).
+"""
 
 from __future__ import annotations
 
@@ -75,10 +76,16 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
     plan = _filled(plan, tokenizer, model.vocab_size, distilled.manifest, started)
     adapter = started or fresh(model, plan.config, plan.schedule.seed)
-    eos = frozenset(distilled.manifest["asked"]["eos"])
+    limits = Limits(LONGEST, frozenset(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
     rows, held_out = run.split(rows, plan.data)
     rows = rows.select(range(max(1, round(plan.share * len(rows)))))
+    watched = held_out.select(range(min(WATCHED, len(held_out))))
+    prompts = [row["prompt"] for row in watched if 1 < len(row["prompt"]) < model.context]
+    if not prompts:
+        raise TrainingDataError(
+            f"{plan.data}: no held-out prompt fits the context, so no price could be told"
+        )
     student = TunedStudent(model, adapter, plan.loss, plan.full)
     asked = run.asked(plan, distilled)
     if started is not None:
@@ -93,11 +100,6 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     peak = machine.peak(model.device)
     tell("measuring the tuned model on held-out prompts")
     tuned = _finished(plan, student)
-    watched = held_out.select(range(min(WATCHED, len(held_out))))
-    limits = Limits(LONGEST, eos)
-    prompts = [row["prompt"] for row in watched if 1 < len(row["prompt"]) < model.context]
-    if not prompts:
-        raise TrainingDataError(f"{plan.data}: no held-out prompt fits the context, so no price can be told")
     cost = price(model, tuned.base, prompts, limits)
     about: dict[str, Any] = {
         "trained": trained,
@@ -108,12 +110,9 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
         "run": asked,
     }
     if plan.noise is not None:
+        block = _block(distilled.manifest)
         about["convergence"] = {
-            name: asdict(
-                convergence(
-                    watch(one, prompts, _block(distilled.manifest), limits), _block(distilled.manifest)
-                )
-            )
+            name: asdict(convergence(watch(one, prompts, block, limits), block))
             for name, one in (("base", model), ("tuned", tuned.base))
         }
     if plan.config.filler is not None:
