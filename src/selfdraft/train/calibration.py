@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import groups
-from ..engine import Engine
 from ..groups import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
 from ..method import Drafter, Request, free
 from ..methods.jacobi import GUESSED, JacobiDrafter
 from ..models.hf import HfModel
 from ..session import Limits
+from .price import answered
 from .student import IGNORED, Student
 
 LEAST = 20.0  # outcomes that the untrained odds of a kind count for
@@ -86,11 +86,8 @@ def ahead(
 ) -> Mapping[str, Sequence[Sequence[float]]]:
     """How often the guesses of a tuned model come true, by how far ahead they stand: the mean over greedy
     answers. See `Lookahead`."""
-    engine, method = Engine(model), Unpriced()
-    for prompt in prompts:
-        engine.submit(prompt, method, limits=limits)
-    while engine.sessions:
-        engine.step()
+    method = Unpriced()
+    answered(model, method, prompts, limits)
     tables = [[drafter.ahead[far] for far in range(len(drafter.ahead.counts))] for drafter in method.drafters]
     return {GUESSED: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 

@@ -15,9 +15,10 @@ import torch
 
 from ..bench.repetition import fresh
 from ..engine import Engine
+from ..method import Method
 from ..methods import create
 from ..models.hf import HfModel
-from ..session import Limits
+from ..session import Limits, Session
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,17 @@ def price(base: HfModel, tuned: HfModel, prompts: Iterable[Sequence[int]], limit
     )
 
 
-def _repeated(model: HfModel, prompts: Sequence[Sequence[int]], limits: Limits) -> float:
-    engine, plain = Engine(model), create("plain")
-    sessions = [engine.submit(prompt, plain, limits=limits) for prompt in prompts]
+def answered(
+    model: HfModel, method: Method, prompts: Iterable[Sequence[int]], limits: Limits
+) -> list[Session]:
+    """Sessions with greedy answers to prompts, all at once."""
+    engine = Engine(model)
+    sessions = [engine.submit(prompt, method, limits=limits) for prompt in prompts]
     while engine.sessions:
         engine.step()
-    answers = [list(session.emitted) for session in sessions]
+    return sessions
+
+
+def _repeated(model: HfModel, prompts: Sequence[Sequence[int]], limits: Limits) -> float:
+    answers = [list(one.emitted) for one in answered(model, create("plain"), prompts, limits)]
     return 1 - sum(fresh(answer) for answer in answers) / max(1, sum(map(len, answers)))

@@ -24,7 +24,6 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from ..bench.repetition import fresh
-from ..engine import Engine
 from ..method import Drafter, Request
 from ..methods.jacobi import FaithfulDrafter
 from ..models.hf import HfModel
@@ -32,6 +31,7 @@ from ..session import Limits, Session
 from ..step import Step
 from ..tree import Tree
 from .distill import Distillation, Progress
+from .price import answered
 from .shards import DEGENERATE, Row
 
 State = Sequence[int]
@@ -178,12 +178,8 @@ def watch(
     model: HfModel, prompts: Iterable[Sequence[int]], block: int, limits: Limits
 ) -> list[dict[str, Any]]:
     """Greedy answers to prompts with their trajectories, all at once."""
-    engine, method = Engine(model), Recorded(block)
-    sessions = [engine.submit(prompt, method, limits=limits) for prompt in prompts]
-    while engine.sessions:
-        engine.step()
     rows = []
-    for session in sessions:
+    for session in answered(model, Recorded(block), prompts, limits):
         assert isinstance(session.drafter, Recorder)
         answer = list(session.emitted)
         answer = answer[: fresh(answer)]
