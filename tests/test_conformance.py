@@ -133,7 +133,7 @@ def ahead(model: HfModel, text: Sequence[int], masks: int) -> Tensor:
     ids, cache = range(model.vocab_size, model.vocab_size + masks), model.pool().open()
     model.forward([Tree.chain(text[:-1])], [cache])
     cache.keep(range(len(text) - 1), [])
-    return model.forward([Tree.chain(text[-1:]).hang(0, ids)], [cache]).hidden[0, 1:]
+    return model.forward([Tree.chain(text[-1:]).hang(0, ids)], [cache]).hidden[1:]
 
 
 @types(list(WORKING))

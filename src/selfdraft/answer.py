@@ -71,13 +71,12 @@ class Result:
     """An answer and how it was made.
 
     text: without the stop string that ended it. ids: new tokens, the one that ended the text included;
-    tokens: their number. logprobs: one per id, if asked for. runs: tokens each forward yielded. forwards:
-    decode forwards, prefill apart. tokens_per_forward: per step, the model's own token counted.
-    rows_per_forward: tokens run per forward. seconds: what the decode steps took; prefill_seconds: what
-    reading the prompt took. reused: tokens of the prompt that an earlier turn or sample had read. grade:
-    the text is that of the base checkpoint, or of tuned weights. finish_reason: eos, stop, length,
-    context, or cancelled. seed and sample key the noise.
-    """
+    tokens: their number. logprobs: one per id, if asked for. runs: tokens each step yielded. forwards: decode
+    forwards, prefill apart; a stage of a looped model is a part of one. tokens_per_forward: per step, the
+    model's own token counted. rows_per_forward: tokens run per forward. seconds: what the decode steps took;
+    prefill_seconds: what reading the prompt took. reused: tokens of the prompt that an earlier turn or sample
+    had read. grade: the text is that of the base checkpoint, or of tuned weights. finish_reason: eos, stop,
+    length, context, or cancelled. seed and sample key the noise."""
 
     model: str
     method: str
@@ -89,7 +88,7 @@ class Result:
     prompt_tokens: int
     reused: int
     tokens: int
-    forwards: int
+    forwards: float
     tokens_per_forward: float
     rows_per_forward: float
     seconds: float

@@ -17,6 +17,10 @@ they hold float64, converted once here.
 The soft prefix of an adapter stands in the first slots of every lane, once and for all: per key/value head,
 without a position. Masks show it to the rows of mask tokens and to no other, so it needs no code of any
 attention's.
+
+A looped model passes through the same layers several times, and each pass has keys and values of its own: a
+lane is then as many neighbouring sheets of a layer's buffer, so that passes can be the batch of one attention
+(`models.looped.stages`).
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ STRIDE = 32  # attention reads a multiple of this many slots, so that its shapes
 
 
 class Layer(CacheLayerMixin):
-    """Buffers of one layer, in transformers' interface."""
+    """Buffers of one layer, [lanes * loops, heads, slots, dim], in transformers' interface."""
 
     is_sliding = False
 
@@ -45,21 +49,17 @@ class Layer(CacheLayerMixin):
         self.lanes = lanes
         self.prefix = prefix or (None, None)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, loop: int = 0, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write the rows of this forward, [lanes, heads, rows, dim], and return all that is read."""
-        keys = self.keys = self._write(self.keys, key_states, self.prefix[0])
-        values = self.values = self._write(self.values, value_states, self.prefix[1])
-        return self.lanes.read(keys), self.lanes.read(values)
+        keys = self.keys = self._write(self.keys, key_states, self.prefix[0], loop)
+        values = self.values = self._write(self.values, value_states, self.prefix[1], loop)
+        return self.lanes.read(keys, loop), self.lanes.read(values, loop)
 
-    def _write(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
+    def _write(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None, loop: int) -> Tensor:
         buffer = self.lanes.fit(buffer, new, prefix)
-        rows = new.shape[2]
-        for place, (index, at) in enumerate(self.lanes.where):
-            there = buffer.narrow(0, index, 1).narrow(2, at + self.lanes.start, rows)
-            there.copy_(new.narrow(0, place, 1))
-            sure = self.lanes.sure[place] - self.lanes.start
-            if sure < rows:
-                _finite_(there[:, :, max(0, sure) :])
+        self.lanes.write(buffer, new, loop)
         return buffer
 
     def get_seq_length(self) -> int:
@@ -79,14 +79,22 @@ class Lanes(transformers.Cache):
     """The buffers of all sessions of one engine.
 
     dtype: what they hold; None is the model's own. prefix: per layer, keys and values that stand before
-    every history, each [heads, fixed, dim]; None for a layer that keeps none.
+    every history, each [heads, fixed, dim]; None for a layer that keeps none. loops: passes through the
+    same layers, and unique, how many layers those are; None: one pass through all there are.
     """
 
     @torch.no_grad()
-    def __init__(self, dtype: torch.dtype | None = None, prefix: Sequence[Pair | None] = ()) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype | None = None,
+        prefix: Sequence[Pair | None] = (),
+        loops: int = 1,
+        unique: int | None = None,
+    ) -> None:
         self.own: list[Layer] = []  # the same list as `layers`, by its narrower type
         super().__init__(layers=self.own)  # type: ignore[arg-type]
         self.dtype = dtype
+        self.loops, self.unique = loops, unique
         self.prefix = [pair and (_finite_(pair[0].clone()), _finite_(pair[1].clone())) for pair in prefix]
         self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
@@ -99,10 +107,17 @@ class Lanes(transformers.Cache):
     @torch.inference_mode()
     def open(self) -> Lane:
         """An empty lane, zeroed: what an earlier session left there may hold a NaN."""
-        self.lanes.append(Lane(self, len(self.lanes)))
+        self.lanes.append(self.lane(len(self.lanes)))
         for buffer in self._buffers():
-            buffer[len(self.lanes) - 1 :, :, self.fixed :].zero_()
+            buffer[(len(self.lanes) - 1) * self.loops :, :, self.fixed :].zero_()
         return self.lanes[-1]
+
+    def lane(self, index: int) -> Lane:
+        return Lane(self, index)
+
+    def sheets(self, index: int) -> slice:
+        """The part of a buffer that a lane has."""
+        return slice(index * self.loops, (index + 1) * self.loops)
 
     def bind(self, lanes: Sequence[Lane], rows: int, sure: Sequence[int] | None = None) -> int:
         """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover.
@@ -111,21 +126,35 @@ class Lanes(transformers.Cache):
         """
         self.sure = sure or [rows] * len(lanes)
         self.where = [(lane.index, self.fixed + lane.length) for lane in lanes]
-        longest = self.fixed + max(lane.length for lane in lanes) + rows
-        self.reach = -(-longest // STRIDE) * STRIDE
+        return self.extend(self.fixed + max(lane.length for lane in lanes) + rows)
+
+    def extend(self, slots: int) -> int:
+        """Let attention read so many slots, or some more; how many it reads."""
+        self.reach = -(-slots // STRIDE) * STRIDE
         return self.reach
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
+        loop, layer_idx = divmod(layer_idx, self.unique) if self.unique else (0, layer_idx)
         while layer_idx >= len(self.own):
             index = len(self.own)
             self.own.append(Layer(self, self.prefix[index] if index < len(self.prefix) else None))
-        return self.own[layer_idx].update(key_states, value_states)
+        return self.own[layer_idx].update(key_states, value_states, loop)
+
+    def write(self, buffer: Tensor, new: Tensor, loop: int) -> None:
+        """Put the rows of this forward behind the bound lanes' histories."""
+        rows = new.shape[2]
+        for place, (index, at) in enumerate(self.where):
+            there = buffer.narrow(0, index * self.loops + loop, 1).narrow(2, at + self.start, rows)
+            there.copy_(new.narrow(0, place, 1))
+            sure = self.sure[place] - self.start
+            if sure < rows:
+                _finite_(there[:, :, max(0, sure) :])
 
     def fit(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
         """A buffer with room for the bound lanes and slots; contents kept, the prefix in every lane."""
-        lanes, slots = (0, 0) if buffer is None else (buffer.shape[0], buffer.shape[2])
+        lanes, slots = (0, 0) if buffer is None else (buffer.shape[0] // self.loops, buffer.shape[2])
         if buffer is not None and self.reach <= slots and len(self.lanes) <= lanes:
             return buffer
         if self.reach > slots:
@@ -138,19 +167,15 @@ class Lanes(transformers.Cache):
 
     def _grow(self, buffer: Tensor, lanes: int, slots: int, prefix: Tensor | None) -> Tensor:
         """A larger buffer with the same contents, the prefix in every lane, zeroed elsewhere."""
-        grown = buffer.new_zeros((lanes, buffer.shape[1], slots, buffer.shape[3]))
+        grown = buffer.new_zeros((lanes * self.loops, buffer.shape[1], slots, buffer.shape[3]))
         grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
         if prefix is not None:
             grown[:, :, : self.fixed] = prefix
         return grown
 
-    def read(self, buffer: Tensor) -> Tensor:
+    def read(self, buffer: Tensor, loop: int) -> Tensor:
         """The bound lanes' slots, a view where the lanes are neighbours."""
-        (first, _), (last, _) = self.where[0], self.where[-1]
-        reached = buffer.narrow(2, 0, self.reach)
-        if last - first == len(self.where) - 1:
-            return reached.narrow(0, first, len(self.where))
-        return reached[[index for index, _ in self.where]]
+        return pick(buffer.narrow(2, 0, self.reach)[loop :: self.loops], [index for index, _ in self.where])
 
     @torch.inference_mode()
     def release(self, lane: Lane) -> None:
@@ -158,9 +183,9 @@ class Lanes(transformers.Cache):
         last = self.lanes.pop()
         if last is not lane:
             for buffer in self._buffers():
-                if last.index < buffer.shape[0]:  # else nothing was written to it yet
-                    held = self.fixed + last.length
-                    buffer[lane.index, :, :held] = buffer[last.index, :, :held]
+                if last.index * self.loops < buffer.shape[0]:  # else nothing was written to it yet
+                    held = self.fixed + last.held
+                    buffer[self.sheets(lane.index), :, :held] = buffer[self.sheets(last.index), :, :held]
             self.lanes[lane.index] = last
             last.index = lane.index
         if not self.lanes:
@@ -173,11 +198,15 @@ class Lanes(transformers.Cache):
         moved = next((i for i, row in enumerate(path) if i != row), len(path))
         if moved == len(path):
             return
-        end = self.fixed + lane.length
-        rows = [end + row for row in path[moved:]]
-        first = end + moved
+        self.rearrange(lane, path[moved:], range(moved, len(path)))
+
+    @torch.inference_mode()
+    def rearrange(self, lane: Lane, rows: Sequence[int], to: Sequence[int]) -> None:
+        """Move rows behind a lane's history to other places there; what is not moved there is lost."""
+        end, sheets = self.fixed + lane.length, self.sheets(lane.index)
+        here, there = [end + row for row in rows], [end + row for row in to]
         for buffer in self._buffers():
-            buffer[lane.index, :, first : first + len(rows)] = buffer[lane.index][:, rows]
+            buffer[sheets, :, there] = buffer[sheets][:, :, here]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
@@ -185,13 +214,13 @@ class Lanes(transformers.Cache):
         for layer in self.own:
             for name, prefix in zip(("keys", "values"), layer.prefix, strict=True):
                 buffer = getattr(layer, name)
-                if buffer is not None and target >= buffer.shape[0]:
-                    lanes = max(len(self.lanes), 2 * buffer.shape[0])
+                if buffer is not None and target * self.loops >= buffer.shape[0]:
+                    lanes = max(len(self.lanes), 2 * buffer.shape[0] // self.loops)
                     buffer = self._grow(buffer, lanes, buffer.shape[2], prefix)
                     setattr(layer, name, buffer)
                 if buffer is not None:
                     held = self.fixed + length
-                    buffer[target, :, :held] = buffer[source, :, :held]
+                    buffer[self.sheets(target), :, :held] = buffer[self.sheets(source), :, :held]
 
     def _buffers(self) -> list[Tensor]:
         pairs = ((layer.keys, layer.values) for layer in self.own)
@@ -208,6 +237,11 @@ class Lane:
         self.lanes = lanes
         self.index = index
         self.length = 0
+
+    @property
+    def held(self) -> int:
+        """Slots, from the first of the history on, that are in use between two forwards."""
+        return self.length
 
     def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
         assert not flight, "an ordinary model finishes every row"
@@ -226,6 +260,13 @@ class Lane:
 
     def close(self) -> None:
         self.lanes.release(self)
+
+
+def pick(buffer: Tensor, lanes: Sequence[int]) -> Tensor:
+    """These lanes of a buffer, ascending; a view where they are neighbours."""
+    if lanes[-1] - lanes[0] == len(lanes) - 1:
+        return buffer.narrow(0, lanes[0], len(lanes))
+    return buffer[list(lanes)]
 
 
 def _finite_(part: Tensor) -> Tensor:

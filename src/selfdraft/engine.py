@@ -5,6 +5,9 @@ path forced, one call of at most 512 rows between decode steps, so that a long p
 the sessions that run. Sessions join (`submit`) and leave (when finished, or by `cancel`) between
 steps, with their own lengths, methods and sampling. A session may start from another's cache, as far
 as their tokens agree: samples of one prompt, turns of one conversation.
+
+A looped model may be driven by stages. As long as one session drafts from early picks, a step is a stage for
+all; the others' rows stay in flight, untouched, until they are done.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .draw import Draw
-from .errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree
+from .errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree, ModelUnsupported
 from .method import Method, Request
 from .models import Cache, Model, Rows
 from .sampling import Sampler
@@ -53,9 +56,11 @@ class Engine:
         alternatives. start: a session of this engine whose cache it uses, as far as the tokens agree: a
         copy, or the cache itself if that session has ended and kept it. keep: do not free the cache at the
         end, for a session that starts from it; `release` does. Raises InvalidPrompt for a prompt that is
-        empty, too long or not of ids, InvalidReference and InvalidOption.
+        empty, too long or not of ids, InvalidReference and InvalidOption; ModelUnsupported for a method that
+        drafts from early picks where the model does not share its layers.
         """
         self._check(prompt, references)
+        early = drafts_early(method, self.model)
         if start is not None and start not in (*self.sessions, *self.kept):
             raise InvalidOption("start: a session of this engine that runs, or that ended with keep=True")
         limits, sampler = limits or Limits(), sampler or Sampler()
@@ -71,11 +76,21 @@ class Engine:
             draw.noise,
             self._cost,
             self.model.lookahead,
+            self.model.loops,
         )
         drafter = method.drafter(request)
         cache = self._cache(prompt, start)
         session = Session(
-            request.prompt, drafter, draw, limits, cache, self.model.context, top=logprobs, keep=keep
+            request.prompt,
+            drafter,
+            draw,
+            limits,
+            cache,
+            self.model.context,
+            top=logprobs,
+            keep=keep,
+            early=early,
+            loops=self.model.loops.count if self.model.loops is not None else 1,
         )
         self.sessions.append(session)
         return session
@@ -149,7 +164,17 @@ class Engine:
     def _decode(self, live: Sequence[Session]) -> None:
         start = time.perf_counter()
         trees = [self._checked(session.propose(), session) for session in live]
-        rows = self.model.forward(trees, [session.cache for session in live])
+        stages = 1 if any(session.early for session in live) else None
+        rows = self.model.forward(trees, [session.cache for session in live], stages)
+        heard = [i for i, session in enumerate(live) if session.hears(trees[i], rows.done[i])]
+        if heard:
+            self._take([live[i] for i in heard], [trees[i] for i in heard], rows.of(heard))
+        took = time.perf_counter() - start
+        for session in live:
+            session.seconds += took
+
+    def _take(self, live: Sequence[Session], trees: Sequence[Tree], rows: Rows) -> None:
+        """Read the rows of these sessions, and let each have its picks."""
         counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
         logits = self.model.head(rows, [range(count) for count in counts])
         tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
@@ -160,9 +185,6 @@ class Engine:
             for session, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True)
         ]
         self._observe(live, steps, rows, counts)
-        took = time.perf_counter() - start
-        for session in live:
-            session.seconds += took
 
     def _observe(
         self, live: Sequence[Session], steps: Sequence[Step], rows: Rows, counts: Sequence[int]
@@ -226,6 +248,23 @@ class Engine:
                 f"a reference holds token id {strange[0]}, which is not in the model's vocabulary of "
                 f"{self.model.vocab_size}"
             )
+
+
+def drafts_early(method: Method, model: Model) -> bool:
+    """Does the method draft from early picks? Raises ModelUnsupported where there can be none."""
+    early: bool = getattr(method, "early", False)
+    if not early:
+        return False
+    name = type(method).__name__.lower()
+    if model.loops is None:
+        raise ModelUnsupported(
+            f"{name} runs tokens at several depths through one read of shared layers, and this model shares "
+            "none: it needs a looped one, with several passes through the same layers, as pico-loop, a "
+            "checkpoint of the Ouro kind, or what `selfdraft train speed` makes of this one"
+        )
+    if model.lookahead is not None and model.lookahead.ids:
+        raise ModelUnsupported(f"{name} does not go together with an adapter's mask tokens; load without")
+    return True
 
 
 def _tails(tree: Tree, count: int) -> list[Sequence[int]]:

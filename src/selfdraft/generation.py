@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from . import methods
 from .answer import Chunk, Options, Result
-from .engine import Engine
+from .engine import Engine, drafts_early
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .method import Method
 from .models import adapter_folder
+from .models.drive import drive
 from .models.hf import HfModel, Numerics
 from .models.load import load_pretrained
 from .references import is_ids, spellings
@@ -70,6 +71,7 @@ class TextGenerator:
         self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
         self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
         self.eos = _end_ids(model, tokenizer)
+        drafts_early(self.method, self.model)
 
     @overload
     def generate(
@@ -218,8 +220,8 @@ class TextGenerator:
             prompt_tokens=len(session.prompt),
             reused=session.reused,
             tokens=len(ids),
-            forwards=len(session.runs),
-            tokens_per_forward=len(ids) / max(1, len(session.runs)),
+            forwards=session.forwards,
+            tokens_per_forward=len(ids) / session.forwards if session.runs else 0.0,
             rows_per_forward=session.rows / max(1, len(session.runs)),
             seconds=session.seconds,
             prefill_seconds=session.prefill_seconds,
@@ -274,12 +276,12 @@ def load(
     methods.resolve(method, options)  # a wrong name is told before the weights are read
     if isinstance(model, str):
         loaded, own = load_pretrained(model, dtype, device)
-        return TextGenerator(HfModel(loaded, numerics), tokenizer or own, method, options, model, adapter)
+        return TextGenerator(drive(loaded, numerics), tokenizer or own, method, options, model, adapter)
     if tokenizer is None:
         raise InvalidOption("a model that is loaded already needs its tokenizer: load(model, tokenizer=...)")
     if dtype is not None or device is not None:
         raise InvalidOption("dtype and device go with a model's name; a loaded model has its own")
-    return TextGenerator(HfModel(model, numerics), tokenizer, method, options, adapter=adapter)
+    return TextGenerator(drive(model, numerics), tokenizer, method, options, adapter=adapter)
 
 
 def read_reference(path: Path) -> str:

@@ -49,6 +49,7 @@ from .engine import Engine
 from .errors import InvalidOption, InvalidPrompt
 from .method import Method
 from .models import adapter_folder
+from .models.drive import drive
 from .models.hf import HfModel, Numerics
 from .references import spellings
 from .sampling import Sampler
@@ -159,7 +160,7 @@ class Hook:
 
     def _of(self, model: PreTrainedModel) -> HfModel:
         if self._model is None or self._model.loaded.model is not model:
-            probed = HfModel(model, self.numerics)
+            probed = drive(model, self.numerics)
             source = adapter_folder.chosen(self.method, self.name, probed.name, self.adapter)
             self._model = adapter_folder.fit(probed, self.method, self.name, source)
         return self._model

@@ -47,6 +47,18 @@ class Lookahead:
 
 
 @dataclass(frozen=True)
+class Loops:
+    """How a looped model uses its layers.
+
+    count: passes of a token through them. agreement: by pass, how often the pick read out after it is that of
+    the full depth, the last being 1; empty where nobody measured it.
+    """
+
+    count: int
+    agreement: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
 class Request:
     """What a drafter may know of the request it drafts for.
 
@@ -56,7 +68,7 @@ class Request:
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
     log-probability plus noise. cost: what a step takes with so many rows of this session, measured, in
     units of a step with one; it may change while others join and leave. lookahead: what the model's
-    adapter drafts with; None without one.
+    adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
     """
 
     prompt: Sequence[int]
@@ -66,6 +78,7 @@ class Request:
     noise: Noise = silent
     cost: Cost = free
     lookahead: Lookahead | None = None
+    loops: Loops | None = None
 
 
 class Drafter(Protocol):
@@ -85,7 +98,9 @@ class Method(Protocol):
     """Options of a way to draft.
 
     A class attribute `adapted = True` says that it drafts with the mask tokens of an adapter, which the
-    model must then come with.
+    model must then come with. `early = True`: it drafts from picks of rows that are only part of the way
+    through a looped model. Then each step is one pass through the layers (a stage), after which all rows are
+    read; those under way stay in flight, and go on if they are proposed again.
     """
 
     def drafter(self, request: Request) -> Drafter:

@@ -80,7 +80,8 @@ class Session:
     emitted by each decode step. rows: rows those steps ran. prefills: forwards that read the prompt.
     reused: tokens of the prompt that came with another session's cache. prefill_seconds, seconds: what the
     engine's calls that read the prompt, and its decode steps, took; time between them belongs to others
-    and is not counted.
+    and is not counted. early: its drafter hears of rows that are not done; its steps are then stages, of
+    which `loops` make a forward. waiting: the tree of a drafter that does not, while it is in flight.
     """
 
     prompt: Sequence[int]
@@ -91,6 +92,9 @@ class Session:
     context: int
     top: int | None = None  # alternatives per token to note with its logprob; None notes nothing
     keep: bool = False  # does the cache outlive the session?
+    early: bool = False
+    loops: int = 1
+    waiting: Tree | None = None
     tokens: list[int] = field(init=False)
     watch: Watch | None = field(init=False)
     reused: int = field(init=False)
@@ -127,21 +131,39 @@ class Session:
         """Has the prompt been read?"""
         return self.cache.length == len(self.tokens) - 1
 
+    @property
+    def forwards(self) -> float:
+        """Decode forwards through the whole depth of the model; of stages, what they come to."""
+        return len(self.runs) / self.loops if self.early else len(self.runs)
+
     def unread(self) -> Sequence[int]:
         """The part of the prompt that the next prefill call reads; empty when there is none left."""
         start = self.cache.length
         return self.tokens[start : min(start + PREFILL, len(self.tokens) - 1)]
 
     def propose(self) -> Tree:
-        """The drafter's tree, less the rows that could not be emitted any more."""
+        """The drafter's tree, less the rows that could not be emitted any more; the same one again while it
+        is in flight."""
+        if self.waiting is not None:
+            return self.waiting
         return self.drafter.propose(self.tokens).prune(self.room - 1)
+
+    def hears(self, tree: Tree, done: Sequence[bool]) -> bool:
+        """Is there something to say after a forward? If not, all rows stay in flight."""
+        if self.early or done[0]:
+            self.waiting = None
+            return True
+        self.waiting = tree
+        self.cache.keep([], range(len(tree)))
+        return False
 
     def advance(
         self, tree: Tree, logits: Tensor, scores: Tensor, picks: Sequence[int], done: Sequence[bool]
     ) -> Step:
         """Take the picks of one forward: extend the text and keep the rows."""
-        path, flight = accept(tree, picks, done)
-        path = path[: self._end([picks[row] for row in path])]
+        walked, flight = accept(tree, picks, done)
+        path = walked[: self._end([picks[row] for row in walked])]
+        flight = flight if len(path) == len(walked) else []
         step = Step(tree, scores, picks, path, flight)
         if self.top is not None:
             self.logprobs += _logprobs(logits, path, step.emitted, self.top)

@@ -25,11 +25,11 @@ def info(
     from rich.table import Table
 
     from .. import methods
-    from ..models.hf import HfModel
+    from ..models.drive import drive
     from ..models.load import load_pretrained
 
     pretrained, tokenizer = load_pretrained(model, dtype, device)
-    loaded = HfModel(pretrained)
+    loaded = drive(pretrained)
     facts = {
         "model": model,
         "type": loaded.name,
@@ -41,6 +41,7 @@ def info(
         "device": str(loaded.device),
         "verifies trees": True,
         "grade": loaded.grade,
+        "passes through its layers": loaded.loops.count if loaded.loops is not None else 1,
         "numerics": loaded.numerics,
         "rows per call": [loaded.rows.least, loaded.rows.most],
         "methods": methods.available(),

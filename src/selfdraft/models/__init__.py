@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from ..method import Lookahead
+from ..method import Lookahead, Loops
 from ..tree import Tree
 
 Guess = Callable[[int, int, Tensor], int]  # session, offset, logits [1, vocabulary] -> token
@@ -23,7 +23,11 @@ class Cache(Protocol):
         """Tokens of the text whose keys and values are kept."""
 
     def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
-        """Keep these rows of the last forward, path first; drop the others. Costs O(len(path))."""
+        """Keep these rows of the last forward; drop the others. Costs O(len(path)).
+
+        flight: a tree of rows that are not done, behind the path. A later forward goes on with those that
+        its tree holds too, on the same path of tokens.
+        """
 
     def cut(self, length: int) -> None:
         """Keep the first tokens only."""
@@ -41,6 +45,9 @@ class Rows(Protocol):
     @property
     def done(self) -> Sequence[Sequence[bool]]:
         """Per session, per row: has the row run through the whole model?"""
+
+    def of(self, sessions: Sequence[int]) -> Rows:
+        """The rows of some of the sessions."""
 
 
 class Pool(Protocol):
@@ -70,8 +77,16 @@ class Model(Protocol):
     def pool(self) -> Pool:
         """Fresh memory for an engine's caches."""
 
-    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache]) -> Rows:
-        """Run one tree per cache, all caches from one pool. Writes behind each cache's length."""
+    @property
+    def loops(self) -> Loops | None:
+        """How often it passes through the same layers; None for an ordinary model."""
+
+    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> Rows:
+        """Run one tree per cache, all caches from one pool. Writes behind each cache's length.
+
+        stages: of a looped model, how many passes through its layers; rows that are not through all of them
+        then may be read, and are not done. None: all rows get done.
+        """
 
     def cost(self, rows: int) -> float:
         """What a step with so many rows takes, in units of one with a single row. Measured at first use."""

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from ..cache import Lane, Lanes, Pair
 from ..errors import ModelUnsupported
-from ..method import Lookahead
+from ..method import Lookahead, Loops
 from ..tree import Tree
 from . import Cache, Guess, Rows, attention, masks, probe
 from .adapter import Adapter, Gate, attach, check_float, merge
@@ -43,11 +43,14 @@ MARK = "selfdraft_tuned"  # an entry of the config of a model whose weights were
 
 @dataclass(frozen=True)
 class HfRows:
-    """hidden: [lanes, width, hidden]. place: which of the lanes each session has."""
+    """hidden: [rows, hidden], of all sessions. start: where those of each session begin."""
 
     hidden: Tensor
-    place: Sequence[int]
+    start: Sequence[int]
     done: Sequence[Sequence[bool]]
+
+    def of(self, sessions: Sequence[int]) -> HfRows:
+        return HfRows(self.hidden, [self.start[i] for i in sessions], [self.done[i] for i in sessions])
 
 
 class HfModel:
@@ -89,14 +92,22 @@ class HfModel:
         return str(self.model.config.model_type)
 
     @property
+    def loops(self) -> Loops | None:
+        return None
+
+    @property
     def width(self) -> int:
         """Of an embedding."""
         token = torch.zeros(1, dtype=torch.long, device=self.device)
         return int(self.model.get_input_embeddings()(token).shape[-1])
 
     def pool(self) -> Lanes:
+        return Lanes(*self._stored())
+
+    def _stored(self) -> tuple[torch.dtype | None, Sequence[Pair | None]]:
+        """What a cache holds: its dtype, and what stands before every history."""
         prefix = self.adapter.pairs() if self.adapter is not None else ()
-        return Lanes(torch.float64 if self.numerics == "exact" else None, prefix)
+        return torch.float64 if self.numerics == "exact" else None, prefix
 
     def adapted(self, adapter: Adapter) -> HfModel:
         """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
@@ -146,16 +157,17 @@ class HfModel:
         ]
 
     @torch.inference_mode()
-    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache]) -> HfRows:
+    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> HfRows:
         lanes = cast(Sequence[Lane], caches)
         order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
         width = max(len(tree) for tree in trees)
         hidden = []
         for group in self._groups(order):
             hidden.append(self._run([trees[i] for i in group], [lanes[i] for i in group], width))
+        together = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         return HfRows(
-            hidden[0] if len(hidden) == 1 else torch.cat(hidden),
-            [order.index(i) for i in range(len(order))],
+            together.flatten(0, 1),
+            [width * order.index(i) for i in range(len(order))],
             [[True] * len(tree) for tree in trees],
         )
 
@@ -309,9 +321,7 @@ class HfModel:
 
 def _chosen(rows: HfRows, index: Sequence[Sequence[int]]) -> Tensor:
     """Hidden states of the rows asked for, session by session, [rows, hidden]."""
-    width = rows.hidden.shape[1]
-    flat = [rows.place[i] * width + row for i, own in enumerate(index) for row in own]
-    return rows.hidden.flatten(0, 1)[flat]
+    return rows.hidden[[start + row for start, own in zip(rows.start, index, strict=True) for row in own]]
 
 
 def default_numerics(device: torch.device, dtype: torch.dtype) -> Numerics:

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
+from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
 
-EMBEDDED = {"pico": Path(__file__).parents[1] / "pico"}
+EMBEDDED = {name: Path(__file__).parents[1] / name for name in ("pico", "pico-loop")}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -39,12 +40,20 @@ def load_pretrained(
             source, config=config, dtype=kind, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
+    except (InvalidOption, ModelUnsupported) as error:  # what the config of a looped model says of itself
+        raise type(error)(f"{name}: {error}") from error
     except Exception as error:  # whatever a damaged file can raise in the libraries that read it
         raise _named(name, local, error) from error
     model, report = cast(Any, loaded)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelCorrupt(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
+    left = sorted(report["unexpected_keys"])
+    if left and isinstance(model, LoopedForCausalLM):  # others may leave heads of other tasks behind
+        raise ModelCorrupt(
+            f"{name}: {len(left)} weights have no place in the model, {left[0]} among them; its config is of "
+            "another shape"
+        )
     return model.to(where), tokenizer
 
 
@@ -86,7 +95,9 @@ def _is_folder(name: str, source: str) -> bool:
         raise ModelNotFound(f"{name} is a file; give the folder that holds config.json and the weights")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local or name in EMBEDDED:
-        raise ModelNotFound(f"no model folder {name}; give a folder, a hub id (owner/name) or 'pico'")
+        raise ModelNotFound(
+            f"no model folder {name}; give a folder, a hub id (owner/name) or one of {', '.join(EMBEDDED)}"
+        )
     return False
 
 

@@ -1,7 +1,8 @@
 """The promise, put to the test: does a method change a text of this model on this machine?
 
 Texts of the method, of a drafter that proposes garbage and of a bushy tree with decoys are compared with
-plain decoding, alone and in a mixed batch, greedy and sampled, and cut at tokens inside them. An adapter is
+plain decoding, alone and in a mixed batch, greedy and sampled, and cut at tokens inside them; those of a
+looped model also with a drafter that never leaves what is in flight alone. An adapter is
 in the model throughout, but for plain decoding, which is compared with Hugging Face's `generate`. Each
 difference is judged:
 
@@ -31,10 +32,11 @@ from ..errors import ModelUnsupported
 from ..generation import TextGenerator
 from ..method import Method
 from ..methods import create
+from ..models.drive import drive
 from ..models.hf import HfModel
 from ..sampling import Sampler
 from ..session import Limits
-from .adversaries import Garbage, Oracle
+from .adversaries import Garbage, Oracle, Restless
 from .compare import Case, Check, Comparison, Difference, answer, batch, drafted, ends, follow, logits_after
 from .distribution import Fit, fits
 
@@ -110,7 +112,7 @@ def verify(
     plain_method = create("plain")
     plains: list[Sequence[int]] = []
     found: dict[str, list[tuple[Case, Comparison]]] = {}
-    checks = _checks(generator.method, model.vocab_size)
+    checks = _checks(generator.method, model)
     for case in progress(cases):
         plains.append(answer(model.base, plain_method, case))
         for name, check in checks.items():
@@ -129,13 +131,17 @@ def verify(
     return Verification(judged, generate, fits(logits, seed), noise)
 
 
-def _checks(method: Method, vocabulary: int) -> dict[str, Check]:
-    return {
+def _checks(method: Method, model: HfModel) -> dict[str, Check]:
+    vocabulary = model.vocab_size
+    checks: dict[str, Check] = {
         "method": drafted("method", lambda plain: method),
         "garbage": drafted("garbage", lambda plain: Garbage(vocabulary=vocabulary)),
         "bushy": drafted("bushy", lambda plain: Oracle(plain, vocabulary=vocabulary)),
         "ends": ends,
     }
+    if model.loops is not None:
+        checks["in flight"] = drafted("in flight", lambda plain: Restless(plain, vocabulary=vocabulary))
+    return checks
 
 
 @torch.inference_mode()
@@ -200,7 +206,7 @@ class _Twin:
 
     def model(self) -> HfModel:
         if self._made is None:
-            made = HfModel(copy.deepcopy(self._of.base.model).double(), "fast")
+            made = drive(copy.deepcopy(self._of.base.model).double(), "fast")
             adapter = self._of.adapter
             self._made = made if adapter is None else made.adapted(copy.deepcopy(adapter).double())
         return self._made

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..method import Request
 from ..step import Step
@@ -74,3 +75,87 @@ class OracleDrafter:
 
     def observe(self, step: Step) -> None:
         pass
+
+
+@dataclass
+class Restless:
+    """Drafts from early picks of a looped model, and never leaves what is in flight alone: it drops some of
+    it, puts the rest in another order, hangs early picks, right tokens and random ones under any row, starts
+    anew."""
+
+    early: ClassVar[bool] = True
+    answer: Sequence[int] = ()
+    rows: int = 10
+    vocabulary: int = 320
+
+    def drafter(self, request: Request) -> RestlessDrafter:
+        return RestlessDrafter(self, len(request.prompt), random.Random(request.seed))
+
+
+@dataclass
+class Rows:
+    """A tree that can be changed: of each row its token, the row above it, and its early pick, if any."""
+
+    tokens: list[int]
+    parents: list[int]
+    picks: list[int | None]
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        """These rows, parents first, the root among them."""
+        new = {row: i for i, row in enumerate(rows)}
+        parents = [new.get(self.parents[row], -1) for row in rows]
+        return Rows([self.tokens[row] for row in rows], parents, [self.picks[row] for row in rows])
+
+    def below(self, top: int) -> set[int]:
+        found = {top}
+        for row, parent in enumerate(self.parents):
+            if parent in found:
+                found.add(row)
+        return found
+
+
+@dataclass
+class RestlessDrafter:
+    options: Restless
+    start: int
+    dice: random.Random
+    flight: Rows | None = field(default=None)
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        dice, known = self.dice, self.flight
+        if known is None or dice.random() < 0.1:
+            known = Rows([tokens[-1]], [-1], [None])
+        if len(known.tokens) > 1 and dice.random() < 0.25:
+            lost = known.below(dice.randrange(1, len(known.tokens)))
+            known = known.take([row for row in range(len(known.tokens)) if row not in lost])
+        if dice.random() < 0.3:
+            known = known.take(self._shuffled(known))
+        depth = Tree(tuple(known.tokens), tuple(known.parents)).depth
+        for _ in range(dice.randint(0, 2)):
+            if len(known.tokens) < self.options.rows:
+                row = dice.randrange(len(depth))
+                known.tokens.append(self._token(known.picks[row], len(tokens) - self.start + depth[row]))
+                known.parents.append(row)
+                known.picks.append(None)
+        return Tree(tuple(known.tokens), tuple(known.parents))
+
+    def observe(self, step: Step) -> None:
+        picks: list[int | None] = list(step.picks)
+        whole = Rows(list(step.tree.tokens), list(step.tree.parents), picks)
+        self.flight = whole.take(step.flight) if step.flight else None
+
+    def _shuffled(self, rows: Rows) -> list[int]:
+        """All rows in another order, parents first."""
+        order, left = [0], set(range(1, len(rows.tokens)))
+        while left:
+            free = sorted(row for row in left if rows.parents[row] in order)
+            order.append(self.dice.choice(free))
+            left.remove(order[-1])
+        return order
+
+    def _token(self, pick: int | None, at: int) -> int:
+        answer, dice = self.options.answer, self.dice
+        chance = dice.random()
+        if pick is not None and chance < 0.5:
+            return pick
+        return answer[at] if at < len(answer) and chance < 0.8 else dice.randrange(self.options.vocabulary)

@@ -1,0 +1,17 @@
+"""The driver that suits a model: whole forwards, or stages of a looped one."""
+
+from __future__ import annotations
+
+import torch
+
+from .hf import HfModel, Numerics
+from .load import transformers_model
+from .looped.decoder import LoopedForCausalLM
+from .looped.stages import StagedModel
+
+
+def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> HfModel:
+    """A transformers model behind the engine's interface; see `HfModel`."""
+    inside = transformers_model(model)
+    looped = isinstance(inside, LoopedForCausalLM) and inside.config.loops > 1
+    return StagedModel(model, numerics) if looped else HfModel(model, numerics)

@@ -1,0 +1,295 @@
+"""A Llama-style decoder that uses its layers several times: an ordinary class of transformers.
+
+U unique layers form a group; a token runs through the group G times (`loops`), so the depth is U * G while
+the weights are those of U layers: layers shared in a cycle (Takase and Kiyono, arXiv 2104.06022), as SPEED
+(arXiv 2310.12072) and looped language models (Ouro, arXiv 2510.25741) have them. Keys and values are not
+shared: each pass keeps its own, so a cache has U * G layers. After every group the same norm and head can
+read a token out.
+
+`generate` and `Trainer` work with it; given labels, the loss is that of SPEED's training: of the readout
+after every group, later ones weighing more. Checkpoints of the Ouro kind load as they are: there each half of
+a layer is also followed by a norm, and the final norm stands at the end of every group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaPreTrainedModel,
+)
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from ...errors import InvalidOption, ModelUnsupported
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [lanes, rows, head size]
+
+
+class LoopedConfig(LlamaConfig):
+    """unique_layers: of a group. loops: how often a token runs through it. num_hidden_layers, the depth,
+    follows from both. exit_agreement: by group, the share of tokens whose pick after it is that of the full
+    depth, as `selfdraft train speed` measured it. Raises InvalidOption where a count is below 1."""
+
+    model_type = "looped_llama"
+
+    unique_layers: int = 2
+    loops: int = 2
+    exit_agreement: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("unique_layers", "loops"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise InvalidOption(
+                    f"{name} must be at least 1: a group has layers, and is run; got {count!r}"
+                )
+        self.num_hidden_layers = self.unique_layers * self.loops
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+
+class OuroConfig(LoopedConfig):
+    """The config of a checkpoint of the Ouro kind, whose `num_hidden_layers` are the unique ones. Raises
+    ModelUnsupported for exits that depend on the token, and for windows."""
+
+    model_type = "ouro"
+
+    early_exit_threshold: float = 1.0
+    use_sliding_window: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.early_exit_threshold < 1:
+            raise ModelUnsupported(
+                f"early_exit_threshold {self.early_exit_threshold}: a depth that depends on the token is not "
+                "supported; set it to 1.0, the full depth"
+            )
+        if self.use_sliding_window:
+            raise ModelUnsupported("a looped model with sliding windows is not supported")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        given = dict(config_dict)
+        if "total_ut_steps" in given:
+            given["loops"] = given.pop("total_ut_steps")
+            given["unique_layers"] = given.pop("num_hidden_layers", given.get("unique_layers"))
+        given.pop("layer_types", None)  # one kind, full attention
+        return super().from_dict(given, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        told = super().to_dict()
+        told["num_hidden_layers"], told["total_ut_steps"] = told.pop("unique_layers"), told.pop("loops")
+        return told
+
+
+class Pass:
+    """A cache as one pass through the group sees it. first: index of its first layer there."""
+
+    def __init__(self, cache: Cache, first: int) -> None:
+        self._cache, self._first = cache, first
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._cache.update(key_states, value_states, self._first + layer_idx, *args, **kwargs)
+
+
+class OuroLayer(LlamaDecoderLayer):
+    """A layer that also norms what each of its halves adds."""
+
+    def __init__(self, config: LoopedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.input_layernorm_2 = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm_2 = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.input_layernorm_2(attended)
+        fed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return cast(Tensor, hidden_states + self.post_attention_layernorm_2(fed))
+
+
+class LoopedPreTrainedModel(LlamaPreTrainedModel):
+    config: LoopedConfig
+    config_class = LoopedConfig
+    _no_split_modules = ["LlamaDecoderLayer", "OuroLayer"]  # noqa: RUF012
+    _can_record_outputs: dict[str, Any] = {}  # noqa: RUF012
+
+
+class LoopedModel(LoopedPreTrainedModel):
+    """Embedding, one group of layers, norm."""
+
+    layer: type[LlamaDecoderLayer] = LlamaDecoderLayer
+    norms_groups = False  # does the final norm stand at the end of every group?
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = torch.nn.ModuleList([self.layer(config, i) for i in range(config.unique_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self._more(config)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def _more(self, config: LoopedConfig) -> None:
+        """Further modules of a kind."""
+
+    def group(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        rotation: Rotation,
+        cache: Cache | Pass | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One pass through the unique layers, [lanes, rows, hidden] -> the same; what rows are at which depth
+        is the cache's and the mask's to know."""
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rotation,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **kwargs,
+            )
+        return cast(Tensor, self.norm(hidden)) if self.norms_groups else hidden
+
+    def readout(self, state: Tensor) -> Tensor:
+        """A state after a group as the head takes it."""
+        return state if self.norms_groups else cast(Tensor, self.norm(state))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """hidden_states, where asked for: the embedding and the state after every group, before the norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
+        mask: Any = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = self.rotary_emb(hidden, position_ids=position_ids)
+        states = [hidden]
+        for loop in range(self.config.loops):
+            first = loop * self.config.unique_layers
+            cache = None if past_key_values is None else Pass(past_key_values, first)
+            states.append(self.group(states[-1], mask, rotation, cache, **kwargs))
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.readout(states[-1]),
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+
+class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
+    """The model with its head. Given labels, the loss is the weighted mean of the losses after every group,
+    the weight of group g being g."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    base: type[LoopedModel] = LoopedModel
+
+    def __init__(self, config: LoopedConfig) -> None:
+        super().__init__(config)
+        self.model = self.base(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        asked = bool(output_hidden_states) or labels is not None
+        out = self.model(input_ids, output_hidden_states=asked, **kwargs)
+        keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, keep])
+        loss = None if labels is None else self._loss(out.hidden_states[1:], labels, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states if output_hidden_states else None,
+        )
+
+    def _loss(self, states: Sequence[Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
+        items = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+        each = [
+            self.loss_function(
+                logits=self.lm_head(self.model.readout(state)),
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                **items,
+            )
+            for state in states
+        ]
+        weights = exit_weights(len(each))
+        return cast(Tensor, sum(weight * loss for weight, loss in zip(weights, each, strict=True)))
+
+
+class OuroModel(LoopedModel):
+    """The Ouro kind. Its gate, which says how likely a token may stop after a group, is kept and not used: a
+    text is that of the full depth."""
+
+    config_class = OuroConfig
+    layer = OuroLayer
+    norms_groups = True
+
+    def _more(self, config: LoopedConfig) -> None:
+        self.early_exit_gate = torch.nn.Linear(config.hidden_size, 1)
+
+
+class OuroForCausalLM(LoopedForCausalLM):
+    config_class = OuroConfig
+    base = OuroModel
+
+
+def exit_weights(loops: int) -> list[float]:
+    """Weights of the losses after each group: in proportion to its number, together 1 (SPEED, training; the
+    growth as in CALM, arXiv 2207.07061)."""
+    total = loops * (loops + 1) / 2
+    return [group / total for group in range(1, loops + 1)]
+
+
+for _config, _base, _whole in (
+    (LoopedConfig, LoopedModel, LoopedForCausalLM),
+    (OuroConfig, OuroModel, OuroForCausalLM),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModel.register(_config, _base, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _whole, exist_ok=True)

@@ -1,0 +1,124 @@
+"""A looped model from an ordinary checkpoint: U unique layers made from its L layers.
+
+Rules, of Relaxed Recursive Transformers (arXiv 2410.20672):
+
+step      evenly spaced layers, the first and the last among them
+average   unique layer i is the mean of the layers whose turn it would be in the cycle: i, i + U, i + 2U, ...
+
+A group of more layers than the checkpoint has repeats them evenly, under either rule. Embeddings, final norm
+and head are taken over. Such a model says little of what its checkpoint said until it is trained; with
+U = L and one loop it is the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ...errors import InvalidOption, ModelUnsupported
+from ..hf import MARK
+from .decoder import LoopedConfig, LoopedForCausalLM
+
+Rule = Literal["step", "average"]
+# What a config says about the class it is of, and what follows from other entries.
+OWN = ("model_type", "architectures", "num_hidden_layers", "transformers_version", "unique_layers", "loops")
+
+
+def share(model: PreTrainedModel, unique: int, loops: int, rule: Rule = "step") -> LoopedForCausalLM:
+    """Weights of its own, in the model's dtype, on its device. A looped model of as many unique layers goes
+    on with `loops` passes. What comes of an ordinary checkpoint is marked as tuned: it does not say what the
+    checkpoint says.
+
+    Raises InvalidOption for counts below 1, ModelUnsupported for a model whose layers cannot be shared.
+    """
+    check(unique, loops)
+    if isinstance(model, LoopedForCausalLM):
+        return _again(model, unique, loops)
+    if type(model) is not LlamaForCausalLM:
+        raise ModelUnsupported(
+            f"{type(model).__name__} cannot be looped: that needs the layers of a LlamaForCausalLM, or a "
+            "looped model; other layers would need a kind of their own in models/looped/decoder.py"
+        )
+    if not all(weight.is_floating_point() for weight in model.parameters()):
+        raise ModelUnsupported("quantised weights cannot be shared; load the model in a floating-point dtype")
+    looped = blank(model.config, unique, loops, model.device, model.dtype)
+    looped.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    looped.model.norm.load_state_dict(model.model.norm.state_dict())
+    looped.lm_head.load_state_dict(model.lm_head.state_dict())
+    for layer, turns in zip(looped.model.layers, sources(len(model.model.layers), unique, rule), strict=True):
+        layer.load_state_dict(_mean([model.model.layers[turn].state_dict() for turn in turns]))
+    looped.generation_config = model.generation_config
+    setattr(looped.config, MARK, {"method": "speed", "base": model.name_or_path})
+    looped.train(False)
+    return looped
+
+
+def blank(
+    config: PreTrainedConfig,
+    unique: int,
+    loops: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LoopedForCausalLM:
+    """Fresh weights of a config's widths. Raises as `share`."""
+    check(unique, loops)
+    if not isinstance(config, LlamaConfig):
+        raise ModelUnsupported(f"a looped model has layers as Llama's; {type(config).__name__} has others")
+    given: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key not in (*OWN, MARK)}
+    given |= {"exit_agreement": None, "dtype": None}
+    looped = LoopedForCausalLM(LoopedConfig(**given, unique_layers=unique, loops=loops))
+    torch.nn.Module.to(looped, device)
+    return recast(looped, dtype)
+
+
+def recast(model: LoopedForCausalLM, dtype: torch.dtype) -> LoopedForCausalLM:
+    """The model, its weights in that dtype. Buffers stay: rotations rounded to bfloat16 would be others."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def sources(layers: int, unique: int, rule: Rule) -> list[list[int]]:
+    """Of which of the checkpoint's layers each unique layer is the mean."""
+    if rule == "average" and unique <= layers:
+        return [list(range(i, layers, unique)) for i in range(unique)]
+    last = max(1, unique - 1)
+    return [[(i * (layers - 1) + last // 2) // last] for i in range(unique)]
+
+
+def check(unique: int, loops: int) -> None:
+    """Raises InvalidOption for a group without layers, or that is not run."""
+    for name, count in (("unique", unique), ("loops", loops)):
+        if count < 1:
+            raise InvalidOption(f"{name} must be at least 1: a group has layers, and is run; got {count}")
+
+
+def _again(model: LoopedForCausalLM, unique: int, loops: int) -> LoopedForCausalLM:
+    config = model.config
+    if unique != config.unique_layers:
+        raise ModelUnsupported(
+            f"a looped model of {config.unique_layers} unique layers cannot go on with {unique}; leave "
+            f"unique out, or start from an ordinary checkpoint"
+        )
+    given = copy.deepcopy(config)
+    given.loops, given.num_hidden_layers, given.exit_agreement = loops, unique * loops, None
+    again = type(model)(given)
+    torch.nn.Module.to(again, model.device)
+    recast(again, model.dtype)
+    again.load_state_dict(model.state_dict())
+    again.generation_config = model.generation_config
+    again.train(False)
+    return again
+
+
+def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    first = states[0]
+    return {
+        name: torch.stack([state[name].float() for state in states]).mean(0).to(first[name].dtype)
+        for name in first
+    }

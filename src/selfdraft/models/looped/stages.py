@@ -1,0 +1,302 @@
+"""Driving a looped model by stages: rows at different depths in one pass through the shared layers (SPEED,
+arXiv 2310.12072).
+
+A stage takes every row that is under way once through the group of layers, each from the depth it has
+reached. The linear layers see one batch of rows, so the weights are read once for all of them. Attention
+differs by depth: a row reads the keys and values that its history and ancestors left in the same pass. Each
+lane of the cache has a sheet per pass, and a stage is one ordinary forward of the group over [sessions *
+loops] of them, a row standing in the sheet of the pass that it is about to make. Sheets in which no row
+stands carry one row that nobody reads: so the shape is the same at every stage, and the buffers are read by
+view.
+
+A row never overtakes its parent: all rows under way move by one pass a stage, and a child joins no earlier
+than its parent. So what a row attends to is there.
+
+What is under way stays with the lane, tokens, depth and state of each row. A later forward takes a row up
+where it stands only if its own tree holds that row on the same path of tokens behind the same history; it
+starts all others from their embedding, and forgets what it does not hold. So no drafter, whatever it
+proposes, can change a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ...cache import Lane, Lanes, pick
+from ...errors import InvalidTree, ModelUnsupported
+from ...method import Loops
+from ...tree import Tree
+from .. import Cache
+from ..hf import HfModel, HfRows
+from .decoder import LoopedModel
+
+
+@dataclass
+class Flight:
+    """Rows that a lane has under way. passes: how many each has made. states: [rows, hidden], after them."""
+
+    tree: Tree
+    passes: list[int]
+    states: Tensor
+
+    def take(self, rows: Sequence[int]) -> Flight:
+        """These rows, the first of which is above all others."""
+        new = {row: i for i, row in enumerate(rows)}
+        tokens = tuple(self.tree.tokens[row] for row in rows)
+        parents = tuple(new.get(self.tree.parents[row], -1) for row in rows)
+        passes = [self.passes[row] for row in rows]
+        whole = len(rows) == len(self.passes)
+        return Flight(Tree(tokens, parents), passes, self.states if whole else self.states[list(rows)])
+
+
+class StageLane(Lane):
+    """A lane that knows what is under way behind its history."""
+
+    flight: Flight | None = None
+
+    @property
+    def held(self) -> int:
+        return self.length + (len(self.flight.tree) if self.flight is not None else 0)
+
+    def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
+        rows = [*path, *flight]
+        self.lanes.move(self, rows)
+        self.length += len(path)
+        self.flight = self.flight.take(flight) if self.flight is not None and flight else None
+
+    def cut(self, length: int) -> None:
+        super().cut(length)
+        self.flight = None
+
+    def begin(self, tree: Tree, embed: Callable[[Sequence[int]], Tensor]) -> Flight:
+        """The rows of a tree, each as far as it has come. embed: tokens to where they start, [rows,
+        hidden]."""
+        held = self.flight
+        same = matches(tree, held.tree) if held is not None else {}
+        new = [row for row in range(len(tree)) if row not in same]
+        passes = [0] * len(tree)
+        states = embed([tree.tokens[row] for row in new]) if new else torch.empty(0)
+        if same:
+            assert held is not None
+            old = list(same.values())
+            if any(row != old for row, old in same.items()):
+                self.lanes.rearrange(self, old, list(same))
+            for row, at in same.items():
+                passes[row] = held.passes[at]
+            kept = held.states if old == list(range(len(held.tree))) else held.states[old]
+            states = torch.cat([kept, states]) if new else kept
+            if [*same, *new] != list(range(len(tree))):
+                states = states[_inverse([*same, *new])]
+        self.flight = Flight(tree, passes, states)
+        return self.flight
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each number stands in an order of all of them."""
+    return sorted(range(len(order)), key=lambda at: order[at])
+
+
+def matches(tree: Tree, held: Tree) -> dict[int, int]:
+    """Rows of a tree that stand on the same path of tokens in another one, and where they are there."""
+    same = {0: 0} if tree.tokens[0] == held.tokens[0] else {}
+    for row in range(1, len(tree)):
+        above = same.get(tree.parents[row])
+        old = held.child(above, tree.tokens[row]) if above is not None else None
+        if old is not None:
+            same[row] = old
+    return same
+
+
+class StageLanes(Lanes):
+    """Buffers with a sheet per pass. While a stage is bound, forwards of the group write and read by it."""
+
+    sheets_bound: Sequence[int] = ()  # of the stage under way, ascending
+    slots: Tensor  # where their rows are written, [sheets, width]
+    index: Tensor  # the sheets, [sheets, 1]
+
+    def lane(self, index: int) -> Lane:
+        return StageLane(self, index)
+
+    def write(self, buffer: Tensor, new: Tensor, loop: int) -> None:
+        if self.sheets_bound:
+            buffer[self.index, :, self.slots] = new.transpose(1, 2).to(buffer.dtype)
+        else:
+            super().write(buffer, new, loop)
+
+    def read(self, buffer: Tensor, loop: int) -> Tensor:
+        if self.sheets_bound:
+            return pick(buffer.narrow(2, 0, self.reach), self.sheets_bound)
+        return super().read(buffer, loop)
+
+    @contextmanager
+    def stage(self, sheets: Sequence[int], slots: Tensor) -> Iterator[None]:
+        """Meanwhile forwards of the group write to these slots, [sheets, width], and read these sheets."""
+        self.sheets_bound, self.slots = sheets, slots
+        self.index = torch.tensor(sheets, device=slots.device)[:, None]
+        try:
+            yield
+        finally:
+            self.sheets_bound = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage runs. sheets: of the buffers, ascending. most: rows that count in one of them. hidden:
+    [sheets, width, size]. positions, slots: [sheets, width]. seen: additive mask, [sheets, 1, width, slots].
+    places: of the rows that count, in [sheets * width], session by session."""
+
+    sheets: Sequence[int]
+    most: int
+    hidden: Tensor
+    positions: Tensor
+    slots: Tensor
+    seen: Tensor
+    places: list[int]
+
+
+class StagedModel(HfModel):
+    """A looped model behind the engine's interface: whole forwards as any other model, and stages."""
+
+    @property
+    def loops(self) -> Loops | None:
+        config = self.model.config
+        return Loops(config.loops, tuple(config.exit_agreement or ())) if config.loops > 1 else None
+
+    @property
+    def _group(self) -> LoopedModel:
+        return cast(LoopedModel, self.model.model)
+
+    def pool(self) -> Lanes:
+        config = self.model.config
+        return StageLanes(*self._stored(), loops=config.loops, unique=config.unique_layers)
+
+    @torch.inference_mode()
+    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> HfRows:
+        lanes = cast(Sequence[StageLane], caches)
+        if stages is None and all(lane.flight is None for lane in lanes):
+            return super().forward(trees, caches)
+        loops = self.model.config.loops
+        flights = [self._begin(tree, lane) for tree, lane in zip(trees, lanes, strict=True)]
+        for _ in range(min(stages or loops, loops)):
+            if all(made == loops for flight in flights for made in flight.passes):
+                break
+            self._advance(flights, lanes)
+        start = [sum(len(tree) for tree in trees[:i]) for i in range(len(trees))]
+        states = torch.cat([flight.states for flight in flights])
+        done = [[made == loops for made in flight.passes] for flight in flights]
+        return HfRows(self._group.readout(states), start, done)
+
+    def _begin(self, tree: Tree, lane: StageLane) -> Flight:
+        if self.adapter is not None:
+            raise ModelUnsupported(
+                "stages of a looped model do not go together with an adapter's mask tokens"
+            )
+        last = lane.length + max(tree.depth)
+        if last >= self.context:
+            raise InvalidTree(
+                f"a row in flight stands at position {last}; the model's context is {self.context}"
+            )
+        embedding = self.model.get_input_embeddings()
+        return lane.begin(tree, lambda tokens: embedding(torch.tensor(tokens, device=self.device)))
+
+    def _advance(self, flights: Sequence[Flight], lanes: Sequence[StageLane]) -> None:
+        """Take all rows that are not done through the group once."""
+        order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
+        flights, lanes = [flights[i] for i in order], [lanes[i] for i in order]
+        pool = cast(StageLanes, lanes[0].lanes)
+        loops = self.model.config.loops
+        rows = [[row for row, made in enumerate(flight.passes) if made < loops] for flight in flights]
+        stage = self._stage(flights, lanes, rows, pool)
+        out = self._run_stage(stage, pool).flatten(0, 1)[stage.places]
+        parts = out.split([len(own) for own in rows])
+        for flight, own, states in zip(flights, rows, parts, strict=True):
+            if len(own) == len(flight.tree):
+                flight.states = states
+            else:
+                flight.states[own] = states
+            for row in own:
+                flight.passes[row] += 1
+
+    def _stage(
+        self,
+        flights: Sequence[Flight],
+        lanes: Sequence[StageLane],
+        rows: Sequence[Sequence[int]],
+        pool: StageLanes,
+    ) -> Stage:
+        """Lay the rows out: each in the sheet of its next pass, behind those of its session already there."""
+        loops, least = self.model.config.loops, torch.finfo(pool.dtype or self.dtype).min
+        ranks = [_ranks(flight.passes, own, loops) for flight, own in zip(flights, rows, strict=True)]
+        sheets = [lane.index * loops + loop for lane in lanes for loop in range(loops)]
+        most = max(max(counts) for _, counts in ranks)
+        width = max(self.rows.pieces(most, b - a)[-1][1] for a, b in self._calls(len(sheets)))
+        ends = [pool.fixed + lane.length + len(f.tree) for lane, f in zip(lanes, flights, strict=True)]
+        reach = pool.extend(max(ends) + width)
+        device = self.device
+        # What carries no row writes behind the tree, and is read by nobody.
+        slots = torch.tensor(ends).repeat_interleave(loops)[:, None] + torch.arange(width)
+        positions = torch.zeros_like(slots)
+        seen = torch.full((len(sheets) * width, reach), least, dtype=pool.dtype or self.dtype)
+        places, at, depth = [], [], []
+        for i, (flight, lane, own, (rank, _)) in enumerate(zip(flights, lanes, rows, ranks, strict=True)):
+            first = pool.fixed + lane.length
+            mine = [
+                (i * loops + flight.passes[row]) * width + place for row, place in zip(own, rank, strict=True)
+            ]
+            seen[i * loops * width : (i + 1) * loops * width, pool.fixed : max(first, 1)] = 0
+            tree = flight.tree
+            visible = tree.visible if len(own) == len(tree) else tree.visible[own]
+            seen[mine, first : first + len(tree)] = torch.zeros(()).to(seen).masked_fill(~visible, least)
+            places += mine
+            at += [first + row for row in own]
+            depth += [lane.length + tree.depth[row] for row in own]
+        slots.view(-1)[places] = torch.tensor(at)
+        positions.view(-1)[places] = torch.tensor(depth)
+        states = torch.cat([f.states[own] for f, own in zip(flights, rows, strict=True)])
+        hidden = states.new_zeros(len(sheets) * width, states.shape[-1])
+        hidden[places] = states
+        return Stage(
+            sheets,
+            most,
+            hidden.view(len(sheets), width, -1),
+            positions.to(device),
+            slots.to(device),
+            seen.view(len(sheets), 1, width, reach).to(device),
+            places,
+        )
+
+    def _run_stage(self, stage: Stage, pool: StageLanes) -> Tensor:
+        """States of all places, [sheets, width, hidden], in calls whose row counts keep the bits."""
+        group = self._group
+        cosines, sines = group.rotary_emb(stage.hidden, stage.positions)
+        out = torch.zeros_like(stage.hidden)
+        for first, last in self._calls(len(stage.sheets)):
+            for start, stop in self.rows.pieces(stage.most, last - first):
+                part = slice(first, last), slice(start, stop)
+                mask = stage.seen[first:last, :, start:stop]
+                with pool.stage(stage.sheets[first:last], stage.slots[part]):
+                    rotation = cosines[part], sines[part]
+                    out[part] = group.group(stage.hidden[part], mask, rotation, pool)
+        return out
+
+    def _calls(self, sheets: int) -> list[tuple[int, int]]:
+        """Spans of sheets that one call of the group can have together, as even as can be."""
+        count = -(-sheets // self.rows.together(sheets))
+        ends = [sheets * i // count for i in range(count + 1)]
+        return list(pairwise(ends))
+
+
+def _ranks(passes: Sequence[int], rows: Sequence[int], loops: int) -> tuple[list[int], list[int]]:
+    """Of each row its place among those that have made as many passes; and how many there are of each."""
+    counts = [0] * loops
+    ranks = []
+    for row in rows:
+        ranks.append(counts[passes[row]])
+        counts[passes[row]] += 1
+    return ranks, counts

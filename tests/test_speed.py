@@ -1,0 +1,399 @@
+"""Tokens at several depths: whatever is in flight, the text is that of the full depth."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfdraft import Drafter, Engine, Limits, Method, Request, Sampler, Session, Step, Tree
+from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
+from selfdraft.generation import TextGenerator
+from selfdraft.method import Loops
+from selfdraft.methods import create
+from selfdraft.methods.plain import Plain
+from selfdraft.methods.speed import Depth, Speed, SpeedDrafter
+from selfdraft.models import probe
+from selfdraft.models.drive import drive
+from selfdraft.models.hf import HfModel
+from selfdraft.models.looped import stages
+from selfdraft.models.looped.stages import StageLane, StageLanes, matches
+from selfdraft.session import FinishReason
+from selfdraft.verify.adversaries import Oracle, Restless
+
+from drafting import random_prompt, run
+from looping import agreeing, tiny_looped
+
+EACH = [
+    Speed(),
+    Speed(spawn=1),
+    Speed(spawn=2),
+    Speed(spawn=3),
+    Speed(spawn=1, revise=False),
+    Speed(spawn=1, second=True),
+    Speed(spawn=1, gate=0.3),
+    Speed(spawn=1, second=True, block=4),
+]
+TEMPERATURES = (0.0, 0.8)
+
+
+@pytest.fixture(scope="module")
+def looped() -> HfModel:
+    return drive(tiny_looped(torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def looped64() -> HfModel:
+    return drive(tiny_looped(torch.float64))
+
+
+def together(
+    model: HfModel, asked: Sequence[tuple[Method, Sequence[int], Sampler]], length: int = 40
+) -> list[Session]:
+    engine = Engine(model)
+    sessions = [engine.submit(prompt, method, sampler, Limits(length)) for method, prompt, sampler in asked]
+    while engine.sessions:
+        engine.step()
+    return sessions
+
+
+@pytest.mark.parametrize("method", EACH, ids=str)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_speed_is_plain(looped: HfModel, method: Method, temperature: float) -> None:
+    """Alone and four at a time, with eight seeds."""
+    asked = [(random_prompt(1 + 7 * seed, seed), Sampler(temperature, seed=seed)) for seed in range(8)]
+    plain = [session.emitted for session in together(looped, [(Plain(), *one) for one in asked], 24)]
+    alone = [run(looped, method, *one, Limits(24)).emitted for one in asked]
+    assert alone == plain
+    for i in (0, 4):
+        four = together(looped, [(method, *one) for one in asked[i : i + 4]], 24)
+        assert [session.emitted for session in four] == plain[i : i + 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("loops", [2, 4])
+@pytest.mark.parametrize("ouro", [False, True])
+def test_speed_is_plain_for_every_kind(dtype: torch.dtype, loops: int, ouro: bool) -> None:
+    model = drive(tiny_looped(dtype, loops=loops, ouro=ouro))
+    for temperature in TEMPERATURES:
+        prompt, sampler = random_prompt(20, 3), Sampler(temperature, seed=5)
+        plain = run(model, Plain(), prompt, sampler, Limits(16)).emitted
+        for spawn in range(1, loops + 1):
+            assert run(model, Speed(spawn=spawn), prompt, sampler, Limits(16)).emitted == plain
+        assert run(model, Restless(plain), prompt, sampler, Limits(16)).emitted == plain
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_a_mixed_batch_is_its_sessions_alone(looped: HfModel, temperature: float) -> None:
+    """Whole trees of other methods stay in flight beside early drafts, and are done all at once."""
+    oracle = Oracle(run(looped, Plain(), random_prompt(9, 7), Sampler(temperature, seed=7)).emitted)
+    methods: list[Method] = [Speed(spawn=1), create("jacobi"), Plain(), create("llma"), oracle]
+    asked = [
+        (method, random_prompt(9, 3 + i), Sampler(temperature, seed=3 + i))
+        for i, method in enumerate(methods)
+    ]
+    alone = [run(looped, *one) for one in asked]
+    mixed = together(looped, asked)
+    assert [session.emitted for session in mixed] == [session.emitted for session in alone]
+    plain = run(looped, Plain(), *asked[2][1:])
+    assert (mixed[2].forwards, mixed[2].runs) == (plain.forwards, plain.runs), "stages are parts of a forward"
+
+
+def test_sessions_join_and_leave_while_others_are_in_flight(looped: HfModel) -> None:
+    engine = Engine(looped)
+    first = engine.submit(random_prompt(30, 1), Speed(spawn=1), limits=Limits(60))
+    second = engine.submit(random_prompt(12, 2), Speed(spawn=1), limits=Limits(9))
+    for _ in range(20):
+        engine.step()
+    third = engine.submit(
+        random_prompt(30, 1)[:25], Speed(spawn=1), limits=Limits(20), start=first, keep=True
+    )
+    while not third.finish_reason:
+        engine.step()
+    told = [*third.prompt, *third.emitted, 9]
+    fourth = engine.submit(told, Speed(spawn=1), limits=Limits(20), start=third)
+    while engine.sessions:
+        engine.step()
+    for session in (first, second, third, fourth):
+        limits = Limits(len(session.emitted))
+        assert session.emitted == run(looped, Plain(), session.prompt, limits=limits).emitted
+    assert third.reused == 24
+    assert fourth.reused == len(told) - 2
+
+
+@given(seed=st.integers(0, 2**32), temperature=st.sampled_from(TEMPERATURES), length=st.integers(1, 24))
+@settings(max_examples=15, deadline=None)
+def test_no_drafter_changes_a_text(looped: HfModel, seed: int, temperature: float, length: int) -> None:
+    prompt, sampler = random_prompt(length, seed), Sampler(temperature, seed=seed)
+    plain = run(looped, Plain(), prompt, sampler, Limits(24)).emitted
+    for answer in ((), plain):
+        assert run(looped, Restless(answer), prompt, sampler, Limits(24)).emitted == plain
+    asked = [(Restless(plain), prompt, sampler), (Speed(spawn=1), prompt, sampler)]
+    assert [session.emitted for session in together(looped, asked, 24)] == [plain, plain]
+
+
+def by_index(patch: pytest.MonkeyPatch) -> None:
+    """Rows in flight are taken for what stands at their place now (the prototype's fault)."""
+    patch.setattr(stages, "matches", lambda tree, held: {i: i for i in range(min(len(tree), len(held)))})
+
+
+def by_token(patch: pytest.MonkeyPatch) -> None:
+    """Rows in flight are compared by their own token alone."""
+
+    def same(tree: Tree, held: Tree) -> dict[int, int]:
+        return {
+            row: held.tokens.index(token) for row, token in enumerate(tree.tokens) if token in held.tokens
+        }
+
+    patch.setattr(stages, "matches", same)
+
+
+def not_moved(patch: pytest.MonkeyPatch) -> None:
+    """Keys and values of rows in flight stay where they were when the rows get another order."""
+    patch.setattr(StageLanes, "rearrange", lambda *_: None)
+
+
+def not_kept(patch: pytest.MonkeyPatch) -> None:
+    """Of what is kept only the accepted rows are moved."""
+    move = StageLanes.move
+    patch.setattr(StageLanes, "move", lambda self, lane, rows: move(self, lane, rows[:1]))
+
+
+def wrong_pass(patch: pytest.MonkeyPatch) -> None:
+    """All rows read and write the keys and values of the first pass."""
+    stage = StageLanes.stage
+
+    def first(self: StageLanes, sheets: Sequence[int], slots: torch.Tensor) -> Any:
+        return stage(self, [sheet - sheet % self.loops for sheet in sheets], slots)
+
+    patch.setattr(StageLanes, "stage", first)
+
+
+def early_commit(patch: pytest.MonkeyPatch) -> None:
+    """A row is done one pass before the last."""
+    forward = stages.StagedModel.forward
+
+    def hasty(self: stages.StagedModel, trees: Any, caches: Any, passes: int | None = None) -> Any:
+        rows = forward(self, trees, caches, passes)
+        if passes is not None:
+            held = [[made >= self.loops.count - 1 for made in cache.flight.passes] for cache in caches]
+            rows = type(rows)(rows.hidden, rows.start, held)
+        return rows
+
+    patch.setattr(stages.StagedModel, "forward", hasty)
+
+
+@pytest.mark.parametrize("fault", [by_index, by_token, not_moved, not_kept, wrong_pass, early_commit])
+def test_each_fault_changes_a_text(looped: HfModel, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dict.fromkeys(range(5, 11), 12.0)  # so that tokens come back, at other places
+    asked = [(random_prompt(12, seed), Sampler(0.8, logit_bias=few, seed=seed)) for seed in range(4)]
+    plain = [run(looped, Plain(), *one).emitted for one in asked]
+    assert [run(looped, Restless(p), *one).emitted for one, p in zip(asked, plain, strict=True)] == plain
+    fault(monkeypatch)
+    assert [run(looped, Restless(p), *one).emitted for one, p in zip(asked, plain, strict=True)] != plain
+
+
+@pytest.mark.parametrize("fault", [not_moved, by_index, wrong_pass])
+def test_the_probe_sees_stages_that_differ(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    if fault is wrong_pass:
+        with pytest.raises(ModelUnsupported, match="run by stages"):
+            drive(tiny_looped(torch.float32), "fast")
+    else:  # a chain that only grows is never rearranged
+        drive(tiny_looped(torch.float32), "fast")
+
+
+def test_logits_by_stages_are_those_of_whole_forwards(looped: HfModel, looped64: HfModel) -> None:
+    text = random_prompt(40, 2)
+    for model in (looped, looped64):
+        (whole,) = probe._logits(model, [Tree.chain(text[9:])], [text[:9]])
+        by_stages = probe.staged(model, text[:9], text[9:])
+        if model.numerics == "exact":
+            assert torch.equal(by_stages, whole), "every bit"
+        else:
+            torch.testing.assert_close(by_stages, whole)
+
+
+@pytest.mark.parametrize("loops", [2, 3, 5])
+def test_where_all_passes_agree_each_stage_yields_a_token(loops: int) -> None:
+    model = drive(agreeing(loops=loops))
+    session = run(model, Speed(spawn=1), random_prompt(6, 1), limits=Limits(30))
+    assert session.runs == [0] * (loops - 1) + [1] * 30, "filled once"
+    assert session.forwards == (30 + loops - 1) / loops
+    assert session.rows == sum(min(i, loops, 31 - max(0, i - loops + 1)) for i in range(1, 30 + loops))
+
+
+def test_spawning_later_takes_as_many_stages_a_token() -> None:
+    model = drive(agreeing(loops=4))
+    for spawn in (1, 2, 3, 4):
+        session = run(model, Speed(spawn=spawn), random_prompt(6, 1), limits=Limits(20))
+        assert len(session.runs) == 4 + 19 * spawn
+    chosen = run(model, Speed(), random_prompt(6, 1), limits=Limits(20))
+    assert len(chosen.runs) == 23, "the first pass is as good as the last"
+
+
+def test_streamed_pieces_are_the_text(looped: HfModel, tokenizer: Any) -> None:
+    generator = TextGenerator(looped, tokenizer, Speed(spawn=1))
+    stream = generator.stream("def add(a, b):", max_new_tokens=24, ignore_eos=True)
+    pieces = list(stream)
+    assert [token for piece in pieces for token in piece.ids] == list(stream.result.ids)
+    assert "".join(piece.text for piece in pieces) == stream.result.text
+    plain = generator.using("plain").generate("def add(a, b):", max_new_tokens=24, ignore_eos=True)
+    assert stream.result.ids == plain.ids
+
+
+@pytest.mark.parametrize("method", [Speed(spawn=1), Speed(spawn=1, second=True), Restless()], ids=str)
+@pytest.mark.parametrize("ends", ["length", "context", "eos"])
+def test_ends_while_rows_are_in_flight(looped: HfModel, method: Method, ends: FinishReason) -> None:
+    prompt = random_prompt(240 if ends == "context" else 20, 6)
+    text = run(looped, Plain(), prompt, limits=Limits(30)).emitted
+    eos = frozenset([text[11]]) if ends == "eos" else frozenset()
+    limits = Limits(100 if ends == "context" else 30, eos)
+    plain, fast = run(looped, Plain(), prompt, limits=limits), run(looped, method, prompt, limits=limits)
+    assert (fast.emitted, fast.finish_reason) == (plain.emitted, ends)
+
+
+def test_penalties_and_filters(looped: HfModel) -> None:
+    sampler = Sampler(0.9, top_k=20, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.5, seed=3)
+    prompt = random_prompt(20, 8)
+    plain = run(looped, Plain(), prompt, sampler).emitted
+    for method in (Speed(spawn=1), Restless(plain)):
+        assert run(looped, method, prompt, sampler).emitted == plain
+
+
+def test_a_row_beyond_the_context_is_refused(looped: HfModel) -> None:
+    cache = looped.pool().open()
+    history = random_prompt(254, 1)
+    looped.forward([Tree.chain(history)], [cache])
+    cache.keep(range(254), [])
+    looped.forward([Tree.chain([5, 6])], [cache], 1)
+    cache.keep([], range(2))
+    with pytest.raises(InvalidTree, match="position 256; the model's context is 256"):
+        looped.forward([Tree.chain([5, 6, 7])], [cache], 1)
+
+
+def test_a_model_that_shares_no_layers_is_refused(exact: HfModel, tokenizer: Any) -> None:
+    with pytest.raises(ModelUnsupported, match="shares none: it needs a looped one"):
+        Engine(exact).submit([3, 4], Speed())
+    with pytest.raises(ModelUnsupported, match="selfdraft train speed"):
+        TextGenerator(exact, tokenizer, "speed")
+
+
+@pytest.mark.parametrize("options", [{"spawn": -1}, {"gate": 1.5}, {"block": 0}, {"spawn": "x"}])
+def test_options_that_cannot_be_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(InvalidOption):
+        create("speed", options)
+
+
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=8), st.lists(st.integers(0, 7), max_size=8), st.randoms()
+)
+def test_rows_match_where_the_path_of_tokens_is_the_same(
+    tokens: list[int], hung: list[int], dice: random.Random
+) -> None:
+    def tree() -> Tree:
+        own = [dice.choice(tokens) for _ in range(1 + len(hung))]
+        return Tree(tuple(own), (-1, *(at % (i + 1) for i, at in enumerate(dice.sample(hung, len(hung))))))
+
+    def path(tree: Tree, row: int) -> list[int]:
+        return [] if row < 0 else [*path(tree, tree.parents[row]), tree.tokens[row]]
+
+    new, held = tree(), tree()
+    paths = [path(held, row) for row in range(len(held))]
+    same = matches(new, held)
+    for row in range(len(new)):
+        if row in same:
+            assert path(held, same[row]) == path(new, row)
+        elif len({*map(tuple, paths)}) == len(paths):  # of equal siblings the first one counts
+            assert path(new, row) not in paths
+
+
+def test_what_a_lane_holds_in_flight_moves_with_it(looped: HfModel) -> None:
+    """Another lane that is closed gives its place to the last one, whatever that has under way."""
+    text = random_prompt(20, 5)
+    (whole,) = probe._logits(looped, [Tree.chain(text[10:])], [text[:10]])
+    pool = looped.pool()
+    other, lane = pool.open(), pool.open()
+    for cache in (other, lane):
+        looped.forward([Tree.chain(text[:10])], [cache])
+        cache.keep(range(10), [])
+    looped.forward([Tree.chain(text[10:12])], [lane], 2)
+    lane.keep([], range(2))
+    other.close()
+    assert isinstance(lane, StageLane)
+    assert lane.index == 0
+    rows = looped.forward([Tree.chain(text[10:12])], [lane], 1)
+    assert rows.done == [[True, True]]
+    assert torch.equal(looped.head(rows, [[0, 1]])[0], whole[:2])
+
+
+# The drafter by itself
+
+
+def drafter(**options: Any) -> SpeedDrafter:
+    made = Speed(**({"spawn": 1} | options)).drafter(Request([7], loops=Loops(3)))
+    assert isinstance(made, SpeedDrafter)
+    return made
+
+
+def stage(made: Drafter, picks: Sequence[int], path: Sequence[int] = (), sure: float = 9.0) -> Tree:
+    """Let the drafter see a stage of its tree; what it proposes next. All rows behind the path are in
+    flight."""
+    tree = made.propose([7])
+    row = path[-1] if path else -1
+    top = tree.child(row, picks[row]) if path else 0
+    flight = tree.below(top) if top is not None else []
+    scores = torch.zeros(len(tree), 10)
+    scores[range(len(tree)), list(picks)] = sure
+    made.observe(Step(tree, scores, picks, path, flight))
+    return made.propose([7 if not path else picks[path[-1]]])
+
+
+def test_the_next_token_starts_at_once_and_is_flushed_where_a_pick_changes() -> None:
+    made = drafter()
+    assert stage(made, [1]) == Tree.chain([7, 1])
+    assert stage(made, [1, 2]) == Tree.chain([7, 1, 2])
+    assert stage(made, [1, 2, 3], path=[0]) == Tree.chain([1, 2, 3])
+    assert stage(made, [5, 3, 4]) == Tree.chain([1, 5]), "as published, at the first disagreement"
+    assert stage(made, [5, 6]) == Tree.chain([1, 5, 6])
+
+
+def test_without_revision_the_full_depth_decides() -> None:
+    made = drafter(revise=False)
+    for picks, tree in (([1], [7, 1]), ([4, 2], [7, 1, 2]), ([4, 2, 3], None)):
+        if tree is not None:
+            assert stage(made, picks) == Tree.chain(tree)
+    assert stage(made, [4, 2, 3], path=[0]) == Tree.chain([4]), "the pick is not in flight: all of it is lost"
+
+
+def test_a_second_proposal_stands_beside_the_first() -> None:
+    made = drafter(second=True)
+    assert stage(made, [1]) == Tree.chain([7, 1])
+    assert stage(made, [4, 2]) == Tree((7, 1, 4, 2), (-1, 0, 0, 1))
+    assert stage(made, [5, 2, 6, 3]).tokens == (7, 1, 4, 2, 6, 3), "and there is no third"
+
+
+def test_unsure_picks_do_not_start() -> None:
+    assert stage(drafter(gate=0.5), [1], sure=9.0) == Tree.chain([7, 1])
+    assert stage(drafter(gate=0.5), [1], sure=0.5) == Tree.chain([7])
+
+
+def test_the_depth_is_chosen_by_time() -> None:
+    """Stages a token by hand: 0.5 * 1 + 0.4 * 2 + 0.1 * 3 = 1.6, 0.9 * 2 + 0.1 * 3 = 2.1, 3."""
+    agreed = Loops(3, (0.5, 0.9, 1.0))
+    assert Depth(agreed, lambda rows: 1.0, 0).spawn == 1
+    assert Depth(agreed, lambda rows: 1 + (rows > 2), 0).spawn == 2, "1.6 * 2 > 2.1"
+    assert Depth(agreed, float, 0).spawn == 3, "1.6 * 3 > 2.1 * 2 > 3"
+    assert Depth(agreed, float, 2).spawn == 2
+    learning = Depth(Loops(3), lambda rows: 1.0 + 0.3 * (rows - 1), 0)
+    assert learning.spawn == 1
+    for _ in range(40):
+        learning.learn([4, 5, 5])
+    assert math.isclose(learning.right[0] / learning.seen, 1 / 41)
+    assert learning.choose() == 2, "2 * 1.6 > 2 * 1.3"
