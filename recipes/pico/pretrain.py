@@ -10,9 +10,7 @@ Weights stay float32, products run in bfloat16 (autocast), on CPU and GPU alike.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +26,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from selfdraft.train.memory import keep_memory
 
 import tokenizer as tokens
 from bits import bits_per_byte, spread
@@ -194,13 +194,6 @@ def train(settings: Settings, job: Job) -> Progress:
     with on_signals(watch.stop):
         trainer.train(resume_from_checkpoint=str(here.checkpoint) if here.checkpoint else None)
     return progress
-
-
-def keep_memory() -> None:
-    """Let glibc keep freed memory: fresh pages for each step's logits cost more than the step."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for large blocks
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def main(

@@ -25,6 +25,7 @@ from prompts import KINDS, LONGEST, make
 from settings import Evaluation, Run, Settings, SettingsError, Shape, Source, Stage, load, parse
 from stream import Mixture, open_shards
 from watch import Progress, Watch, newest, progress_of
+from windows import WindowsError, dataset, held_windows, train_windows
 
 FUNCTION = 'def add_{0}(count, other):\n    """Add {0}."""\n'
 BODY = "    total_{0} = count + other\n    return total_{0} * {0}\n"
@@ -129,6 +130,27 @@ def test_stream_continues_where_it_was(shards: Path) -> None:
     for done in (1, 4, 17):
         rest = iter(Mixture(opened, settings, settings.stages, start=done * 64))
         assert torch.equal(next(rest)["input_ids"], batches[done])
+
+
+def test_windows_are_those_of_the_stream(shards: Path) -> None:
+    settings = small()
+    made = train_windows(settings, shards, 6 * 64, 64, 3 * 64, None)
+    stream = iter(Mixture(open_shards(shards), settings, settings.stages[-1:], start=3 * 64))
+    assert [window.tolist() for window in made] == [
+        next(stream)["input_ids"][0].tolist() for _ in range(6)
+    ]
+    assert train_windows(settings, shards, 2 * 64, 64, 4 * 64, None)[0].tolist() == made[1].tolist()
+    assert len(train_windows(settings, shards, 100, 32, 0, "copy")[2]) == 32
+    assert dataset(made)["input_ids"][0] == made[0].tolist()
+    held = open_shards(shards, "held")["code"]
+    assert all(
+        any(np.array_equal(window, held.read(int(at), 64)) for at in held.windows(64))
+        for window in held_windows(shards, 64, 2)
+    )
+    with pytest.raises(WindowsError, match="no stage 'other'"):
+        train_windows(settings, shards, 64, 64, 0, "other")
+    with pytest.raises(WindowsError, match="are no window"):
+        train_windows(settings, shards, 63, 64, 0, None)
 
 
 def test_a_round_holds_each_source_by_its_weight(shards: Path) -> None:

@@ -1,4 +1,4 @@
-"""`selfdraft train`: adapters with which a model drafts for itself."""
+"""`selfdraft train`: adapters with which a model drafts for itself, and models that are read out early."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     help="Train a model to draft for itself: bita and space leave its text as it is, cllm and space-tuned "
-    "change the weights, and say what that costs.",
+    "change the weights, and say what that costs; speed makes a looped model.",
 )
 
 
@@ -218,7 +218,7 @@ def cllm(
 ) -> None:
     from .. import options
 
-    _need_trainer()
+    need_trainer()
     from ..train.packed import NoiseConfig
 
     what = "train cllm"
@@ -277,7 +277,7 @@ def space_tuned(
     device: flags.Device = None,
     as_json: flags.Json = False,
 ) -> None:
-    _need_trainer()
+    need_trainer()
     shape = {"masks": masks, "distinct": not shared_mask, "sampler": sampler}
     times = {
         "steps": steps,
@@ -338,7 +338,7 @@ def _tuned(
 def _run_tuned(plan: TunedPlan, as_json: bool) -> None:
     from ..train.tuning import tune
 
-    about = _watched(lambda tell: tune(plan, tell), plan.out)
+    about = watched(lambda tell: tune(plan, tell), plan.out)
     if as_json:
         print(json.dumps({**about, "out": str(plan.out)}))
         return
@@ -385,7 +385,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         from .. import options
         from ..models.adapter import AdapterConfig
 
-        _need_trainer()
+        need_trainer()
         from ..train.run import Plan
         from ..train.student import Loss
         from ..train.trainer import Schedule
@@ -419,7 +419,7 @@ app.command("bita", help=BITA)(_command("bita", AdapterDefaults(masks=3, prefix=
 app.command("space", help=SPACE)(_command("space", AdapterDefaults(masks=4, prefix=0, rank=16)))
 
 
-def _need_trainer() -> None:
+def need_trainer() -> None:
     """See that what training needs is installed. Raises TrainingDataError."""
     missing = [name for name in ("accelerate", "datasets", "matplotlib") if find_spec(name) is None]
     if missing:
@@ -429,7 +429,7 @@ def _need_trainer() -> None:
 def _run(plan: Plan, as_json: bool) -> None:
     from ..train.run import run
 
-    about = _watched(lambda tell: run(plan, tell), plan.out)
+    about = watched(lambda tell: run(plan, tell), plan.out)
     if as_json:
         print(json.dumps({**about, "out": str(plan.out)}))
     else:
@@ -437,7 +437,7 @@ def _run(plan: Plan, as_json: bool) -> None:
         print(f"{plan.out}: first guesses right {first}, by mask; {about['seconds'] / 60:.0f} minutes")
 
 
-def _watched(work: Callable[[Callable[[str], None]], dict[str, Any]], out: Path) -> dict[str, Any]:
+def watched(work: Callable[[Callable[[str], None]], dict[str, Any]], out: Path) -> dict[str, Any]:
     """Do the work, telling what is done, and how to go on if it is stopped."""
     from rich.console import Console
 

@@ -61,7 +61,7 @@ def train(
     """Train, from the last checkpoint in `folder` if there is one. collate: rows into what the student takes.
     Returns the log."""
     args = _arguments(schedule, folder, student.model.device)
-    last = _last(folder)
+    last = last_checkpoint(folder)
     clock = Clock(folder, last)
     uses = schedule.steps * schedule.batch * args.world_size
     trainer = AdapterTrainer(
@@ -99,7 +99,7 @@ def batches(student: Student, schedule: Schedule) -> Batches:
     return Batches(schedule.length, schedule.anchors, student.adapter.config.masks)
 
 
-def _last(folder: Path) -> str | None:
+def last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that is whole: its state is written at the end."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -29,15 +29,21 @@ Rule = Literal["step", "average"]
 OWN = ("model_type", "architectures", "num_hidden_layers", "transformers_version", "unique_layers", "loops")
 
 
-def share(model: PreTrainedModel, unique: int, loops: int, rule: Rule = "step") -> LoopedForCausalLM:
+def share(
+    model: PreTrainedModel, unique: int, loops: int, rule: Rule = "step", intermediate: int | None = None
+) -> LoopedForCausalLM:
     """Weights of its own, in the model's dtype, on its device. A looped model of as many unique layers goes
     on with `loops` passes. What comes of an ordinary checkpoint is marked as tuned: it does not say what the
     checkpoint says.
+
+    intermediate: width of the MLPs; the weightiest neurons stay. None: all of them.
 
     Raises InvalidOption for counts below 1, ModelUnsupported for a model whose layers cannot be shared.
     """
     check(unique, loops)
     if isinstance(model, LoopedForCausalLM):
+        if intermediate is not None:
+            raise InvalidOption("intermediate: a looped model keeps the width that it has")
         return _again(model, unique, loops)
     if type(model) is not LlamaForCausalLM:
         raise ModelUnsupported(
@@ -46,12 +52,13 @@ def share(model: PreTrainedModel, unique: int, loops: int, rule: Rule = "step") 
         )
     if not all(weight.is_floating_point() for weight in model.parameters()):
         raise ModelUnsupported("quantised weights cannot be shared; load the model in a floating-point dtype")
-    looped = blank(model.config, unique, loops, model.device, model.dtype)
+    looped = blank(model.config, unique, loops, model.device, model.dtype, intermediate)
     looped.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
     looped.model.norm.load_state_dict(model.model.norm.state_dict())
     looped.lm_head.load_state_dict(model.lm_head.state_dict())
     for layer, turns in zip(looped.model.layers, sources(len(model.model.layers), unique, rule), strict=True):
-        layer.load_state_dict(_mean([model.model.layers[turn].state_dict() for turn in turns]))
+        state = _mean([model.model.layers[turn].state_dict() for turn in turns])
+        layer.load_state_dict(_narrowed(state, looped.config.intermediate_size))
     looped.generation_config = model.generation_config
     setattr(looped.config, MARK, {"method": "speed", "base": model.name_or_path})
     looped.train(False)
@@ -64,6 +71,7 @@ def blank(
     loops: int,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    intermediate: int | None = None,
 ) -> LoopedForCausalLM:
     """Fresh weights of a config's widths. Raises as `share`."""
     check(unique, loops)
@@ -71,6 +79,7 @@ def blank(
         raise ModelUnsupported(f"a looped model has layers as Llama's; {type(config).__name__} has others")
     given: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key not in (*OWN, MARK)}
     given |= {"exit_agreement": None, "dtype": None}
+    given["intermediate_size"] = _width(intermediate, config.intermediate_size)
     looped = LoopedForCausalLM(LoopedConfig(**given, unique_layers=unique, loops=loops))
     torch.nn.Module.to(looped, device)
     return recast(looped, dtype)
@@ -81,6 +90,24 @@ def recast(model: LoopedForCausalLM, dtype: torch.dtype) -> LoopedForCausalLM:
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
+
+
+def _width(asked: int | None, own: int) -> int:
+    if asked is not None and not 1 <= asked <= own:
+        raise InvalidOption(f"intermediate must be from 1 to the model's own {own}; got {asked}")
+    return own if asked is None else asked
+
+
+def _narrowed(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A layer with so many neurons of its MLP: those with the largest product of their weights' norms."""
+    into, out = ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "mlp.down_proj.weight"
+    if len(state[into[0]]) == width:
+        return state
+    weight = state[out].float().norm(dim=0)
+    for name in into:
+        weight = weight * state[name].float().norm(dim=1)
+    stay = weight.sort(descending=True, stable=True).indices[:width].sort().values
+    return {**state, **{name: state[name][stay] for name in into}, out: state[out][:, stay]}
 
 
 def sources(layers: int, unique: int, rule: Rule) -> list[list[int]]:

@@ -1,0 +1,268 @@
+"""One run that makes a looped model: from windows of text to a model folder.
+
+Like `run`, whose folder and resumption it shares: `run.json`, `checkpoints/`, and at the end an ordinary
+transformers folder with the tokenizer, a card, and `training.json`. An ordinary checkpoint is retrofitted
+(`share`) and then trained; a looped one goes on; from scratch, fresh weights of the model's widths are.
+In training weights are float32 and products bfloat16; what is saved is in the model's own dtype, and measured
+so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..bench import machine
+from ..errors import InvalidOption
+from ..models import probe
+from ..models.fingerprint import fingerprint
+from ..models.hf import MARK
+from ..models.load import load_pretrained
+from ..models.looped.decoder import LoopedForCausalLM
+from ..models.looped.retrofit import Rule, blank, recast, share
+from . import looped_card, run, windows
+from .distill import tokenizer_sha256
+from .exits import Early, Exits, Places, distribution, exit_loss, measure
+from .optimizer import muon
+from .sequences import Draws
+from .trainer import SECONDS, Clock, last_checkpoint
+
+WATCHED = 48  # held-out windows that are judged while training
+DECAY, BETAS = 0.1, (0.9, 0.95)  # as pico was trained (recipes/pico/settings.toml)
+
+
+@dataclass(frozen=True)
+class LoopedSchedule:
+    """steps: of the optimizer. batch: windows of a step. rate: learning rate of the hidden matrices (Muon);
+    outer_rate: of embeddings, head and norms (AdamW); both rise for `warmup` steps, then fall to zero on a
+    line. every: steps between checkpoints, each with an evaluation."""
+
+    steps: Annotated[int, Ge(1)] = 1000
+    batch: Annotated[int, Ge(1)] = 8
+    rate: Annotated[float, Gt(0)] = 4e-3
+    outer_rate: Annotated[float, Gt(0)] = 2e-3
+    warmup: Annotated[int, Ge(1)] = 20
+    every: Annotated[int, Ge(1)] = 200
+    seed: int = 0
+
+    def factor(self, step: int) -> float:
+        """Of the rates at a step."""
+        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / max(1, self.steps - self.warmup))
+
+
+@dataclass(frozen=True)
+class LoopedPlan:
+    """What is asked for. data, column, length: see `windows`. unique, loops: None is that of a looped model.
+    scratch: fresh weights of the model's widths. share_rule, intermediate: see `share`. early, exit_share:
+    see `exits`. teacher: a model whose distribution is learned instead of what came; "none" for no one's;
+    None is the ordinary model whose layers are taken, where they are."""
+
+    model: str
+    data: Path
+    out: Path
+    unique: int | None = None
+    loops: int | None = None
+    scratch: bool = False
+    share_rule: Rule = "step"
+    intermediate: int | None = None
+    early: Early = "same"
+    teacher: str | None = None
+    exit_share: Annotated[float, Gt(0), Le(1)] = 0.25
+    column: str = "text"
+    length: Annotated[int, Ge(2)] = 512
+    schedule: LoopedSchedule = field(default_factory=LoopedSchedule)
+    compile: bool = False
+    device: str | None = None
+
+
+def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train, measure, save; what came of it. tell: hears what is being done.
+
+    Raises ModelError, TrainingDataError, and InvalidOption for a folder of another run.
+    """
+    base, tokenizer = load_pretrained(plan.model, None, plan.device)
+    plan, model = _started(plan, base)
+    data = windows.read(
+        plan.data, tokenizer, plan.length, plan.column, probe.context(base), base.config.vocab_size
+    )
+    teacher = _teacher(plan, base)
+    settings = _asked(plan, base, tokenizer, data)
+    run.claim(plan.out, settings)
+    recast(model, torch.float32)
+    model.train()
+    size, depth = model.num_parameters(), model.config.num_hidden_layers
+    tell(f"{plan.unique} x {plan.loops}: {size:,} parameters, depth {depth}; {len(data.train):,} windows")
+    machine.reset_peak(model.device)
+    log = train(model, plan, data, teacher)
+    peak = machine.peak(model.device)
+    tell("measuring the model on held-out windows")
+    recast(model, base.dtype)
+    found = measure(model, data.held_out, plan.schedule.batch, autocast=False)
+    mark = getattr(model.config, MARK, None)
+    about: dict[str, Any] = {
+        "base": mark["base"] if mark else plan.model,
+        "parameters": size,
+        "exits": asdict(found),
+        "base_loss": None if plan.scratch else _own_loss(base, data, plan.schedule.batch),
+        "grade": "tuned" if mark else "base",
+        "seconds": log[-1][SECONDS],
+        "peak_bytes": peak,
+        "run": settings,
+    }
+    _save(plan, model, tokenizer, found)
+    told = json.dumps({**about, "log": log}, indent=1)
+    (plan.out / "training.json").write_text(told + "\n", encoding="utf-8")
+    looped_card.write(plan.out, model.config.model_type, about, machine.describe(model.device))
+    return about
+
+
+def _started(plan: LoopedPlan, base: PreTrainedModel) -> tuple[LoopedPlan, LoopedForCausalLM]:
+    """The plan with what follows from the model, and the model before training."""
+    own = base.config if isinstance(base, LoopedForCausalLM) else None
+    unique = plan.unique if plan.unique is not None else own.unique_layers if own else 2
+    loops = plan.loops if plan.loops is not None else own.loops if own else 6
+    teacher = plan.teacher or ("none" if plan.scratch or own else plan.model)
+    plan = replace(plan, unique=unique, loops=loops, teacher=teacher)
+    set_seed(plan.schedule.seed)
+    if plan.scratch:
+        return plan, blank(base.config, unique, loops, base.device, intermediate=plan.intermediate)
+    model = share(base, unique, loops, plan.share_rule, plan.intermediate)
+    before = getattr(base.config, MARK, None) or {"base": plan.model}
+    setattr(model.config, MARK, {"method": "speed", "base": before["base"]})
+    return plan, model
+
+
+def _teacher(plan: LoopedPlan, base: PreTrainedModel) -> PreTrainedModel | None:
+    """Whose distribution is learned, frozen; None: no one's. Raises InvalidOption for another vocabulary."""
+    if plan.teacher in (None, "none"):
+        return None
+    teacher = base if plan.teacher == plan.model else load_pretrained(plan.teacher, None, plan.device)[0]
+    if teacher.config.vocab_size != base.config.vocab_size:
+        raise InvalidOption(
+            f"teacher: {plan.teacher} has a vocabulary of {teacher.config.vocab_size}, the model one of "
+            f"{base.config.vocab_size}; both must have the same"
+        )
+    teacher.requires_grad_(False).eval()
+    return teacher
+
+
+def _own_loss(base: PreTrainedModel, data: windows.Windows, batch: int) -> float:
+    """Of the model that the run started from, at its full depth."""
+    looped = base if isinstance(base, LoopedForCausalLM) else share(base, base.config.num_hidden_layers, 1)
+    return measure(looped, data.held_out, batch, autocast=False).loss[-1]
+
+
+def _asked(
+    plan: LoopedPlan, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: windows.Windows
+) -> dict[str, Any]:
+    """Everything that comes of a plan depends on; windows and weights by what they are."""
+    given = json.loads(json.dumps(asdict(plan), default=str))
+    del given["out"], given["device"], given["compile"], given["column"], given["length"]
+    given["data"] = {
+        "windows": len(data.train),
+        "held_out": len(data.held_out),
+        "length": data.length,
+        "sha256": data.sha256,
+    }
+    return {**given, "fingerprint": fingerprint(base), "tokenizer": tokenizer_sha256(tokenizer)}
+
+
+def train(
+    model: LoopedForCausalLM,
+    plan: LoopedPlan,
+    data: windows.Windows,
+    teacher: PreTrainedModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, float]]:
+    """Train, from the last checkpoint in the plan's folder if there is one. Returns the log."""
+    folder, schedule = plan.out / "checkpoints", plan.schedule
+    args = _arguments(schedule, folder, model.device)
+    if args.world_size > 1:
+        raise InvalidOption("a looped model is trained by one process; start the command without a launcher")
+    last = last_checkpoint(folder)
+    clock = Clock(folder, last)
+    trainer = LoopedTrainer(
+        model,
+        plan,
+        teacher,
+        args=args,
+        train_dataset=Draws(data.train, schedule.steps * schedule.batch, schedule.seed),
+        eval_dataset=data.held_out.select(windows.spread(len(data.held_out), WATCHED)),
+        data_collator=Places(plan.exit_share),
+        callbacks=[*callbacks, clock],
+    )
+    trainer.train(resume_from_checkpoint=last)
+    return [*trainer.state.log_history, {SECONDS: clock.seconds}]
+
+
+class LoopedTrainer(Trainer):
+    """A Trainer with this loss, optimizer and schedule, whose log has loss and agreement by group."""
+
+    def __init__(
+        self, model: LoopedForCausalLM, plan: LoopedPlan, teacher: PreTrainedModel | None, **options: Any
+    ) -> None:
+        schedule = plan.schedule
+        optimizer = muon(model, schedule.rate, schedule.outer_rate, DECAY, BETAS)
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
+        super().__init__(model=model, optimizers=(optimizer, falling), **options)
+        self.model_accepts_loss_kwargs = False  # batches are equal: a plain mean is right
+        self.network, self.early, self.teacher = model, plan.early, teacher
+        self.loss = torch.compile(exit_loss, dynamic=False) if plan.compile else exit_loss
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        with torch.autocast(self.args.device.type, torch.bfloat16):
+            told = None if self.teacher is None else distribution(self.teacher, inputs["ids"])
+            return self.loss(self.network, inputs["ids"], inputs["places"], self.early, told)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        found = measure(self.network, self.eval_dataset, self.args.eval_batch_size, autocast=True)
+        figures = found.figures("eval")
+        self.log(dict(figures))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+
+def _arguments(schedule: LoopedSchedule, folder: Path, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch,
+        per_device_eval_batch_size=schedule.batch,
+        max_grad_norm=1.0,
+        logging_steps=min(20, schedule.every),
+        eval_strategy="steps",
+        eval_steps=schedule.every,
+        save_strategy="steps",
+        save_steps=schedule.every,
+        save_total_limit=2,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        remove_unused_columns=False,
+        report_to=[],
+    )
+
+
+def _save(
+    plan: LoopedPlan, model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, found: Exits
+) -> None:
+    model.config.exit_agreement = found.agreement
+    model.config.use_cache = True  # the trainer turns it off
+    model.save_pretrained(plan.out)
+    tokenizer.save_pretrained(plan.out)

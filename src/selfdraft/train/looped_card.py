@@ -1,0 +1,89 @@
+"""The card of a looped model: what it is, how good its readouts are, how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = """---
+base_model: {base}
+library_name: selfdraft
+tags: [speculative-decoding, speed, looped]
+---
+
+# {name}: {unique} layers, used {loops} times
+
+A decoder of depth {depth} with the weights of {unique} layers ({parameters:,} parameters): a token runs
+through them {loops} times, and one norm and head can read it out after every pass. {origin}
+
+```bash
+selfdraft generate "def mean(" --model {name} --method speed
+```
+
+It is a transformers folder of model type `{kind}`, whose class `selfdraft.models.looped.decoder` registers.
+
+## How good its readouts are
+
+On {tokens:,} held-out tokens; agreement is how often the likeliest token is that after the last pass:
+
+| after pass | loss, nats per token | agreement |
+|---|---|---|
+{rows}
+{compared}
+Trained for {steps:,} steps of {batch} windows of {length} tokens ({seen:,} tokens, of {windows:,} windows)
+in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}. The loss sums those
+after every pass, later ones weighing more (arXiv 2310.12072). The last one learns {aim};
+the others learn {early}, at {exit_share:.0%} of the positions. Learning rates {rate} (Muon) and
+{outer_rate} (embeddings, head, norms). Made by selfdraft {version}, torch {torch}, transformers
+{transformers}, commit {commit}. `training.json` has every option and the log.
+"""
+
+SCRATCH = """Its weights began at
+random, with the widths and the tokenizer of {base}: drafting is lossless to them (grade: lossless to the
+**base** weights)."""
+TUNED = """Its weights were made
+from those of {base} and trained: drafting is lossless to them, but they do not say what {base} says
+(grade: lossless to the **tuned** weights)."""
+EARLY = {"last": "its distribution", "same": "the same"}
+
+
+def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    """Write README.md. about: of `looped.loop`. kind: the model type."""
+    asked, exits, peak = about["run"], about["exits"], about["peak_bytes"]
+    base, schedule, data = about["base"], asked["schedule"], asked["data"]
+    text = TEMPLATE.format(
+        base=base,
+        name=folder.name,
+        kind=kind,
+        depth=asked["unique"] * asked["loops"],
+        parameters=about["parameters"],
+        origin=(SCRATCH if asked["scratch"] else TUNED).format(base=base),
+        tokens=exits["tokens"],
+        rows=_table(exits),
+        compared=_compared(Path(asked["model"]).name, about["base_loss"]),
+        seen=schedule["steps"] * schedule["batch"] * data["length"],
+        minutes=about["seconds"] / 60,
+        peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
+        aim=f"the distribution of {asked['teacher']}" if asked["teacher"] else "what came",
+        early=EARLY[asked["early"]],
+        version=machine["selfdraft"],
+        **{key: asked[key] for key in ("unique", "loops", "exit_share")},
+        **{key: schedule[key] for key in ("steps", "batch", "rate", "outer_rate")},
+        **{key: data[key] for key in ("length", "windows")},
+        **{
+            key: machine[key] for key in ("processor", "threads", "device", "torch", "transformers", "commit")
+        },
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _table(exits: Mapping[str, Any]) -> str:
+    pairs = zip(exits["loss"], exits["agreement"], strict=True)
+    return "\n".join(f"| {g} | {loss:.4f} | {same:.1%} |" for g, (loss, same) in enumerate(pairs, start=1))
+
+
+def _compared(start: str, loss: float | None) -> str:
+    return (
+        "" if loss is None else f"\n{start}, from which this run started, has a loss of {loss:.4f} there.\n"
+    )
