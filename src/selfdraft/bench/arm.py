@@ -40,12 +40,14 @@ LOOKUP = re.compile(r"lookup-([1-9]\d*)")
 @dataclass(frozen=True)
 class Answer:
     """One answer, step by step. ids: the tokens. runs: tokens of each step. rows: rows it ran, those of
-    the prompt apart. times: seconds from the request to each step's end."""
+    the prompt apart. times: seconds from the request to each step's end. part: of a forward through the whole
+    depth that a step is; a stage of a looped model is less than one."""
 
     ids: Sequence[int]
     runs: Sequence[int]
     rows: Sequence[int]
     times: Sequence[float]
+    part: float = 1.0
 
 
 class Arm(Protocol):
@@ -91,7 +93,9 @@ class Drafted:
             if len(session.runs) > len(times):  # else it read a part of the prompt
                 times.append(time.perf_counter() - started)
                 rows.append(session.rows)
-        return Answer(list(session.emitted), list(session.runs), [b - a for a, b in pairwise(rows)], times)
+        rows = [b - a for a, b in pairwise(rows)]
+        part = session.forwards / len(session.runs)
+        return Answer(list(session.emitted), list(session.runs), rows, times, part)
 
 
 @dataclass

@@ -12,7 +12,7 @@ text: how much a draft costs if nothing of it is accepted.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,19 @@ def bandwidth(device: torch.device) -> float:
 
 
 def weight_bytes(model: HfModel) -> int:
-    """Bytes of weights that a forward reads: all but an input embedding that is not the output's too."""
+    """Bytes of weights that a forward reads: all but an input embedding that is not the output's too; shared
+    layers at every pass."""
     table = model.model.get_input_embeddings().weight
     head = model.model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is table
-    total: int = sum(p.numel() * p.element_size() for p in model.model.parameters())
+    total = _bytes(model.model.parameters())
+    if model.loops is not None:
+        total += (model.loops.count - 1) * _bytes(model.model.model.layers.parameters())
     return total if tied else total - table.numel() * table.element_size()
+
+
+def _bytes(weights: Iterable[torch.Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def row_costs(model: HfModel) -> dict[str, object]:

@@ -45,6 +45,7 @@ class Record:
     times: tuple[float, ...]
     peak: int | None
     others: float | None
+    part: float = 1.0
 
     @property
     def key(self) -> Key:

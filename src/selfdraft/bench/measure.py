@@ -105,6 +105,7 @@ class Bench:
             runs=tuple(answer.runs),
             rows=tuple(answer.rows),
             times=tuple(round(at, 7) for at in answer.times),
+            part=answer.part,
             peak=machine.peak(device),
             others=machine.others(before, after),
         )

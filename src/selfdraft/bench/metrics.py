@@ -8,8 +8,9 @@ whole time, and the tokens it emitted before it.
   and that step's tokens, are apart for all arms alike. `tokens_per_second` is the tokens after it over
   the seconds after it, summed over answers.
 - Time between tokens: a step that emits k tokens is one gap of its length and k - 1 gaps of zero.
-- Tokens per forward, per step: all tokens over all steps. Per request: the mean over answers of theirs.
-  The model's own token counts in both: plain decoding has 1.
+- Tokens per forward, per step: all tokens over all forwards. Per request: the mean over answers of theirs.
+  The model's own token counts in both: plain decoding has 1. A forward is one through the whole depth: a
+  stage of a looped model counts as the part of one that it is.
 - Acceptance by depth: the share of steps that emitted more than d tokens, for d = 1, 2, ...
 - `tokens_per_second_prompt`: the median over prompts of each one's median, with its interval.
 - Ratios are paired: the speed of an arm over that of the other on the same prompt in the same repeat;
@@ -37,10 +38,15 @@ class Counted:
     runs: Sequence[int]
     rows: Sequence[int]
     times: Sequence[float]
+    part: float = 1.0
 
     @property
     def tokens(self) -> int:
         return sum(self.runs)
+
+    @property
+    def forwards(self) -> float:
+        return len(self.runs) * self.part
 
     @property
     def first(self) -> int:
@@ -73,12 +79,13 @@ class Counted:
 def count(record: Record, cut: bool) -> Counted:
     """The answer whole, or up to its first repetition."""
     if not cut:
-        return Counted(record.runs, record.rows, record.times)
+        return Counted(record.runs, record.rows, record.times, record.part)
     keep = fresh(record.ids)
     reached = list(accumulate(record.runs))
     steps = next(i for i, total in enumerate(reached, start=1) if total >= keep)
     last = record.runs[steps - 1] - (reached[steps - 1] - keep)
-    return Counted([*record.runs[: steps - 1], last], record.rows[:steps], record.times[:steps])
+    runs = [*record.runs[: steps - 1], last]
+    return Counted(runs, record.rows[:steps], record.times[:steps], record.part)
 
 
 def figures(records: Sequence[Record], cut: bool) -> dict[str, Any]:
@@ -89,9 +96,11 @@ def figures(records: Sequence[Record], cut: bool) -> dict[str, Any]:
     runs = [run for answer in answers for run in answer.runs]
     gaps = [gap for answer in answers for gap in answer.gaps]
     starts = [answer.times[answer.first] for answer in answers]
+    forwards = sum(answer.forwards for answer in answers)
+    later = sum((len(answer.runs) - 1 - answer.first) * answer.part for answer in answers)
     return {
         "tokens": sum(runs),
-        "forwards": len(runs),
+        "forwards": forwards,
         "tokens_per_second": tokens / seconds if seconds else None,
         "tokens_per_second_prompt": by_prompt(
             (record.item, answer.speed) for record, answer in zip(records, answers, strict=True)
@@ -99,11 +108,11 @@ def figures(records: Sequence[Record], cut: bool) -> dict[str, Any]:
         "decode_seconds": seconds,
         "first_token_seconds": {"p50": quantile(starts, 0.5), "p95": quantile(starts, 0.95)},
         "between_tokens_seconds": {"p50": quantile(gaps, 0.5), "p95": quantile(gaps, 0.95)},
-        "tokens_per_forward_step": sum(runs) / len(runs),
-        "tokens_per_forward_request": _mean(answer.tokens / len(answer.runs) for answer in answers),
+        "tokens_per_forward_step": sum(runs) / forwards,
+        "tokens_per_forward_request": _mean(answer.tokens / answer.forwards for answer in answers),
         "rows_per_forward": sum(sum(answer.rows) for answer in answers) / len(runs),
         "acceptance_by_depth": acceptance(runs),
-        "forwards_per_second": sum(len(a.runs) - 1 - a.first for a in answers) / seconds if seconds else None,
+        "forwards_per_second": later / seconds if seconds else None,
     }
 
 

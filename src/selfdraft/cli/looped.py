@@ -60,8 +60,8 @@ def speed(
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Whose distribution is learned instead of the tokens that came; none: no one's. Default: that "
-            "of the ordinary model whose layers are taken."
+            help="Whose distribution is learned instead of the tokens that came; none: no one's. "
+            "Default: the ordinary model whose layers are taken."
         ),
     ] = None,
     exit_share: Annotated[
