@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import cast
 
@@ -157,7 +158,7 @@ class Stage:
     positions: Tensor
     slots: Tensor
     seen: Tensor
-    places: list[int]
+    places: Tensor
 
 
 class StagedModel(HfModel):
@@ -211,56 +212,55 @@ class StagedModel(HfModel):
         flights, lanes = [flights[i] for i in order], [lanes[i] for i in order]
         pool = cast(StageLanes, lanes[0].lanes)
         loops = self.model.config.loops
-        rows = [[row for row, made in enumerate(flight.passes) if made < loops] for flight in flights]
-        stage = self._stage(flights, lanes, rows, pool)
+        spots = [_spots(flight.tree.parents, tuple(flight.passes), loops) for flight in flights]
+        stage = self._stage(flights, lanes, spots, pool)
         out = self._run_stage(stage, pool).flatten(0, 1)[stage.places]
-        parts = out.split([len(own) for own in rows])
-        for flight, own, states in zip(flights, rows, parts, strict=True):
-            if len(own) == len(flight.tree):
+        parts = out.split([len(own.rows) for own in spots])
+        for flight, own, states in zip(flights, spots, parts, strict=True):
+            if len(own.rows) == len(flight.tree):
                 flight.states = states
             else:
-                flight.states[own] = states
-            for row in own:
+                flight.states[own.rows] = states
+            for row in own.rows:
                 flight.passes[row] += 1
 
     def _stage(
         self,
         flights: Sequence[Flight],
         lanes: Sequence[StageLane],
-        rows: Sequence[Sequence[int]],
+        spots: Sequence[Spots],
         pool: StageLanes,
     ) -> Stage:
         """Lay the rows out: each in the sheet of its next pass, behind those of its session already there."""
-        loops, least = self.model.config.loops, torch.finfo(pool.dtype or self.dtype).min
-        ranks = [_ranks(flight.passes, own, loops) for flight, own in zip(flights, rows, strict=True)]
+        loops, dtype = self.model.config.loops, pool.dtype or self.dtype
         sheets = [lane.index * loops + loop for lane in lanes for loop in range(loops)]
-        most = max(max(counts) for _, counts in ranks)
+        most = max(own.most for own in spots)
         width = max(self.rows.pieces(most, b - a)[-1][1] for a, b in self._calls(len(sheets)))
-        ends = [pool.fixed + lane.length + len(f.tree) for lane, f in zip(lanes, flights, strict=True)]
+        firsts = [pool.fixed + lane.length for lane in lanes]
+        ends = [first + len(flight.tree) for first, flight in zip(firsts, flights, strict=True)]
         reach = pool.extend(max(ends) + width)
-        device = self.device
         # What carries no row writes behind the tree, and is read by nobody.
         slots = torch.tensor(ends).repeat_interleave(loops)[:, None] + torch.arange(width)
         positions = torch.zeros_like(slots)
-        seen = torch.full((len(sheets) * width, reach), least, dtype=pool.dtype or self.dtype)
-        places, at, depth = [], [], []
-        for i, (flight, lane, own, (rank, _)) in enumerate(zip(flights, lanes, rows, ranks, strict=True)):
-            first = pool.fixed + lane.length
-            mine = [
-                (i * loops + flight.passes[row]) * width + place for row, place in zip(own, rank, strict=True)
-            ]
+        seen = torch.full((len(sheets) * width, reach), torch.finfo(dtype).min, dtype=dtype)
+        every = []
+        for i, (first, own) in enumerate(zip(firsts, spots, strict=True)):
+            mine = (own.sheet + i * loops) * width + own.rank
             seen[i * loops * width : (i + 1) * loops * width, pool.fixed : max(first, 1)] = 0
-            tree = flight.tree
-            visible = tree.visible if len(own) == len(tree) else tree.visible[own]
-            seen[mine, first : first + len(tree)] = torch.zeros(()).to(seen).masked_fill(~visible, least)
-            places += mine
-            at += [first + row for row in own]
-            depth += [lane.length + tree.depth[row] for row in own]
-        slots.view(-1)[places] = torch.tensor(at)
-        positions.view(-1)[places] = torch.tensor(depth)
-        states = torch.cat([f.states[own] for f, own in zip(flights, rows, strict=True)])
-        hidden = states.new_zeros(len(sheets) * width, states.shape[-1])
-        hidden[places] = states
+            hidden_from = seen.new_zeros(own.visible.shape).masked_fill_(~own.visible, torch.finfo(dtype).min)
+            seen[mine, first : first + own.visible.shape[1]] = hidden_from
+            slots.view(-1)[mine] = own.order + first
+            positions.view(-1)[mine] = own.depth + lanes[i].length
+            every.append(mine)
+        device = self.device
+        places = (torch.cat(every) if len(every) > 1 else every[0]).to(device)
+        states = [
+            f.states if len(own.rows) == len(f.tree) else f.states[own.rows]
+            for f, own in zip(flights, spots, strict=True)
+        ]
+        together = torch.cat(states) if len(states) > 1 else states[0]
+        hidden = together.new_zeros(len(sheets) * width, together.shape[-1])
+        hidden[places] = together
         return Stage(
             sheets,
             most,
@@ -292,11 +292,35 @@ class StagedModel(HfModel):
         return list(pairwise(ends))
 
 
-def _ranks(passes: Sequence[int], rows: Sequence[int], loops: int) -> tuple[list[int], list[int]]:
-    """Of each row its place among those that have made as many passes; and how many there are of each."""
-    counts = [0] * loops
-    ranks = []
+@dataclass(frozen=True)
+class Spots:
+    """Where the rows of a session go that are under way; all but `rows` and `most` are tensors, one entry a
+    row.
+
+    rows: which rows of the tree they are, as order. sheet: the passes that each has made. rank: its place
+    among those that have made as many; most: how many such there are, at most. depth: its own in the tree.
+    visible: [rows, rows of the tree] bool."""
+
+    rows: list[int]
+    most: int
+    order: Tensor
+    sheet: Tensor
+    rank: Tensor
+    depth: Tensor
+    visible: Tensor
+
+
+@lru_cache(maxsize=1024)
+def _spots(parents: tuple[int, ...], passes: tuple[int, ...], loops: int) -> Spots:
+    """The same from step to step while nothing is flushed: so it is remembered."""
+    tree = Tree((0,) * len(parents), parents)
+    rows = [row for row, made in enumerate(passes) if made < loops]
+    counts, rank = [0] * loops, []
     for row in rows:
-        ranks.append(counts[passes[row]])
+        rank.append(counts[passes[row]])
         counts[passes[row]] += 1
-    return ranks, counts
+    order = torch.tensor(rows, dtype=torch.long)
+    sheet, depth = torch.tensor(passes)[order], torch.tensor(tree.depth)[order]
+    return Spots(
+        rows, max(counts), order, sheet, torch.tensor(rank, dtype=torch.long), depth, tree.visible[order]
+    )
