@@ -29,16 +29,18 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "git ", "cd "))]
 
 
-OWN = [line for line in commands() if "my-model" in line]  # a path of its own, from prompts to drafts
-SHORT = {  # what a test may take of it
-    "distill": ("-n", "12"),
-    "train bita": ("--steps", "2", "--batch", "2", "--length", "64", "--anchors", "8"),
-    "generate": ("-n", "12"),
-    "verify": ("-n", "8", "--seeds", "0", "--prompts", "few.jsonl"),
-    "trajectories": ("-n", "12", "--block", "4"),
-    "train cllm": ("--steps", "2", "--batch", "2", "--length", "64", "--rank", "4"),
-    "bench": ("-n", "8", "--prompts", "1", "--repeats", "1"),
-}
+OWN = [line for line in commands() if "./my-" in line]  # a path of its own, from prompts to drafts
+SHORT = [  # what a test may take of it
+    ("distill", "-n", "12"),
+    ("train bita", "--steps", "2", "--batch", "2", "--length", "64", "--anchors", "8"),
+    ("generate", "-n", "12"),
+    ("verify", "-n", "8", "--seeds", "0", "--prompts", "few.jsonl"),
+    ("trajectories", "-n", "12", "--block", "4"),
+    ("train cllm", "--steps", "2", "--batch", "2", "--length", "64", "--rank", "4"),
+    ("bench", "-n", "8", "--prompts", "1", "--repeats", "1"),
+    ("train speed", "--steps", "2", "--batch", "2", "--length", "16"),
+    ("verify", "-n", "8", "--seeds", "0", "--prompts", "few.jsonl"),
+]
 
 
 def test_readme_path_from_prompts_to_drafts(
@@ -49,8 +51,9 @@ def test_readme_path_from_prompts_to_drafts(
     rows = [json.dumps({"prompt": TEXT[i : i + 24]}) + "\n" for i in range(0, 60, 6)]
     (tmp_path / "prompts.jsonl").write_text("".join(rows))
     (tmp_path / "few.jsonl").write_text(rows[0])
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": TEXT}) + "\n" for _ in range(12)))
     assert len(OWN) == len(SHORT)
-    for line, (name, short) in zip(OWN, SHORT.items(), strict=True):
+    for line, (name, *short) in zip(OWN, SHORT, strict=True):
         words = shlex.split(line)[1:]
         assert " ".join(words).startswith(name)
         code, out, err = command(*words, *short)

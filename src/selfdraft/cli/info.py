@@ -44,7 +44,9 @@ def info(
         "passes through its layers": loaded.loops.count if loaded.loops is not None else 1,
         "numerics": loaded.numerics,
         "rows per call": [loaded.rows.least, loaded.rows.most],
-        "methods": methods.available(),
+        "methods": [
+            name for name in methods.available() if loaded.loops is not None or not methods.drafts_early(name)
+        ],
     }
     if as_json:
         print(json.dumps(facts))

@@ -58,7 +58,7 @@ def figures_table(
         table.add_row(
             result.method,
             str(result.tokens),
-            str(result.forwards),
+            f"{result.forwards:.4g}",
             f"{result.tokens_per_forward:.2f}",
             f"{result.tokens_per_second:.0f}",
             *against,

@@ -24,6 +24,11 @@ def available() -> list[str]:
     return sorted(_entries())
 
 
+def drafts_early(name: str) -> bool:
+    """Does the method of that name need a looped model, from whose early picks it drafts?"""
+    return getattr(_entries()[name].load(), "early", False)
+
+
 def create(name: str, options: Mapping[str, object] | None = None) -> Method:
     """The method of that name with its options. Raises UnknownMethod and InvalidOption."""
     if name not in _entries():
