@@ -53,6 +53,8 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 
 # Types that work, with what their configs need beyond SIZES.
 WORKING: Mapping[str, Mapping[str, Any]] = {
+    "looped_llama": {"unique_layers": 2, "loops": 2},
+    "ouro": {"unique_layers": 2, "loops": 2},
     "afmoe": MIXED,
     "apertus": {},
     "arcee": {},

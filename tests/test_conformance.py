@@ -27,6 +27,7 @@ from selfdraft.methods.bita import Bita
 from selfdraft.methods.plain import Plain
 from selfdraft.models import attention, masks
 from selfdraft.models.adapter import AdapterConfig, all_targets
+from selfdraft.models.drive import drive
 from selfdraft.models.head import Tail
 from selfdraft.models.hf import HfModel
 from selfdraft.train.student import Loss, Student, fresh
@@ -113,7 +114,7 @@ def test_trees_have_the_logits_of_the_models_own_forward(kind: str) -> None:
     model = build(kind, WORKING[kind])
     wanted = [reference(model, *case) for case in zip(HISTORIES, TREES, KEPT, strict=True)]
     text = greedy(model, HISTORIES[1])
-    wrapped = HfModel(model, "fast")
+    wrapped = drive(model, "fast")
     tolerance = 2e-5 if model.dtype == torch.float64 else 1e-4
     for got, logits in zip(ours(wrapped), wanted, strict=True):
         error = (got - logits).norm(dim=-1) / logits.norm(dim=-1)
@@ -141,7 +142,7 @@ def test_adapters_learn_and_draft(kind: str) -> None:
     """One step of training: each part of an adapter learns, its masks say the same in decoding, and a text
     drafted with it is the model's own."""
     config = AdapterConfig(masks=2, prefix=4, rank=4, sampler=8)
-    model = HfModel(build(kind, WORKING[kind]).requires_grad_(False), "fast")
+    model = drive(build(kind, WORKING[kind]).requires_grad_(False), "fast")
     plain = run(model, Plain(), HISTORIES[1], limits=Limits(NEW)).emitted
     student = Student(model, fresh(model, config), Loss())
     texts = torch.tensor([[*HISTORIES[1], *plain], [*HISTORIES[0][:21], *plain]])

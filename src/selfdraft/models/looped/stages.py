@@ -174,14 +174,18 @@ class StagedModel(HfModel):
         return cast(LoopedModel, self.model.model)
 
     def pool(self) -> Lanes:
+        if self.adapter is not None:  # its prefix differs from pass to pass; it does not run by stages
+            return super().pool()
         config = self.model.config
         return StageLanes(*self._stored(), loops=config.loops, unique=config.unique_layers)
 
     @torch.inference_mode()
     def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> HfRows:
-        lanes = cast(Sequence[StageLane], caches)
+        lanes = [lane for lane in caches if isinstance(lane, StageLane)]
         if stages is None and all(lane.flight is None for lane in lanes):
             return super().forward(trees, caches)
+        if len(lanes) < len(caches):
+            raise ModelUnsupported("stages do not go together with an adapter's mask tokens")
         loops = self.model.config.loops
         flights = [self._begin(tree, lane) for tree, lane in zip(trees, lanes, strict=True)]
         for _ in range(min(stages or loops, loops)):
@@ -194,10 +198,6 @@ class StagedModel(HfModel):
         return HfRows(self._group.readout(states), start, done)
 
     def _begin(self, tree: Tree, lane: StageLane) -> Flight:
-        if self.adapter is not None:
-            raise ModelUnsupported(
-                "stages of a looped model do not go together with an adapter's mask tokens"
-            )
         last = lane.length + max(tree.depth)
         if last >= self.context:
             raise InvalidTree(
