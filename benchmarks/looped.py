@@ -12,8 +12,8 @@ model, greedy, on prompts of a suite:
   others, with Hugging Face's `generate` beside; texts that are not plain's are counted;
 - the ceiling (G b + h) / (b + h) (arXiv 2310.12072): b is the time of one pass more of a row, h that of its
 head;
-- depth: the first model cut to 2, 3, ... passes, each read after the last of them: time of a token with speed
-  and without;
+- depth: the first model run through 2 to 6 times, whatever it was trained for, and read after the last: time
+  of a token with speed and without;
 - sessions: tokens a second of 1, 2, 4 and 8 at once, with speed and without.
 
 Arms run in turn on each prompt, after a warm-up; ratios are medians of those within a prompt. Stop whatever
@@ -63,10 +63,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--picture", type=Path)
     asked = parser.parse_args()
-    record: dict[str, Any] = {"machine": machine.describe(torch.device(asked.device or "cpu")), "models": {}}
+    record: dict[str, Any] = {"machine": machine.describe(torch.device(asked.device)), "models": {}}
     for i, name in enumerate(asked.model or ["pico-loop"]):
         model, tokenizer = load_pretrained(name, asked.dtype, asked.device)
         if not isinstance(model, LoopedForCausalLM):
@@ -123,10 +123,14 @@ def revisions(model: HfModel, prompts: Prompts, tokens: int) -> list[float]:
     for prompt in prompts:
         text = decode(model, plain, [prompt], tokens)[0][0]
         with torch.inference_mode(), model.attending(model.own_attention):
-            out = looped(torch.tensor([[*prompt, *text]]), output_hidden_states=True, use_cache=False)
+            out = looped(
+                torch.tensor([[*prompt, *text]], device=model.device),
+                output_hidden_states=True,
+                use_cache=False,
+            )
             states = [state[0, len(prompt) - 1 : -1] for state in out.hidden_states[1:]]
             picks = [looped.lm_head(looped.model.readout(state)).argmax(-1) for state in states]
-        differ += torch.tensor([(pick != picks[-1]).sum() for pick in picks])
+        differ += torch.tensor([int((pick != picks[-1]).sum()) for pick in picks])
         count += len(text)
     return [round(float(share), 4) for share in differ / count]
 
@@ -195,15 +199,15 @@ def _row(model: HfModel) -> Callable[[], Any]:
 def _timed(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
 def depths(own: LoopedForCausalLM, prompts: Prompts, tokens: int) -> dict[int, dict[str, float]]:
-    """Of the model cut to fewer passes: milliseconds a token, plain and with speed, in turn; stages a
+    """Of the model with 2 to 6 passes: milliseconds a token, plain and with speed, in turn; stages a
     token."""
-    models = {
-        g: drive(share(own, own.config.unique_layers, g)) for g in range(2, max(6, own.config.loops) + 1)
-    }
+    models = {g: drive(share(own, own.config.unique_layers, g)) for g in range(2, 7)}
     plain, speed = create("plain"), create("speed", {"spawn": 1})
     found: dict[int, dict[str, list[float]]] = {g: {"plain": [], "speed": [], "stages": []} for g in models}
     for prompt in prompts:

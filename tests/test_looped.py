@@ -151,7 +151,7 @@ def test_no_layers_and_no_passes_are_refused(name: str) -> None:
 
 
 def _saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, **changes: object) -> str:
-    ouro = not {"loops", "unique_layers", "hidden_size"} & set(changes)
+    ouro = not {"loops", "unique_layers", "hidden_size"} & set(changes) and "exit_agreement" not in changes
     tiny_looped(torch.bfloat16, ouro=ouro).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -163,6 +163,7 @@ def _saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, **changes: object
     ("changes", "error", "says"),
     [
         ({"loops": 0}, InvalidOption, "loops must be at least 1"),
+        ({"exit_agreement": [0.5, 1.0]}, InvalidOption, "exit_agreement has 2 entries for 3 loops"),
         ({"unique_layers": 3}, ModelCorrupt, "weights are missing"),
         ({"unique_layers": 1}, ModelCorrupt, "9 weights have no place in the model"),  # half would load
         ({"hidden_size": 32}, ModelCorrupt, "cannot be loaded whole"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdraft import Drafter, Engine, Limits, Method, Request, Sampler, Session, Step, Tree
+import selfdraft
+from selfdraft import Engine, Limits, Method, Request, Sampler, Session, Step, Tree, verify
 from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
 from selfdraft.generation import TextGenerator
 from selfdraft.method import Loops
@@ -20,11 +23,13 @@ from selfdraft.methods import create
 from selfdraft.methods.plain import Plain
 from selfdraft.methods.speed import Depth, Speed, SpeedDrafter
 from selfdraft.models import probe
+from selfdraft.models.adapter import AdapterConfig
 from selfdraft.models.drive import drive
 from selfdraft.models.hf import HfModel
 from selfdraft.models.looped import stages
 from selfdraft.models.looped.stages import StageLane, StageLanes, matches
 from selfdraft.session import FinishReason
+from selfdraft.train.student import fresh
 from selfdraft.verify.adversaries import Oracle, Restless
 
 from drafting import random_prompt, run
@@ -199,14 +204,100 @@ def test_each_fault_changes_a_text(looped: HfModel, fault: Any, monkeypatch: pyt
     assert [run(looped, Restless(p), *one).emitted for one, p in zip(asked, plain, strict=True)] != plain
 
 
-@pytest.mark.parametrize("fault", [not_moved, by_index, wrong_pass])
-def test_the_probe_sees_stages_that_differ(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault(monkeypatch)
-    if fault is wrong_pass:
-        with pytest.raises(ModelUnsupported, match="run by stages"):
-            drive(tiny_looped(torch.float32), "fast")
-    else:  # a chain that only grows is never rearranged
+def test_the_probe_sees_stages_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_pass(monkeypatch)
+    with pytest.raises(ModelUnsupported, match="run by stages"):
         drive(tiny_looped(torch.float32), "fast")
+
+
+@pytest.mark.parametrize("rows", probe.RANGES, ids=str)
+def test_calls_of_a_stage_keep_within_the_range_of_rows(rows: probe.RowRange) -> None:
+    model = copy.copy(drive(tiny_looped(torch.float64)))
+    assert isinstance(model, stages.StagedModel)
+    model.rows = rows
+    for loops in (2, 3, 6, 40):
+        for sessions in range(1, 14):
+            spans = model._calls(sessions * loops)
+            assert [at for span in spans for at in range(*span)] == list(range(sessions * loops))
+            for first, last in spans:
+                for start, stop in rows.pieces(2, last - first):
+                    assert rows.least <= (stop - start) * (last - first) <= rows.most
+
+
+@pytest.mark.parametrize("rows", [probe.RowRange(8, 8), probe.RowRange(4, 16)], ids=str)
+def test_more_sheets_than_a_call_may_have(looped64: HfModel, rows: probe.RowRange) -> None:
+    narrow = copy.copy(looped64)
+    narrow.rows = rows
+    asked = [(Restless(), random_prompt(9, seed), Sampler(0.8, seed=seed)) for seed in range(7)]
+    plain = [run(looped64, Plain(), *one[1:], Limits(12)).emitted for one in asked]
+    assert [session.emitted for session in together(narrow, asked, 12)] == plain
+
+
+class Deaf:
+    """Raises once when it is told of a step; sessions behind it in the list do not hear of theirs either."""
+
+    early = True
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def drafter(self, request: Request) -> Deaf:
+        return self
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return Tree.chain(tokens[-1:])
+
+    def observe(self, step: Step) -> None:
+        self.told += 1
+        if self.told == 8:
+            raise KeyError("once")
+
+
+def test_a_stage_that_was_not_heard_of_costs_time_only(looped: HfModel) -> None:
+    engine = Engine(looped)
+    deaf = Deaf()
+    engine.submit(random_prompt(5, 1), deaf, limits=Limits(20))
+    session = engine.submit(random_prompt(9, 2), Speed(spawn=1), limits=Limits(30))
+    while deaf.told < 8:
+        with contextlib.suppress(KeyError):
+            engine.step()
+    while engine.sessions:
+        engine.step()
+    assert session.emitted == run(looped, Plain(), session.prompt, limits=Limits(30)).emitted
+
+
+def test_requests_ask_of_early_drafts_what_they_ask_of_others(looped: HfModel, tokenizer: Any) -> None:
+    """Stop strings, a least length, log-probabilities; and what goes on from one that was cancelled."""
+    generator = TextGenerator(looped, tokenizer, Speed(spawn=1))
+    plain = generator.using("plain")
+    text = plain.generate("def add", max_new_tokens=24, ignore_eos=True, temperature=0.7, seed=4).text
+    for asked in ({"stop": text[9:11]}, {"min_new_tokens": 9, "logprobs": 2}, {"logprobs": 0, "n": 3}):
+        both = [
+            one.generate("def add", max_new_tokens=24, temperature=0.7, seed=4, **asked)
+            for one in (generator, plain)
+        ]
+        fast, slow = [result if isinstance(result, list) else [result] for result in both]
+        for one, other in zip(fast, slow, strict=True):
+            same = ("text", "ids", "logprobs", "finish_reason")
+            assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
+    engine = Engine(looped)
+    begun = engine.submit(random_prompt(20, 3), Speed(spawn=1), limits=Limits(40), keep=True)
+    for _ in range(15):
+        engine.step()
+    engine.cancel(begun)
+    again = engine.submit([*begun.tokens[:22], 7], Speed(spawn=1), limits=Limits(9), start=begun)
+    while engine.sessions:
+        engine.step()
+    assert again.emitted == run(looped, Plain(), again.prompt, limits=Limits(9)).emitted
+
+
+def test_verify_asks_for_flights_where_there_are_any(looped: HfModel, exact: HfModel) -> None:
+    assert "in flight" in verify._checks(Plain(), looped)
+    assert "in flight" not in verify._checks(Plain(), exact)
+    adapted = looped.adapted(fresh(looped, AdapterConfig(masks=2)))
+    assert "in flight" not in verify._checks(Plain(), adapted), "masks do not run by stages"
+    with pytest.raises(ModelUnsupported, match="load without"):
+        Engine(adapted).submit([3, 4], Speed())
 
 
 def test_logits_by_stages_are_those_of_whole_forwards(looped: HfModel, looped64: HfModel) -> None:
@@ -246,6 +337,13 @@ def test_streamed_pieces_are_the_text(looped: HfModel, tokenizer: Any) -> None:
     assert "".join(piece.text for piece in pieces) == stream.result.text
     plain = generator.using("plain").generate("def add(a, b):", max_new_tokens=24, ignore_eos=True)
     assert stream.result.ids == plain.ids
+
+
+def test_the_hook_of_generate_takes_it() -> None:
+    model, ids = tiny_looped(torch.float32), torch.tensor([random_prompt(8, 1)])
+    asked = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    own = model.generate(ids, **asked)
+    assert torch.equal(model.generate(ids, custom_generate=selfdraft.hook(method="speed"), **asked), own)
 
 
 @pytest.mark.parametrize("method", [Speed(spawn=1), Speed(spawn=1, second=True), Restless()], ids=str)
@@ -342,17 +440,17 @@ def drafter(**options: Any) -> SpeedDrafter:
     return made
 
 
-def stage(made: Drafter, picks: Sequence[int], path: Sequence[int] = (), sure: float = 9.0) -> Tree:
+def stage(made: SpeedDrafter, picks: Sequence[int], path: Sequence[int] = (), sure: float = 9.0) -> Tree:
     """Let the drafter see a stage of its tree; what it proposes next. All rows behind the path are in
     flight."""
-    tree = made.propose([7])
+    tree = made.propose([made.grown.tokens[0] if made.grown is not None else 7])
     row = path[-1] if path else -1
     top = tree.child(row, picks[row]) if path else 0
     flight = tree.below(top) if top is not None else []
     scores = torch.zeros(len(tree), 10)
     scores[range(len(tree)), list(picks)] = sure
     made.observe(Step(tree, scores, picks, path, flight))
-    return made.propose([7 if not path else picks[path[-1]]])
+    return made.propose([tree.tokens[0] if not path else picks[path[-1]]])
 
 
 def test_the_next_token_starts_at_once_and_is_flushed_where_a_pick_changes() -> None:

@@ -60,7 +60,7 @@ class Engine:
         drafts from early picks where the model does not share its layers.
         """
         self._check(prompt, references)
-        early = drafts_early(method, self.model)
+        early = check_early(method, self.model)
         if start is not None and start not in (*self.sessions, *self.kept):
             raise InvalidOption("start: a session of this engine that runs, or that ended with keep=True")
         limits, sampler = limits or Limits(), sampler or Sampler()
@@ -250,7 +250,7 @@ class Engine:
             )
 
 
-def drafts_early(method: Method, model: Model) -> bool:
+def check_early(method: Method, model: Model) -> bool:
     """Does the method draft from early picks? Raises ModelUnsupported where there can be none."""
     early: bool = getattr(method, "early", False)
     if not early:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import methods
 from .answer import Chunk, Options, Result
-from .engine import Engine, drafts_early
+from .engine import Engine, check_early
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .method import Method
 from .models import adapter_folder
@@ -71,7 +71,7 @@ class TextGenerator:
         self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
         self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
         self.eos = _end_ids(model, tokenizer)
-        drafts_early(self.method, self.model)
+        check_early(self.method, self.model)
 
     @overload
     def generate(

@@ -32,8 +32,8 @@ WEIGHT = 20.0  # tokens that the measured agreement counts for
 class Speed:
     """spawn: passes after which a token's pick starts on its way; 0: chosen by what was measured, of the
     model and on the way. revise: flush at the first disagreement; without it only the full depth decides.
-    second: keep a second proposal beside the first instead of flushing. gate: least probability of a pick
-    that starts. block: rows under way, at most."""
+    second: keep a second proposal beside the first instead of flushing. gate: least share of a pick that
+    starts in the softmax of the scores, noise included. block: rows under way, at most."""
 
     early: ClassVar[bool] = True
     spawn: Annotated[int, Ge(0)] = 0
@@ -44,7 +44,7 @@ class Speed:
 
     def drafter(self, request: Request) -> Drafter:
         assert request.loops is not None, "the engine lets no other model come so far"
-        return SpeedDrafter(self, Depth(request.loops, request.cost, self.spawn))
+        return SpeedDrafter(self, Depth(request.loops, request.cost, self.spawn), request.temperature)
 
 
 class Depth:
@@ -52,7 +52,8 @@ class Depth:
 
     Where the pick after d passes is the final one with probability a(d), the next token starts after d
     stages, or after the g > d at which the pick becomes right: d a(d) + sum of g (a(g) - a(g - 1)) stages a
-    token. A stage costs what its rows cost, about loops / d of them. The least product is taken."""
+    token. A stage is taken to cost what a forward of its rows would, about loops / d of them; it costs
+    rather less (docs/LOG.md). The least product is taken."""
 
     def __init__(self, loops: Loops, cost: Cost, fixed: int) -> None:
         self.loops, self.cost = loops.count, cost
@@ -92,11 +93,12 @@ class SpeedDrafter:
 
     options: Speed
     depth: Depth
+    temperature: float = 0.0
     grown: Tree | None = None
     heard: list[list[int]] = field(default_factory=lambda: [[]])
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        if self.grown is None:
+        if self.grown is None or self.grown.tokens[0] != tokens[-1]:  # or a stage was not heard of
             self.grown, self.heard = Tree.chain(tokens[-1:]), [[]]
         return self.grown
 
@@ -152,5 +154,5 @@ class SpeedDrafter:
         """By row, is its pick likely enough to start?"""
         if not self.options.gate:
             return [True] * len(step.tree)
-        likeliest = step.scores.softmax(-1).amax(-1)
+        likeliest = (step.scores / (self.temperature or 1.0)).softmax(-1).amax(-1)
         return (likeliest >= self.options.gate).tolist()

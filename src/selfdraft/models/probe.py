@@ -39,6 +39,7 @@ WINDOW = 5  # tokens of a window meanwhile
 LONGEST = 1024  # tokens of a window that can be probed as it is
 TEXT = 32  # rows that the probe compares
 VALUES = 200_000  # that it compares of each shape of linear layers, about
+OUTPUTS = 8192  # of one of them, at most: more are more of the same
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 20, 24, 31, 32)
 # Relative, in norm; 16-bit types: 0.2. Parts of most models round to float32 even in float64.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -237,14 +238,14 @@ def _linear_layers_keep_bits(model: HfModel, rows: RowRange) -> bool:
 def _kernel_keeps_bits(
     outputs: int, inputs: int, bias: bool, dtype: torch.dtype, device: torch.device, rows: RowRange
 ) -> bool:
-    dice = torch.Generator().manual_seed(4)
-    layer = torch.nn.Linear(inputs, outputs, bias, device, dtype)
-    for weight in layer.parameters():
-        weight.copy_(torch.randn(weight.shape, generator=dice))
+    dice, outputs = torch.Generator().manual_seed(4), min(outputs, OUTPUTS)
+    weight = torch.randn(outputs, inputs, generator=dice).to(device, dtype)
+    added = torch.randn(outputs, generator=dice).to(device, dtype) if bias else None
     for _ in range(max(2, VALUES // (outputs * rows.most))):
         some = torch.randn(rows.most, inputs, generator=dice).to(device, dtype)
-        few = torch.cat([layer(part) for part in some.split(rows.least) if len(part) == rows.least])
-        if not torch.equal(few, layer(some)[: len(few)]):
+        parts = [part for part in some.split(rows.least) if len(part) == rows.least]
+        few = torch.cat([torch.nn.functional.linear(part, weight, added) for part in parts])
+        if not torch.equal(few, torch.nn.functional.linear(some, weight, added)[: len(few)]):
             return False
     return True
 

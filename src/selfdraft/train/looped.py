@@ -101,7 +101,7 @@ def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> d
         plan.data, tokenizer, plan.length, plan.column, probe.context(base), base.config.vocab_size
     )
     teacher = _teacher(plan, base)
-    settings = _asked(plan, base, tokenizer, data)
+    settings = _asked(plan, base, teacher, tokenizer, data)
     run.claim(plan.out, settings)
     recast(model, torch.float32)
     model.train()
@@ -137,7 +137,7 @@ def _started(plan: LoopedPlan, base: PreTrainedModel) -> tuple[LoopedPlan, Loope
     unique = plan.unique if plan.unique is not None else own.unique_layers if own else 2
     loops = plan.loops if plan.loops is not None else own.loops if own else 6
     teacher = plan.teacher or ("none" if plan.scratch or own else plan.model)
-    plan = replace(plan, unique=unique, loops=loops, teacher=teacher)
+    plan = replace(plan, unique=unique, loops=loops, teacher=None if teacher == "none" else teacher)
     set_seed(plan.schedule.seed)
     if plan.scratch:
         return plan, blank(base.config, unique, loops, base.device, intermediate=plan.intermediate)
@@ -149,7 +149,7 @@ def _started(plan: LoopedPlan, base: PreTrainedModel) -> tuple[LoopedPlan, Loope
 
 def _teacher(plan: LoopedPlan, base: PreTrainedModel) -> PreTrainedModel | None:
     """Whose distribution is learned, frozen; None: no one's. Raises InvalidOption for another vocabulary."""
-    if plan.teacher in (None, "none"):
+    if plan.teacher is None:
         return None
     teacher = base if plan.teacher == plan.model else load_pretrained(plan.teacher, None, plan.device)[0]
     if teacher.config.vocab_size != base.config.vocab_size:
@@ -168,7 +168,11 @@ def _own_loss(base: PreTrainedModel, data: windows.Windows, batch: int) -> float
 
 
 def _asked(
-    plan: LoopedPlan, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: windows.Windows
+    plan: LoopedPlan,
+    base: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: windows.Windows,
 ) -> dict[str, Any]:
     """Everything that comes of a plan depends on; windows and weights by what they are."""
     given = json.loads(json.dumps(asdict(plan), default=str))
@@ -179,7 +183,9 @@ def _asked(
         "length": data.length,
         "sha256": data.sha256,
     }
-    return {**given, "fingerprint": fingerprint(base), "tokenizer": tokenizer_sha256(tokenizer)}
+    told = None if teacher is None else fingerprint(teacher)
+    weights = {"fingerprint": fingerprint(base), "teacher_fingerprint": told}
+    return {**given, **weights, "tokenizer": tokenizer_sha256(tokenizer)}
 
 
 def train(

@@ -18,7 +18,7 @@ A decoder of depth {depth} with the weights of {unique} layers ({parameters:,} p
 through them {loops} times, and one norm and head can read it out after every pass. {origin}
 
 ```bash
-selfdraft generate "def mean(" --model {name} --method speed
+{command}
 ```
 
 It is a transformers folder of model type `{kind}`, whose class `selfdraft.models.looped.decoder` registers.
@@ -45,6 +45,7 @@ random, with the widths and the tokenizer of {base}: drafting is lossless to the
 TUNED = """Its weights were made
 from those of {base} and trained: drafting is lossless to them, but they do not say what {base} says
 (grade: lossless to the **tuned** weights)."""
+SPEED = " --method speed"
 EARLY = {"last": "its distribution", "same": "the same"}
 
 
@@ -65,6 +66,7 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
         seen=schedule["steps"] * schedule["batch"] * data["length"],
         minutes=about["seconds"] / 60,
         peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
+        command=f'selfdraft generate "def mean(" --model {folder.name}' + SPEED * (asked["loops"] > 1),
         aim=f"the distribution of {asked['teacher']}" if asked["teacher"] else "what came",
         early=EARLY[asked["early"]],
         version=machine["selfdraft"],

@@ -20,8 +20,8 @@ from ..bench.journal import changes
 from ..errors import InvalidOption, TrainingDataError
 from ..models import adapter_folder
 from ..models.adapter import AdapterConfig
+from ..models.drive import drive
 from ..models.fingerprint import fingerprint
-from ..models.hf import HfModel
 from ..models.load import load_pretrained
 from . import card, shards
 from .calibration import calibrate
@@ -55,7 +55,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """
     pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
-    model = HfModel(pretrained.requires_grad_(False), "fast")
+    model = drive(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
     base = fingerprint(pretrained)
     shards.check_model(distilled.manifest, [base], model.vocab_size, tokenizer_sha256(tokenizer))

@@ -19,6 +19,7 @@ from ..bench import machine
 from ..errors import AdapterError, InvalidOption, TrainingDataError
 from ..models import adapter_folder
 from ..models.adapter import Adapter, AdapterConfig
+from ..models.drive import drive
 from ..models.fingerprint import fingerprint
 from ..models.hf import MARK, HfModel
 from ..models.load import load_pretrained
@@ -68,7 +69,7 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """
     pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
-    model = HfModel(pretrained.requires_grad_(False), "fast")
+    model = drive(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
     started = _started(plan, model)
     bases = [model] if started is None else [model, model.adapted(started).base]

@@ -139,7 +139,7 @@ def _checks(method: Method, model: HfModel) -> dict[str, Check]:
         "bushy": drafted("bushy", lambda plain: Oracle(plain, vocabulary=vocabulary)),
         "ends": ends,
     }
-    if model.loops is not None:
+    if model.loops is not None and model.adapter is None:  # masks do not run by stages
         checks["in flight"] = drafted("in flight", lambda plain: Restless(plain, vocabulary=vocabulary))
     return checks
 

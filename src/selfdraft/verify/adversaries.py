@@ -93,18 +93,18 @@ class Restless:
 
 
 @dataclass
-class Rows:
+class Draft:
     """A tree that can be changed: of each row its token, the row above it, and its early pick, if any."""
 
     tokens: list[int]
     parents: list[int]
     picks: list[int | None]
 
-    def take(self, rows: Sequence[int]) -> Rows:
+    def take(self, rows: Sequence[int]) -> Draft:
         """These rows, parents first, the root among them."""
         new = {row: i for i, row in enumerate(rows)}
         parents = [new.get(self.parents[row], -1) for row in rows]
-        return Rows([self.tokens[row] for row in rows], parents, [self.picks[row] for row in rows])
+        return Draft([self.tokens[row] for row in rows], parents, [self.picks[row] for row in rows])
 
     def below(self, top: int) -> set[int]:
         found = {top}
@@ -119,12 +119,12 @@ class RestlessDrafter:
     options: Restless
     start: int
     dice: random.Random
-    flight: Rows | None = field(default=None)
+    flight: Draft | None = field(default=None)
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         dice, known = self.dice, self.flight
         if known is None or dice.random() < 0.1:
-            known = Rows([tokens[-1]], [-1], [None])
+            known = Draft([tokens[-1]], [-1], [None])
         if len(known.tokens) > 1 and dice.random() < 0.25:
             lost = known.below(dice.randrange(1, len(known.tokens)))
             known = known.take([row for row in range(len(known.tokens)) if row not in lost])
@@ -141,10 +141,10 @@ class RestlessDrafter:
 
     def observe(self, step: Step) -> None:
         picks: list[int | None] = list(step.picks)
-        whole = Rows(list(step.tree.tokens), list(step.tree.parents), picks)
+        whole = Draft(list(step.tree.tokens), list(step.tree.parents), picks)
         self.flight = whole.take(step.flight) if step.flight else None
 
-    def _shuffled(self, rows: Rows) -> list[int]:
+    def _shuffled(self, rows: Draft) -> list[int]:
         """All rows in another order, parents first."""
         order, left = [0], set(range(1, len(rows.tokens)))
         while left:

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple
 
 from ...errors import InvalidOption, ModelUnsupported
 
@@ -54,6 +55,11 @@ class LoopedConfig(LlamaConfig):
                 raise InvalidOption(
                     f"{name} must be at least 1: a group has layers, and is run; got {count!r}"
                 )
+        known = self.exit_agreement
+        if known is not None and len(known) != self.loops:
+            raise InvalidOption(
+                f"exit_agreement has {len(known)} entries for {self.loops} loops; give one for each, or none"
+            )
         self.num_hidden_layers = self.unique_layers * self.loops
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
@@ -170,6 +176,7 @@ class LoopedModel(LoopedPreTrainedModel):
         """A state after a group as the head takes it."""
         return state if self.norms_groups else cast(Tensor, self.norm(state))
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -179,10 +186,10 @@ class LoopedModel(LoopedPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """hidden_states, where asked for: the embedding and the state after every group, before the norm."""
+        """hidden_states, where asked for: the embedding and the state after every group, before the norm.
+        Attention weights are not collected."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -226,13 +233,13 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         asked = bool(output_hidden_states) or labels is not None

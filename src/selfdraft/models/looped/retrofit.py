@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 
 from ...errors import InvalidOption, ModelUnsupported
 from ..hf import MARK
-from .decoder import LoopedConfig, LoopedForCausalLM
+from .decoder import LoopedConfig, LoopedForCausalLM, OuroConfig
 
 Rule = Literal["step", "average"]
 # What a config says about the class it is of, and what follows from other entries.
@@ -75,7 +75,7 @@ def blank(
 ) -> LoopedForCausalLM:
     """Fresh weights of a config's widths. Raises as `share`."""
     check(unique, loops)
-    if not isinstance(config, LlamaConfig):
+    if not isinstance(config, LlamaConfig) or isinstance(config, OuroConfig):
         raise ModelUnsupported(f"a looped model has layers as Llama's; {type(config).__name__} has others")
     given: dict[str, Any] = {key: value for key, value in config.to_dict().items() if key not in (*OWN, MARK)}
     given |= {"exit_agreement": None, "dtype": None}

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -286,10 +285,13 @@ class StagedModel(HfModel):
         return out
 
     def _calls(self, sheets: int) -> list[tuple[int, int]]:
-        """Spans of sheets that one call of the group can have together, as even as can be."""
-        count = -(-sheets // self.rows.together(sheets))
-        ends = [sheets * i // count for i in range(count + 1)]
-        return list(pairwise(ends))
+        """Spans of sheets that one call of the group can have together, in order."""
+        spans, at = [], 0
+        while at < sheets:
+            stop = at + self.rows.together(sheets - at)
+            spans.append((at, stop))
+            at = stop
+        return spans
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ class Spots:
 
 @lru_cache(maxsize=1024)
 def _spots(parents: tuple[int, ...], passes: tuple[int, ...], loops: int) -> Spots:
-    """The same from step to step while nothing is flushed: so it is remembered."""
+    """Follows from its arguments alone, which come again from step to step: so it is remembered."""
     tree = Tree((0,) * len(parents), parents)
     rows = [row for row, made in enumerate(passes) if made < loops]
     counts, rank = [0] * loops, []
