@@ -15,7 +15,7 @@ from selfdraft.errors import InvalidOption, ModelCorrupt, ModelUnsupported
 from selfdraft.methods.plain import Plain
 from selfdraft.models.drive import drive
 from selfdraft.models.hf import HfModel
-from selfdraft.models.load import load_pretrained
+from selfdraft.models.load import EMBEDDED, load_pretrained
 from selfdraft.models.looped.decoder import LoopedConfig, OuroForCausalLM, exit_weights
 from selfdraft.models.looped.stages import StagedModel
 from selfdraft.session import Limits
@@ -187,3 +187,19 @@ def test_one_pass_is_an_ordinary_model() -> None:
     assert type(driven) is HfModel
     assert driven.loops is None
     assert driven.vocab_size == VOCABULARY
+
+
+def test_the_embedded_model_drafts_for_itself() -> None:
+    generator = load("pico-loop", "speed")
+    plain = generator.using("plain")
+    for asked in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
+        fast = generator.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
+        slow = plain.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
+        assert fast.ids == slow.ids
+        assert fast.grade == "tuned"
+        assert fast.tokens_per_forward > slow.tokens_per_forward == 1
+    folder = EMBEDDED["pico-loop"]
+    config = generator.model.model.config
+    assert len(config.exit_agreement) == config.loops
+    assert (folder / "model.safetensors").stat().st_size < 12e6
+    assert "lossless to the **tuned** weights" in (folder / "README.md").read_text()
