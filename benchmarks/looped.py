@@ -38,7 +38,7 @@ from selfdraft.bench.arm import Drafted, Generated
 from selfdraft.methods import create
 from selfdraft.models.drive import drive
 from selfdraft.models.hf import HfModel
-from selfdraft.models.load import load_pretrained
+from selfdraft.models.load import EMBEDDED, load_pretrained
 from selfdraft.models.looped.decoder import LoopedForCausalLM
 from selfdraft.models.looped.retrofit import share
 
@@ -244,7 +244,7 @@ def beside(name: str, asked: argparse.Namespace) -> dict[str, Any]:
 
 def _loss(name: str) -> float | None:
     """Held-out, after the last pass, as `selfdraft train speed` measured it."""
-    path = Path(name) / "training.json"
+    path = Path(EMBEDDED.get(name, name)) / "training.json"
     return json.loads(path.read_text())["exits"]["loss"][-1] if path.is_file() else None
 
 
@@ -282,6 +282,7 @@ def picture(record: Mapping[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
+    left.locator_params(axis="x", integer=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
