@@ -164,11 +164,11 @@ def masks_kept(patch: pytest.MonkeyPatch) -> None:
     """Of the last row accepted the first mask token's keys and values are kept."""
     forward, keep = HfModel.forward, Lane.keep
 
-    def note(self: HfModel, trees: Sequence[Tree], lanes: Sequence[Any]) -> Any:
+    def note(self: HfModel, trees: Sequence[Tree], lanes: Sequence[Any], *rest: Any) -> Any:
         for tree, lane in zip(trees, lanes, strict=True):
             known = [row for row, token in enumerate(tree.tokens) if token >= self.vocab_size]
             lane.under = {tree.parents[row]: row for row in known}
-        return forward(self, trees, lanes)
+        return forward(self, trees, lanes, *rest)
 
     def keep_mask(self: Any, path: Sequence[int], flight: Sequence[int]) -> None:
         keep(self, [*path[:-1], self.under.get(path[-1], path[-1])], flight)
