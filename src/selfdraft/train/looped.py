@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
@@ -40,7 +39,7 @@ from .distill import tokenizer_sha256
 from .exits import Early, Exits, Places, distribution, exit_loss, measure
 from .optimizer import muon
 from .sequences import Draws
-from .trainer import SECONDS, Clock, last_checkpoint
+from .trainer import SECONDS, Clock, arguments, last_checkpoint
 
 WATCHED = 48  # held-out windows that are judged while training
 DECAY, BETAS = 0.1, (0.9, 0.95)  # as pico was trained (recipes/pico/settings.toml)
@@ -197,7 +196,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Train, from the last checkpoint in the plan's folder if there is one. Returns the log."""
     folder, schedule = plan.out / "checkpoints", plan.schedule
-    args = _arguments(schedule, folder, model.device)
+    args = arguments(schedule, folder, model.device)
     if args.world_size > 1:
         raise InvalidOption("a looped model is trained by one process; start the command without a launcher")
     last = last_checkpoint(folder)
@@ -241,28 +240,6 @@ class LoopedTrainer(Trainer):
         self.log(dict(figures))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
-
-
-def _arguments(schedule: LoopedSchedule, folder: Path, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch,
-        per_device_eval_batch_size=schedule.batch,
-        max_grad_norm=1.0,
-        logging_steps=min(20, schedule.every),
-        eval_strategy="steps",
-        eval_steps=schedule.every,
-        save_strategy="steps",
-        save_steps=schedule.every,
-        save_total_limit=2,
-        seed=schedule.seed,
-        data_seed=schedule.seed,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
-        remove_unused_columns=False,
-        report_to=[],
-    )
 
 
 def _save(

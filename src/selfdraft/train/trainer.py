@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -60,7 +60,15 @@ def train(
 ) -> list[dict[str, float]]:
     """Train, from the last checkpoint in `folder` if there is one. collate: rows into what the student takes.
     Returns the log."""
-    args = _arguments(schedule, folder, student.model.device)
+    args = arguments(
+        schedule,
+        folder,
+        student.model.device,
+        learning_rate=schedule.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(schedule.warmup * schedule.steps)),
+        label_names=["labels"],
+    )
     last = last_checkpoint(folder)
     clock = Clock(folder, last)
     uses = schedule.steps * schedule.batch * args.world_size
@@ -164,15 +172,26 @@ def _optimizer(student: Student | TunedStudent, schedule: Schedule) -> torch.opt
     return torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
 
 
-def _arguments(schedule: Schedule, folder: Path, device: torch.device) -> TrainingArguments:
+class Times(Protocol):
+    """What every schedule has; see `Schedule`."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def arguments(schedule: Times, folder: Path, device: torch.device, **more: Any) -> TrainingArguments:
+    """How all our trainings are logged, judged, kept and resumed. more: what one of them adds."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,
         per_device_train_batch_size=schedule.batch,
         per_device_eval_batch_size=schedule.batch,
-        learning_rate=schedule.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(schedule.warmup * schedule.steps)),
         max_grad_norm=1.0,
         logging_steps=min(20, schedule.every),
         eval_strategy="steps",
@@ -185,6 +204,6 @@ def _arguments(schedule: Schedule, folder: Path, device: torch.device) -> Traini
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
-        label_names=["labels"],
         report_to=[],
+        **more,
     )
