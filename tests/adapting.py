@@ -17,6 +17,7 @@ from selfdraft import Drafter, Method, Request, Step, Tree
 from selfdraft.method import free
 from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from selfdraft.models.hf import HfModel
+from selfdraft.models.naming import CACHE
 from selfdraft.verify.adversaries import Oracle
 
 LAYERS = ("q_proj", "down_proj")
@@ -52,7 +53,7 @@ def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int], told:
     """
     config, length = adapter.config, len(text)
     cache = DynamicCache()
-    model(input_ids=torch.tensor([list(text)]), past_key_values=cache)
+    model(input_ids=torch.tensor([list(text)]), **{CACHE: cache})
     tuned = copy.deepcopy(model)
     for name, part in zip(adapter.names, adapter.lora, strict=True):
         low = cast(LowRank, part)
@@ -84,7 +85,7 @@ def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int], told:
 
         tuned.get_output_embeddings().register_forward_pre_hook(tell)
     rows = adapter.masks.expand(config.masks, -1)[None]
-    out = tuned(inputs_embeds=rows, attention_mask=mask, position_ids=at.T, past_key_values=cache)
+    out = tuned(inputs_embeds=rows, attention_mask=mask, position_ids=at.T, **{CACHE: cache})
     return cast(Tensor, out.logits[0])
 
 

@@ -51,6 +51,7 @@ from .method import Method
 from .models import adapter_folder
 from .models.drive import drive
 from .models.hf import HfModel, Numerics
+from .models.naming import CACHE
 from .references import spellings
 from .sampling import Sampler
 from .session import Limits, Session
@@ -61,7 +62,7 @@ INPUTS = {
     "attention_mask",
     "position_ids",
     "cache_position",
-    "past_key_values",
+    CACHE,
     "use_cache",
     "logits_to_keep",
 }
@@ -290,7 +291,7 @@ def _refuse(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
     refused += [name for name, value in model_kwargs.items() if value is not None and name not in INPUTS]
     if (config.num_beams or 1) > 1:
         refused.append(f"num_beams={config.num_beams}")
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     if cache is not None and cache.get_seq_length() > 0:
         refused.append("a cache that is not empty")
     if refused:

@@ -35,6 +35,7 @@ from .cost import StepTimes, step_times
 from .head import Head, split
 from .layout import Layout, layout
 from .load import transformers_model
+from .naming import CACHE, cache_name
 
 Numerics = Literal["exact", "fast"]
 Grade = Literal["base", "tuned"]
@@ -77,6 +78,7 @@ class HfModel:
         filler = about.get("filler")
         self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
         self.grade: Grade = "tuned" if about else "base"
+        self.price: Mapping[str, Any] | None = about.get("price")
         self._gate = Gate()
         self._times: StepTimes | None = None
         own = self.model.config._attn_implementation
@@ -85,6 +87,7 @@ class HfModel:
             self.kinds = masks.kinds(self.model)
             self.model.set_attn_implementation(attention.NAME)
             self.vocab_size, self._base, self._head = self._split()
+            self._cache_name = cache_name(self._base.forward) or CACHE
         self._settle(numerics)
 
     @property
@@ -117,6 +120,7 @@ class HfModel:
             return self.learning(adapter)
         tuned = self._twin(merge(self.model, adapter))
         tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", adapter.lookahead(self.vocab_size)
+        tuned.price = adapter.price
         return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
 
     def learning(self, adapter: Adapter) -> HfModel:
@@ -216,8 +220,8 @@ class HfModel:
                 input_ids=laid.ids[:, start:stop],
                 position_ids=laid.positions[:, start:stop],
                 attention_mask=masks.rows(made, start, stop),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_name: cache},
             )
         return cast(Tensor, output[0])
 

@@ -20,6 +20,7 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, create_masks_for_generate
 
 from ..errors import ModelUnsupported
+from .naming import CACHE
 
 NAME = "selfdraft.rules"  # an attention implementation whose masks are the rules they are built from
 
@@ -47,8 +48,8 @@ def kinds(model: PreTrainedModel) -> Mapping[str, Kind]:
         config=config,
         inputs_embeds=torch.empty(1, 2, 0, device=model.device),
         attention_mask=None,
-        past_key_values=None,
         position_ids=None,
+        **{CACHE: None},
     )
     if made is None:  # layer types without rules; the probe tells whether they need any
         return {"": Kind(cast(Rule, causal_mask_function), None)}

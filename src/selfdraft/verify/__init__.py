@@ -34,6 +34,7 @@ from ..method import Method
 from ..methods import create
 from ..models.drive import drive
 from ..models.hf import HfModel
+from ..models.naming import CACHE
 from ..sampling import Sampler
 from ..session import Limits
 from .adversaries import Garbage, Oracle, Restless
@@ -161,8 +162,8 @@ def _noise_of(model: HfModel, text: Sequence[int]) -> float:
     whole = model.model(input_ids=ids, use_cache=False).logits[0]
     cache, alone = None, []
     for at in range(ids.shape[1]):
-        out = model.model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model.model(input_ids=ids[:, at : at + 1], use_cache=True, **{CACHE: cache})
+        cache = out[CACHE]
         alone.append(out.logits[0, -1])
     return float((whole - torch.stack(alone)).abs().max())
 

@@ -33,6 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.utils.generic import can_return_tuple
 
 from ...errors import InvalidOption, ModelUnsupported
+from ..naming import CACHE
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [lanes, rows, head size]
 
@@ -166,8 +167,8 @@ class LoopedModel(LoopedPreTrainedModel):
                 hidden,
                 attention_mask=mask,
                 position_embeddings=rotation,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{CACHE: cache},
                 **kwargs,
             )
         return cast(Tensor, self.norm(hidden)) if self.norms_groups else hidden
@@ -182,40 +183,44 @@ class LoopedModel(LoopedPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """hidden_states, where asked for: the embedding and the state after every group, before the norm.
-        Attention weights are not collected."""
+        """past_key_values: the cache, as transformers before 5.24 calls it. hidden_states, where asked for:
+        the embedding and the state after every group, before the norm. Attention weights are not
+        collected."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
         mask: Any = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         rotation = self.rotary_emb(hidden, position_ids=position_ids)
         states = [hidden]
         for loop in range(self.config.loops):
             first = loop * self.config.unique_layers
-            cache = None if past_key_values is None else Pass(past_key_values, first)
-            states.append(self.group(states[-1], mask, rotation, cache, **kwargs))
+            part = None if cache is None else Pass(cache, first)
+            states.append(self.group(states[-1], mask, rotation, part, **kwargs))
+        kept: dict[str, Any] = {CACHE: cache}
         return BaseModelOutputWithPast(
             last_hidden_state=self.readout(states[-1]),
-            past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **kept,
         )
 
 
@@ -250,8 +255,8 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states if output_hidden_states else None,
+            **{CACHE: out.get(CACHE)},
         )
 
     def _loss(self, states: Sequence[Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
