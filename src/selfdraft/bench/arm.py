@@ -52,7 +52,8 @@ class Answer:
 
 class Arm(Protocol):
     """One way to answer. drafts: is it a method of this package? grade: whose text it is, the base's or
-    that of tuned weights. plain: the arm that decodes the same weights plainly, which it is compared with."""
+    that of tuned weights. plain: the arm that decodes the same weights plainly, which it is compared with.
+    price: what tuning those weights cost, as its training measured it (`train.price`), where it is known."""
 
     @property
     def name(self) -> str: ...
@@ -62,6 +63,8 @@ class Arm(Protocol):
     def grade(self) -> str: ...
     @property
     def plain(self) -> str: ...
+    @property
+    def price(self) -> Mapping[str, Any] | None: ...
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         """At most `length` tokens that continue the prompt, of which some may stand in the references."""
 
@@ -81,6 +84,10 @@ class Drafted:
     @property
     def grade(self) -> str:
         return self.model.grade
+
+    @property
+    def price(self) -> Mapping[str, Any] | None:
+        return self.model.price
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         times: list[float] = []
@@ -134,6 +141,7 @@ class Generated:
     drafts: bool = False
     grade: str = "base"
     plain: str = PLAIN
+    price: Mapping[str, Any] | None = None
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         rounds = Rounds(self.model.device)

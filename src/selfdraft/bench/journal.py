@@ -85,11 +85,15 @@ class Journal:
 
     def save(self, name: str, value: object) -> Path:
         """Write a JSON file into the folder, whole or not at all. Raises BenchError."""
+        return self.write(name, json.dumps(value, indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file into the folder, whole or not at all. Raises BenchError."""
         path = self.folder / name
         part = path.with_suffix(".part")
         try:
             with part.open("wb", buffering=0) as file:
-                write_all(file, json.dumps(value, indent=1).encode() + b"\n")
+                write_all(file, text.encode())
             part.replace(path)
         except OSError as error:
             part.unlink(missing_ok=True)

@@ -19,6 +19,8 @@ whole time, and the tokens it emitted before it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,6 +128,24 @@ def ratios(arm: Iterable[Record], other: Mapping[Key, Record], name: str, cut: b
     return by_prompt(_paired(arm, other, name, cut))
 
 
+def ratios_by_item(
+    arm: Iterable[Record], other: Mapping[Key, Record], name: str, cut: bool
+) -> dict[str, float]:
+    """The same, prompt by prompt."""
+    return by_item(_paired(arm, other, name, cut))
+
+
+def speeds_by_item(arm: Iterable[Record], cut: bool) -> dict[str, float]:
+    """Tokens a second, prompt by prompt."""
+    return by_item((record.item, count(record, cut).speed) for record in arm)
+
+
+def texts_sha256(arm: Iterable[Record]) -> str:
+    """Of all its texts of the first repeat: two runs with the same one said the same."""
+    texts = sorted((one.item, one.turn, one.ids) for one in arm if one.repeat == 0)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 def _paired(
     arm: Iterable[Record], other: Mapping[Key, Record], name: str, cut: bool
 ) -> Iterator[tuple[str, float | None]]:
@@ -137,17 +157,26 @@ def _paired(
 
 def by_prompt(values: Iterable[tuple[str, float | None]]) -> dict[str, Any]:
     """The median over prompts of each one's median, its interval, and the 10th percentile."""
+    return spread(list(by_item(values).values()))
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """The median of one value a prompt, its interval, and the 10th percentile."""
+    return {
+        "median": median(values),
+        "interval": interval(values),
+        "p10": quantile(values, 0.1),
+        "prompts": len(values),
+    }
+
+
+def by_item(values: Iterable[tuple[str, float | None]]) -> dict[str, float]:
+    """The median of each prompt's values; prompts without any are left out."""
     own: dict[str, list[float]] = defaultdict(list)
     for item, value in values:
         if value is not None:
             own[item].append(value)
-    medians = [statistics.median(several) for several in own.values()]
-    return {
-        "median": median(medians),
-        "interval": interval(medians),
-        "p10": quantile(medians, 0.1),
-        "prompts": len(medians),
-    }
+    return {item: statistics.median(several) for item, several in own.items()}
 
 
 def identity(arm: Iterable[Record], plain: Mapping[Key, Record], name: str) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The report: every figure with what it was measured on, as one record (`report.json`) and as tables."""
+"""The report: every figure with what it was measured on, as one record (`report.json`) and as tables.
+
+`page` makes a page of the record, `compare` holds two of them against each other.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from .arm import GENERATE, PLAIN, Arm
 from .journal import Key, Record
 from .machine import QUIET
 from .measure import Bench, Work
+from .sample import sample
 
 Figures = dict[str, Any]
 
@@ -58,6 +62,7 @@ def _suite(bench: Bench, work: Work, bound: Figures) -> Figures:
         "too_long": list(work.too_long),
         "max_new_tokens": work.length,
         "arms": _arms(bench, work, {item.id for item in work.items}, bound),
+        "sample": sample(bench, work),
         "groups": {
             group: _arms(bench, work, {item.id for item in work.items if item.group == group}, bound)
             for group in groups
@@ -78,8 +83,12 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
     out: Figures = {
         "grade": arm.grade,
         "plain": arm.plain,
+        "drafts": arm.drafts,
         "answers": len(mine),
+        "price": arm.price,
         "identity": metrics.identity(mine, records, arm.plain),
+        "texts": metrics.texts_sha256(mine),
+        "prompts": _prompts(arm, mine, records),
         "repeated_share": metrics.repeated(mine),
         "peak_bytes": max((r.peak for r in mine if r.peak is not None), default=None),
     }
@@ -93,6 +102,14 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
                 figures[f"against_{label}"] = metrics.ratios(mine, records, other, cut)
         out[name] = figures
     return out
+
+
+def _prompts(arm: Arm, mine: Sequence[Record], records: Mapping[Key, Record]) -> Figures:
+    """The speed at each prompt, up to the first repetition: what two runs are compared by."""
+    return {
+        "tokens_per_second": metrics.speeds_by_item(mine, cut=True),
+        "against_plain": metrics.ratios_by_item(mine, records, arm.plain, cut=True),
+    }
 
 
 def summary(record: Figures) -> Figures:
@@ -135,8 +152,8 @@ def show(record: Figures, console: Console) -> None:
     for name, suite in record["suites"].items():
         left = f", {len(suite['too_long'])} too long for the context" if suite["too_long"] else ""
         title = f"{name}: {len(suite['asked'])} of {suite['items']} prompts{left}"
-        console.print(_table(title, SPEED, {arm: _speed(one) for arm, one in suite["arms"].items()}))
-        console.print(_table(None, STEPS, {arm: _steps(one) for arm, one in suite["arms"].items()}))
+        console.print(_table(title, SPEED, {arm: speed_cells(one) for arm, one in suite["arms"].items()}))
+        console.print(_table(None, STEPS, {arm: step_cells(one) for arm, one in suite["arms"].items()}))
         for group, arms in suite["groups"].items():
             console.print(_speeds(group, arms), style="dim", highlight=False)
     _notes(record, console)
@@ -152,7 +169,8 @@ def _table(title: str | None, headings: Sequence[str], rows: Mapping[str, Sequen
     return table
 
 
-def _speed(figures: Figures) -> list[str]:
+def speed_cells(figures: Figures) -> list[str]:
+    """What stands under SPEED."""
     cut, whole, same = figures["cut"], figures["whole"], figures["identity"]
     plain = cut.get("against_plain", {})
     low, high = plain.get("interval") or (None, None)
@@ -168,7 +186,8 @@ def _speed(figures: Figures) -> list[str]:
     ]
 
 
-def _steps(figures: Figures) -> list[str]:
+def step_cells(figures: Figures) -> list[str]:
+    """What stands under STEPS."""
     cut = figures["cut"]
     gaps = cut["between_tokens_seconds"]
     return [
@@ -201,7 +220,7 @@ def _notes(record: Figures, console: Console) -> None:
         "x generate are medians of paired ratios over prompts, decoding alone.",
         f"{run['model']}, {run['dtype']} on {where['device']} ({where['processor']}, {where['threads']} "
         f"threads), {run['numerics']} numerics, temperature {run['temperature']}, seed {run['seed']}",
-        _grades(record),
+        grades(record),
         f"T(n)/T(1): {costs}; bandwidth {bound['bandwidth'] / 1e9:.1f} GB/s",
         f"background work: {record['background']['said']}",
     ]
@@ -213,7 +232,7 @@ def _notes(record: Figures, console: Console) -> None:
         console.print(line, style="dim", highlight=False)
 
 
-def _grades(record: Figures) -> str:
+def grades(record: Figures) -> str:
     """Whose text it is."""
     arms = {name: one for suite in record["suites"].values() for name, one in suite["arms"].items()}
     tuned = sorted(name for name, one in arms.items() if one["grade"] == "tuned")

@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InvalidSuite
+from ..errors import BenchError, InvalidOption, InvalidSuite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +63,12 @@ def bench(
         Path | None,
         typer.Option(help="Folder for answers and report. Default: bench-..., named after what is run."),
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="A.json B.json", help="Measure nothing: hold two reports against each other, B over A."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="No tables; the last line is JSON anyway.")] = False,
 ) -> None:
     """Measure methods side by side, so that no method brings its own figures.
@@ -70,7 +76,8 @@ def bench(
     Plain decoding always runs: it is what the others are compared with, in text and in speed. All arms
     answer each prompt in turn, warm, --repeats times. Figures count each answer up to its first
     repetition, so that a looping model does not flatter a method; report.json has them without that
-    cut too, with every prompt's id, the machine, and what else ran on it.
+    cut too, with every prompt's id, the machine, and what else ran on it. report.html shows all of it as
+    one page, with pictures and a sample answer, for a browser, a phone or a printer.
 
     Answers are kept as they come. Stop it at any time: the same command goes on where it stopped.
 
@@ -87,12 +94,17 @@ def bench(
       selfdraft bench --suite py_edits --suite gsm8k --data DIR --method llma --method jacobi
 
       selfdraft bench -s humaneval -m llma --baseline generate --baseline lookup-10 --prompts 164
+
+      selfdraft bench --compare before/report.json after/report.json
     """
     from rich.console import Console
 
     from ..bench import report
     from ..bench.job import Job, circumstances
 
+    if compare is not None:
+        _compare(*compare, given=bool(suite or file), as_json=as_json)
+        return
     sources = _sources(suite or (), file or (), data)
     job = Job(
         model=model,
@@ -116,8 +128,40 @@ def bench(
     record = report.report(running, provenance, bound)
     path = running.journal.save("report.json", record)
     if not as_json:
-        report.show(record, Console(width=None if sys.stdout.isatty() else 120))
-    print(json.dumps({**report.summary(record), "report": str(path)}))
+        report.show(record, _out())
+    print(
+        json.dumps({**report.summary(record), "report": str(path), "page": _page(running, record, console)})
+    )
+
+
+def _out() -> Console:
+    """Where tables go."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _page(running: Bench, record: dict[str, Any], console: Console) -> str | None:
+    """Where the page is; None, and a word about it, where it cannot be made: the figures are there anyway."""
+    from ..bench.page import page
+
+    try:
+        return str(running.journal.write("report.html", page(record)))
+    except BenchError as error:
+        console.print(f"selfdraft: {error}", style="yellow", highlight=False, markup=False)
+        return None
+
+
+def _compare(a: Path, b: Path, given: bool, as_json: bool) -> None:
+    """Two reports. Raises BenchError, and InvalidOption where something is to be measured as well."""
+    from ..bench import compare
+
+    if given:
+        raise InvalidOption("--compare measures nothing: give it without --suite and --file")
+    record = compare.compare(compare.read(a), compare.read(b))
+    if not as_json:
+        compare.show(record, _out())
+    print(json.dumps(record))
 
 
 def _sources(names: Sequence[str], files: Sequence[Path], data: Path | None) -> list[Source]:

@@ -62,15 +62,16 @@ def fit(model: HfModel, method: Method, label: str, source: str | None) -> HfMod
     return model.adapted(adapter)
 
 
-def load(source: str, model: HfModel) -> Adapter:
-    """The adapter of an embedded name, a folder or a hub id, for a model, in its dtype.
+def load(source: str, model: HfModel, bound: bool = True) -> Adapter:
+    """The adapter of an embedded name, a folder or a hub id, for a model, in its dtype. bound: refuse one
+    that was trained for another base; not so where it is only to be trained on.
 
     Raises AdapterError where files are missing or damaged, or where it was trained for another base.
     """
     folder = _folder(source)
     config, about = _config(folder, source)
     base = about.get("base")
-    if base != fingerprint(model.model):
+    if bound and base != fingerprint(model.model):
         raise AdapterError(
             f"adapter {source} was trained for {about.get('base_name')!r}, whose weights these are not: "
             f"config and weights hash to {base!s:.12}..., those of {model.model.name_or_path or model.name} "
@@ -80,7 +81,7 @@ def load(source: str, model: HfModel) -> Adapter:
     layers = linear_layers(model.model, config.targets if config.rank else ())
     adapter = Adapter(config, model.width, model.read([0]), layers)
     _fill(adapter, weights, source)
-    adapter.odds = about["odds"]
+    adapter.odds, adapter.price = about["odds"], about.get("price")
     few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
     return adapter.to(model.device, few).requires_grad_(False)
 

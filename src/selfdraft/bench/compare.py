@@ -1,0 +1,140 @@
+"""Two reports against each other: what changed between two runs, prompt by prompt.
+
+Runs at different times, or on different machines, have different clocks; so arms are compared by their
+speed-up over the plain decoding of their own run, and only plain decoding itself by tokens a second. Each
+ratio is paired by prompt, B over A, over the prompts that both runs have; a difference is named only where
+the 95 % interval of its median leaves 1 out. What else differs between the runs is listed, since it may be
+the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import BenchError
+from . import metrics
+from .interval import median
+from .journal import changes
+
+Figures = dict[str, Any]
+SKIPPED = ("suites", "methods", "baselines")  # of a run: told by the table itself
+
+
+def read(path: Path) -> Figures:
+    """A report, from its file or from the folder of its run. Raises BenchError."""
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(
+            f"{file} cannot be read ({error.strerror or error}); give a report.json of `selfdraft bench`, or "
+            "its folder"
+        ) from error
+    except ValueError as error:
+        raise BenchError(f"{file} is not JSON ({error}); give a report.json of `selfdraft bench`") from error
+    try:
+        known = all("prompts" in arm for suite in record["suites"].values() for arm in suite["arms"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BenchError(f"{file} is no report of `selfdraft bench`: it has no {error}") from error
+    if not known:
+        raise BenchError(
+            f"{file} is of an older version, without figures by prompt; run its command again (finished "
+            "answers are kept, the report is made anew)"
+        )
+    return dict(record)
+
+
+def compare(a: Figures, b: Figures) -> Figures:
+    """changed: what differs between the runs, in words. suites: for each that both have, the arms that both
+    have. Raises BenchError where there is none."""
+    shared = [name for name in a["suites"] if name in b["suites"]]
+    suites = {name: _suite(a["suites"][name], b["suites"][name]) for name in shared}
+    suites = {name: found for name, found in suites.items() if found["arms"]}
+    if not suites:
+        raise BenchError(
+            f"the reports share no suite with an arm in common: {_told(a)} there, {_told(b)} here; compare "
+            "runs of the same suites and methods"
+        )
+    held, asked = ({k: v for k, v in one["run"].items() if k not in SKIPPED} for one in (a, b))
+    return {"changed": list(changes(held, asked)), "suites": suites}
+
+
+def _told(record: Figures) -> str:
+    return "; ".join(f"{name}: {', '.join(suite['arms'])}" for name, suite in record["suites"].items())
+
+
+def _suite(a: Figures, b: Figures) -> Figures:
+    both = [name for name in a["arms"] if name in b["arms"]]
+    same_prompts = set(a["asked"]) == set(b["asked"])
+    return {
+        "prompts": len(set(a["asked"]) & set(b["asked"])),
+        "only_a": len(set(a["asked"]) - set(b["asked"])),
+        "only_b": len(set(b["asked"]) - set(a["asked"])),
+        "arms": {name: _arm(name, a["arms"][name], b["arms"][name], same_prompts) for name in both},
+    }
+
+
+def _arm(name: str, a: Figures, b: Figures, same_prompts: bool) -> Figures:
+    figure = "tokens_per_second" if name == a["plain"] else "against_plain"
+    one, two = a["prompts"][figure], b["prompts"][figure]
+    ratio = metrics.spread([two[item] / one[item] for item in one if item in two])
+    return {
+        "figure": figure,
+        "values": [median(list(side.values())) for side in (one, two)],
+        "ratio": ratio,
+        "said": _said(ratio),
+        "tokens_per_second": [median(list(x["prompts"]["tokens_per_second"].values())) for x in (a, b)],
+        "tokens_per_forward_step": [side["cut"]["tokens_per_forward_step"] for side in (a, b)],
+        "same_texts": a["texts"] == b["texts"] if same_prompts else None,
+    }
+
+
+def _said(ratio: Mapping[str, Any]) -> str:
+    if ratio["interval"] is None:
+        return "too few prompts to tell"
+    low, high = ratio["interval"]
+    return "faster" if low > 1 else "slower" if high < 1 else "no difference seen"
+
+
+def show(record: Figures, console: Console) -> None:
+    """A table a suite, and what else differs between the runs."""
+    for name, suite in record["suites"].items():
+        alone = [f"{suite[key]} only in {key[-1].upper()}" for key in ("only_a", "only_b") if suite[key]]
+        title = ", ".join([f"{name}: {suite['prompts']} prompts in both", *alone])
+        table = Table("", title=title, title_justify="left")
+        for heading in ("A", "B", "B / A", "95 %", "", "tokens/s", "tokens/forward", "texts"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for arm, one in suite["arms"].items():
+            table.add_row(arm, *_cells(one))
+        console.print(table)
+    lines = [
+        "Arms are compared by their speed-up over plain decoding of their own run (x), plain decoding by "
+        "tokens a second; B / A is the median of ratios paired by prompt.",
+        *(f"differs: {line}" for line in record["changed"]),
+    ]
+    for line in lines:
+        console.print(line, style="dim", highlight=False)
+
+
+def _cells(one: Figures) -> list[str]:
+    unit = "x" if one["figure"] == "against_plain" else "/s"
+    digits = 2 if unit == "x" else 0
+    values = ["" if value is None else f"{value:.{digits}f}{unit}" for value in one["values"]]
+    ratio, bounds = one["ratio"]["median"], one["ratio"]["interval"]
+    same = {True: "the same", False: "others", None: ""}[one["same_texts"]]
+    pairs = [(one["tokens_per_second"], 0), (one["tokens_per_forward_step"], 2)]
+    told = [", ".join("" if x is None else f"{x:.{n}f}" for x in pair) for pair, n in pairs]
+    return [
+        *values,
+        "" if ratio is None else f"{ratio:.2f}",
+        "" if bounds is None else f"{bounds[0]:.2f}-{bounds[1]:.2f}",
+        one["said"],
+        *told,
+        same,
+    ]
