@@ -16,12 +16,13 @@ from transformers import TrainerCallback
 from selfdraft import Limits, groups
 from selfdraft.errors import AdapterError
 from selfdraft.methods.plain import Plain
+from selfdraft.models import adapter_folder
 from selfdraft.models.adapter import AdapterConfig
 from selfdraft.models.hf import HfModel
 from selfdraft.train import calibration, sequences, trainer
 from selfdraft.train.calibration import calibrate
 from selfdraft.train.sequences import Batches, Draws
-from selfdraft.train.student import IGNORED, Loss, Student, anchored, fresh
+from selfdraft.train.student import IGNORED, Loss, Student, anchored, fresh, started
 from selfdraft.train.trainer import Schedule, accuracies, train
 
 from conftest import tiny_llama
@@ -400,3 +401,36 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
     odds(1, 0.25, 0, 0)
     onward = [(3 + groups.FIRST * least) / (4 + least), (2 + groups.FIRST * least) / (2 + least)]
     assert found.odds[groups.ONWARD][0] == pytest.approx(onward)
+
+
+# Going on from an adapter of weights that were trained further
+
+
+def test_an_adapter_is_taken_up_for_the_next_weights(model: HfModel, tmp_path: Path) -> None:
+    before = fresh(model, WHOLE, seed=3)
+    adapter_folder.save(tmp_path, before, model, "space", "tiny", {})
+    weights = tiny_llama(torch.float64).requires_grad_(False)
+    weights.model.layers[0].mlp.up_proj.weight *= 1.01
+    later = HfModel(weights, "fast")
+    with pytest.raises(AdapterError, match="whose weights these are not"):
+        adapter_folder.load(str(tmp_path), later)
+    begun = started(str(tmp_path), later, replace(WHOLE, masks=1, rank=2))  # its own shape stays
+    assert begun is not None
+    assert begun.config.masks == WHOLE.masks
+    kept = dict(begun.named_parameters())
+    for name, part in before.named_parameters():
+        assert torch.equal(kept[name], part.bfloat16().float()), name
+        assert kept[name].requires_grad
+    unlike = dict(fresh(later, WHOLE, seed=4).named_parameters())
+    assert any(not torch.equal(kept[name], part.bfloat16().float()) for name, part in unlike.items())
+    Student(later, begun, Loss()).scores(torch.arange(12)[None], torch.tensor([[3, 5]]))
+
+
+@pytest.mark.parametrize("other", [BITA, SPACE, replace(WHOLE, gated=False, prefix=0)])
+def test_an_adapter_of_another_kind_is_not_taken_up(
+    model: HfModel, other: AdapterConfig, tmp_path: Path
+) -> None:
+    adapter_folder.save(tmp_path, fresh(model, other), model, "space", "tiny", {})
+    with pytest.raises(AdapterError, match="of another kind"):
+        started(str(tmp_path), model, WHOLE)
+    assert started(None, model, WHOLE) is None

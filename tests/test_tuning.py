@@ -546,7 +546,7 @@ def test_an_adapter_of_another_kind_is_no_start(folder: Path, data: Path, tmp_pa
     for name, config in (("gated", replace(MASKS, gated=True)), ("masks", MASKS)):
         adapter_folder.save(tmp_path / name, fresh(base, config), base, "space", str(folder), {})
         plan = TunedPlan("cllm", str(folder), data, tmp_path / "out", LORA, start=str(tmp_path / name))
-        with pytest.raises(AdapterError, match="an adapter of `selfdraft train cllm`"):
+        with pytest.raises(AdapterError, match="an adapter of another kind \\(masks, LoRA"):
             tune(replace(plan, noise=NoiseConfig()))
 
 

@@ -85,7 +85,7 @@ Share = Annotated[float, typer.Option("--data-share", help="Share of the rows to
 Start = Annotated[
     str | None,
     typer.Option(
-        help="Adapter of this kind to go on from; the data may be its own trajectories (on policy)."
+        help="Adapter of this kind to go on from, of this base or of an earlier state of it. Its shape stays."
     ),
 ]
 
@@ -272,6 +272,7 @@ def space_tuned(
     lora_rate: Annotated[float | None, typer.Option(help=TUNED_RATE)] = None,
     every: Every = 200,
     share: Share = 1.0,
+    start: Start = None,
     seed: Seed = 0,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
@@ -293,7 +294,7 @@ def space_tuned(
         shape | _lora(full, rank, target),
         {"draft": draft, "keep": keep, "weight": keep_weight, "decay": decay},
         times | {"rate": rate, "lora_rate": _rate(full, lora_rate)},
-        {"dtype": dtype, "device": device},
+        {"start": start, "dtype": dtype, "device": device},
     )
     _run_tuned(plan, as_json)
 
@@ -377,6 +378,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         rate: Rate = 1e-2,
         lora_rate: LoraRate = 5e-3,
         every: Every = 200,
+        start: Start = None,
         seed: Seed = 0,
         dtype: flags.Dtype = None,
         device: flags.Device = None,
@@ -407,6 +409,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
             options.read(AdapterConfig, shape | {"targets": tuple(target or ())}, what),
             options.read(Loss, {"kind": loss, "decay": decay}, what),
             options.read(Schedule, times | {"rate": rate, "lora_rate": lora_rate, "seed": seed}, what),
+            start,
             dtype,
             device,
         )

@@ -26,7 +26,7 @@ from ..models.load import load_pretrained
 from . import card, shards
 from .calibration import calibrate
 from .distill import tokenizer_sha256
-from .student import Loss, Student, fresh
+from .student import Loss, Student, fresh, started
 from .trainer import SECONDS, Schedule, batches, train
 
 LEAST = 4  # tokens of an answer that can be trained on
@@ -36,7 +36,8 @@ MOST = 64  # rows
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for. method: whose adapter it is. data: a folder of `selfdraft distill`."""
+    """What is asked for. method: whose adapter it is. data: a folder of `selfdraft distill`. start: an
+    adapter of this kind to go on from, see `student.started`."""
 
     method: str
     model: str
@@ -45,6 +46,7 @@ class Plan:
     config: AdapterConfig
     loss: Loss = field(default_factory=Loss)
     schedule: Schedule = field(default_factory=Schedule)
+    start: str | None = None
     dtype: str | None = None
     device: str | None = None
 
@@ -60,8 +62,11 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     base = fingerprint(pretrained)
     shards.check_model(distilled.manifest, [base], model.vocab_size, tokenizer_sha256(tokenizer))
     rows, held_out = split(distilled.rows, plan.data)
-    student = Student(model, fresh(model, plan.config, plan.schedule.seed), plan.loss)
+    begun = started(plan.start, model, plan.config)
+    student = Student(model, begun or fresh(model, plan.config, plan.schedule.seed), plan.loss)
     settings = asked(plan, distilled)
+    if begun is not None:
+        settings["start"] = machine.adapter_sha256(begun)
     claim(plan.out, settings)
     share = student.adapter.size / pretrained.num_parameters()
     tell(f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
@@ -120,6 +125,6 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
             raise InvalidOption(f"{path} is not of a training run ({error}); give another --out") from error
         if changed:
             raise InvalidOption(f"--out {out} holds another run ({'; '.join(changed)}); give another folder")
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    held["starts"].append({"argv": sys.argv, "time": started, "commit": machine.commit()})
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    held["starts"].append({"argv": sys.argv, "time": now, "commit": machine.commit()})
     path.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")

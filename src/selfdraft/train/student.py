@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..cache import Pair
 from ..errors import AdapterError
-from ..models import masks
+from ..models import adapter_folder, masks
 from ..models.adapter import Adapter, AdapterConfig, all_targets, linear_layers
 from ..models.hf import HfModel
 from ..tree import Tree
@@ -68,6 +68,27 @@ def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
             adapter.keys[layer].copy_(torch.randn_like(adapter.keys[layer]) * keys.float().std())
             adapter.values[layer].copy_(torch.randn_like(adapter.values[layer]) * values.float().std() * 0.1)
     return adapter
+
+
+def started(source: str | None, model: HfModel, config: AdapterConfig) -> Adapter | None:
+    """The adapter to go on from, if any, ready to be trained; of this base or of another one of its shapes,
+    which this one was made from, say. Raises AdapterError for one of another kind than the config."""
+    if source is None:
+        return None
+    adapter = adapter_folder.load(source, model, bound=False)
+    if _kind(adapter.config) != _kind(config):
+        raise AdapterError(
+            f"start: {source} is an adapter of another kind ({_kind(adapter.config)}) than is trained here "
+            f"({_kind(config)}); give one that the same command made"
+        )
+    return adapter.float().requires_grad_()
+
+
+def _kind(config: AdapterConfig) -> str:
+    """What an adapter consists of, in words."""
+    lora = f"LoRA {'gated to masks' if config.gated else 'on all rows'}"
+    there = {"masks": config.masks, "a prefix": config.prefix, lora: config.rank}
+    return ", ".join(name for name, count in there.items() if count)
 
 
 def anchored(text: Sequence[int], anchors: Sequence[int], group: Sequence[int]) -> Tree:

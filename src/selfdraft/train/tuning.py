@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from ..bench import machine
-from ..errors import AdapterError, InvalidOption, TrainingDataError
+from ..errors import InvalidOption, TrainingDataError
 from ..models import adapter_folder
 from ..models.adapter import Adapter, AdapterConfig
 from ..models.drive import drive
@@ -30,7 +30,7 @@ from .distill import tokenizer_sha256
 from .packed import Masked, NoiseConfig, Noisy
 from .price import price
 from .sequences import Batches
-from .student import Loss, Student, fresh
+from .student import Loss, Student, fresh, started
 from .trainer import SECONDS, Collate, Schedule, train
 from .trajectories import convergence, watch
 from .tuned import TunedLoss, TunedStudent
@@ -71,12 +71,14 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
     model = drive(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
-    started = _started(plan, model)
-    bases = [model] if started is None else [model, model.adapted(started).base]
+    if plan.start is not None and plan.full:
+        raise InvalidOption("start: an adapter to go on from goes with LoRA, not with all weights")
+    begun = started(plan.start, model, plan.config)
+    bases = [model] if begun is None else [model, model.adapted(begun).base]
     prints = [fingerprint(one.model) for one in bases]
     shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
-    plan = _filled(plan, tokenizer, model.vocab_size, distilled.manifest, started)
-    adapter = started or fresh(model, plan.config, plan.schedule.seed)
+    plan = _filled(plan, tokenizer, model.vocab_size, distilled.manifest, begun)
+    adapter = begun or fresh(model, plan.config, plan.schedule.seed)
     limits = Limits(LONGEST, frozenset(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
     rows, held_out = run.split(rows, plan.data)
@@ -89,8 +91,8 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
         )
     student = TunedStudent(model, adapter, plan.loss, plan.full)
     asked = run.asked(plan, distilled)
-    if started is not None:
-        asked["start"] = machine.adapter_sha256(started)
+    if begun is not None:
+        asked["start"] = machine.adapter_sha256(begun)
     run.claim(plan.out, asked)
     trained = sum(part.numel() for part in student.parameters())
     share = trained / pretrained.num_parameters()
@@ -125,27 +127,13 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     return about
 
 
-def _started(plan: TunedPlan, model: HfModel) -> Adapter | None:
-    """The adapter to go on from, if any. Raises AdapterError for one of another kind."""
-    if plan.start is None:
-        return None
-    if plan.full:
-        raise InvalidOption("start: an adapter to go on from goes with LoRA, not with all weights")
-    adapter = adapter_folder.load(plan.start, model)
-    if adapter.config.gated or adapter.config.masks:
-        raise AdapterError(
-            f"start: {plan.start} is not an adapter of `selfdraft train cllm`; give one that is"
-        )
-    return adapter.float().requires_grad_()
-
-
 def _filled(
-    plan: TunedPlan, tokenizer: Any, vocabulary: int, manifest: Mapping[str, Any], started: Adapter | None
+    plan: TunedPlan, tokenizer: Any, vocabulary: int, manifest: Mapping[str, Any], begun: Adapter | None
 ) -> TunedPlan:
     """The plan with the shape of the adapter that it goes on from, and the id of its filler, if it wants one:
     the token that begins a text or pads it, which no text has inside. Raises InvalidOption where there is
     none."""
-    config = plan.config if started is None else started.config
+    config = plan.config if begun is None else begun.config
     filler = None
     if plan.noise is not None and plan.unknown == "filler":
         ends = manifest["asked"]["eos"]
@@ -158,8 +146,8 @@ def _filled(
             )
         filler = rare[0]
     config = replace(config, filler=filler)
-    if started is not None:
-        started.config, started.odds = config, {}
+    if begun is not None:
+        begun.config, begun.odds = config, {}
     noise = None if plan.noise is None else replace(plan.noise, filler=filler)
     return replace(plan, config=config, loss=replace(plan.loss, filler=filler), noise=noise)
 
