@@ -370,7 +370,10 @@ def test_from_texts_to_a_looped_model(command: Run, folder: Path, texts: Path, t
     assert isinstance(model, LoopedForCausalLM)
     assert model.dtype == torch.bfloat16
     assert model.config.exit_agreement == about["exits"]["agreement"]
-    assert getattr(model.config, MARK) == {"method": "speed", "base": str(folder)}
+    losses = [about["teacher_loss"], about["exits"]["loss"][-1]]
+    price = {"tokens": about["exits"]["tokens"], "loss": losses, "agreement": None, "repeated": None}
+    assert getattr(model.config, MARK) == {"method": "speed", "base": str(folder), "price": price}
+    assert about["teacher_loss"] == about["base_loss"] != losses[1]
     auto = AutoModelForCausalLM.from_pretrained(out)
     assert fingerprint(auto) == fingerprint(model)
     ids = tokenizer("def add(", return_tensors="pt")["input_ids"]
@@ -391,6 +394,19 @@ def test_from_texts_to_a_looped_model(command: Run, folder: Path, texts: Path, t
     code, _, err = speed(command, folder, texts, out, "--teacher", str(folder), "--rate", "0.1")
     assert code == 2
     assert "holds another run" in err
+
+    more = tmp_path / "more"  # the loss that counts is that of the teacher, not of what it goes on from
+    words = ("--model", str(out), "--data", str(texts), "--out", str(more), "--teacher", str(folder))
+    code, said, err = command("train", "speed", *words, *SMALL[:-4], "--json")
+    assert code == 0, err
+    told = json.loads(said.splitlines()[-1])
+    assert told["teacher_loss"] == about["teacher_loss"]
+    assert told["base_loss"] == pytest.approx(about["exits"]["loss"][-1], rel=1e-4)
+    assert getattr(load_pretrained(str(more))[0].config, MARK)["price"]["loss"][0] == told["teacher_loss"]
+    assert (
+        f"{folder.name}, from which it learns, has {told['teacher_loss']:.4f}"
+        in (more / "README.md").read_text()
+    )
 
 
 def test_a_looped_model_goes_on_and_scratch_is_not_tuned(

@@ -113,11 +113,18 @@ def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> d
     recast(model, base.dtype)
     found = measure(model, data.held_out, plan.schedule.batch, autocast=False)
     mark = getattr(model.config, MARK, None)
+    own_loss = None if plan.scratch else _own_loss(base, data, plan.schedule.batch)
+    told_loss = own_loss
+    if teacher is not None and teacher is not base:
+        told_loss = _own_loss(teacher, data, plan.schedule.batch)
+    if mark and teacher is not None:
+        setattr(model.config, MARK, {**mark, "price": _price(told_loss, found)})
     about: dict[str, Any] = {
         "base": mark["base"] if mark else plan.model,
         "parameters": size,
         "exits": asdict(found),
-        "base_loss": None if plan.scratch else _own_loss(base, data, plan.schedule.batch),
+        "base_loss": own_loss,
+        "teacher_loss": None if teacher is None else told_loss,
         "grade": "tuned" if mark else "base",
         "seconds": log[-1][SECONDS],
         "peak_bytes": peak,
@@ -158,6 +165,12 @@ def _teacher(plan: LoopedPlan, base: PreTrainedModel) -> PreTrainedModel | None:
         )
     teacher.requires_grad_(False).eval()
     return teacher
+
+
+def _price(loss: float | None, found: Exits) -> dict[str, Any]:
+    """What it costs to say what this model says instead of what its teacher says, as `train.price` puts it;
+    of the held-out windows only the losses are known."""
+    return {"tokens": found.tokens, "loss": [loss, found.loss[-1]], "agreement": None, "repeated": None}
 
 
 def _own_loss(base: PreTrainedModel, data: windows.Windows, batch: int) -> float:

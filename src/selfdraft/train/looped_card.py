@@ -62,7 +62,7 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
         origin=(SCRATCH if asked["scratch"] else TUNED).format(base=base),
         tokens=exits["tokens"],
         rows=_table(exits),
-        compared=_compared(Path(asked["model"]).name, about["base_loss"]),
+        compared=_compared(asked, about),
         seen=schedule["steps"] * schedule["batch"] * data["length"],
         minutes=about["seconds"] / 60,
         peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
@@ -85,7 +85,13 @@ def _table(exits: Mapping[str, Any]) -> str:
     return "\n".join(f"| {g} | {loss:.4f} | {same:.1%} |" for g, (loss, same) in enumerate(pairs, start=1))
 
 
-def _compared(start: str, loss: float | None) -> str:
-    return (
-        "" if loss is None else f"\n{start}, from which this run started, has a loss of {loss:.4f} there.\n"
-    )
+def _compared(asked: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """The losses there of the model that the run started from, and of the one it learns from, if another."""
+    lines = ""
+    if about["base_loss"] is not None:
+        start = Path(asked["model"]).name
+        lines += f"\n{start}, from which this run started, has a loss of {about['base_loss']:.4f} there.\n"
+    if about["teacher_loss"] is not None and asked["teacher"] != asked["model"]:
+        teacher = Path(asked["teacher"]).name
+        lines += f"\n{teacher}, from which it learns, has {about['teacher_loss']:.4f}.\n"
+    return lines
