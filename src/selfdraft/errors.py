@@ -13,6 +13,8 @@ SelfdraftError
 ├── AdapterError         an adapter that is missing, damaged, or of another model
 ├── InvalidSuite         a benchmark set that is unknown, out of reach, or has a row without a field
 ├── BenchError           a benchmark run that cannot be kept: another run's folder, a full disk
+│   ├── PeerUnavailable  another engine that is not installed, or cannot run the model
+│   └── PeerFailed       another engine whose process died or answered nonsense
 └── TrainingDataError    data that cannot be used or kept: missing columns, damaged, of another model
 
 Broken invariants of our own are assertions, not members of this tree.
@@ -69,6 +71,14 @@ class InvalidSuite(SelfdraftError, ValueError):
 
 class BenchError(SelfdraftError):
     """A benchmark run cannot be written or continued."""
+
+
+class PeerUnavailable(BenchError):
+    """Another engine is not installed where it is looked for, or cannot run the model."""
+
+
+class PeerFailed(BenchError):
+    """Another engine's process died, or answered what is no answer."""
 
 
 class TrainingDataError(SelfdraftError, ValueError):

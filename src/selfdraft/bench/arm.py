@@ -35,19 +35,26 @@ from ..session import Limits, first_end
 PLAIN = "plain"  # the method that the others are compared with
 GENERATE = "generate"  # the baseline they are compared with
 LOOKUP = re.compile(r"lookup-([1-9]\d*)")
+PEERS = {  # engines of their own, each with its word for prompt lookup
+    "llamacpp": re.compile(r"llamacpp(?:-lookup-([1-9]\d*))?"),
+    "vllm": re.compile(r"vllm(?:-ngram-([1-9]\d*))?"),
+}
 
 
 @dataclass(frozen=True)
 class Answer:
     """One answer, step by step. ids: the tokens. runs: tokens of each step. rows: rows it ran, those of
     the prompt apart. times: seconds from the request to each step's end. part: of a forward through the whole
-    depth that a step is; a stage of a looped model is less than one."""
+    depth that a step is; a stage of a looped model is less than one. Where another process answers: peak,
+    most bytes it held, and spent, processor seconds it took."""
 
     ids: Sequence[int]
     runs: Sequence[int]
     rows: Sequence[int]
     times: Sequence[float]
     part: float = 1.0
+    peak: int | None = None
+    spent: float = 0.0
 
 
 class Arm(Protocol):
@@ -227,17 +234,30 @@ def method(name: str) -> Method:
 
 
 def lookups(names: Sequence[str]) -> dict[str, int]:
-    """Baselines by name -> tokens of prompt lookup. Raises InvalidOption for a name that is none."""
+    """Baselines of transformers by name -> tokens of prompt lookup; peers are left out. Raises InvalidOption
+    for a name that is none of both."""
     found = {}
     _check_distinct(names)
-    for name in names:
+    others = peers(names)
+    for name in (name for name in names if name not in others):
         match = LOOKUP.fullmatch(name)
         if name != GENERATE and match is None:
             raise InvalidOption(
                 f"no baseline {name!r}; there are {GENERATE} (Hugging Face, cached) and lookup-5, lookup-10, "
-                "lookup-20 (the same with prompt lookup of so many tokens); plain always runs"
+                "lookup-20 (the same with prompt lookup of so many tokens), llamacpp, llamacpp-lookup-10, "
+                "vllm, vllm-ngram-10 (other engines, without and with theirs); plain always runs"
             )
         found[name] = int(match[1]) if match else 0
+    return found
+
+
+def peers(names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Those of the baselines that other engines answer -> the engine, and its tokens of lookup or 0."""
+    found = {}
+    for name in names:
+        for engine, spelling in PEERS.items():
+            if match := spelling.fullmatch(name):
+                found[name] = engine, int(match[1] or 0)
     return found
 
 

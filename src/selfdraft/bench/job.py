@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from ..generation import TextGenerator, load
 from ..models.hf import Numerics
 from ..models.load import load_pretrained
 from ..sampling import Sampler
-from . import bound, machine
-from .arm import Arm, Drafted, Generated, drafted, lookups, method
+from . import bound, machine, peer
+from .arm import Arm, Drafted, Generated, drafted, lookups, method, peers
 from .journal import Journal
 from .measure import Bench, Work, plan
 from .source import Source
@@ -26,12 +26,14 @@ from .source import Source
 @dataclass(frozen=True)
 class Job:
     """What is asked for. methods: names, with options as in `llma:block=10`; plain is always measured.
-    baselines: see `arm.lookups`. prompts: of each suite, at most. repeats: answers to each prompt.
+    baselines: see `arm.lookups` and `arm.peers`. peer_python: the interpreter of a peer's engine, where it is
+    not this one. prompts: of each suite, at most. repeats: answers to each prompt.
     max_new_tokens: None is the suite's own. Raises InvalidOption and UnknownMethod."""
 
     model: str = "pico"
     methods: Sequence[str] = ("llma",)
     baselines: Sequence[str] = ("generate",)
+    peer_python: Mapping[str, str] = field(default_factory=dict)
     prompts: int = 100
     repeats: int = 3
     max_new_tokens: int | None = None
@@ -49,15 +51,21 @@ class Job:
         for name in self.methods:
             method(name)
         lookups(self.baselines)
+        peer.check_asked(peers(self.baselines), self.peer_python, self.temperature)
 
     def prepare(self, sources: Sequence[Source], out: Path | None = None) -> Bench:
         """The bench, ready to run; out: its folder, by default named after what is run."""
         sampler = Sampler(self.temperature, seed=self.seed)
         generator = load(self.model, dtype=self.dtype, device=self.device, numerics=self.numerics)
+        others = peers(self.baselines)
+        peer.check_model(others, self.model, generator)
+        versions = peer.versions(others, self.peer_python)
         arms = [*drafted(self.methods, generator, sampler), *self._generated(generator, sampler)]
         works = [plan(source, generator, self.prompts, self.max_new_tokens) for source in sources]
-        run = self._run(generator, arms, works)
+        run = self._run(generator, arms, works) | ({"peers": versions} if versions else {})
         journal = Journal(out or Path(f"bench-{_digest(run)[:8]}"), run)
+        context = max((work.context for work in works), default=0)
+        arms += peer.arms(others, self.peer_python, self.model, generator, context, journal.folder)
         return Bench(generator, arms, works, self.repeats, journal)
 
     def _generated(self, generator: TextGenerator, sampler: Sampler) -> list[Arm]:
@@ -83,7 +91,7 @@ class Job:
             "temperature": self.temperature,
             "seed": self.seed,
             "methods": [arm.name for arm in arms if arm.drafts],
-            "baselines": [arm.name for arm in arms if not arm.drafts],
+            "baselines": list(self.baselines),
             "adapters": {
                 arm.name: machine.adapter_sha256(arm.model.adapter)
                 for arm in arms

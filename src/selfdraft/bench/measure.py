@@ -11,15 +11,17 @@ text for all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ..errors import InvalidSuite
 from ..generation import TextGenerator
 from ..text import Detokenizer
 from . import machine
-from .arm import PLAIN, Arm
+from .arm import PLAIN, Answer, Arm
 from .journal import Journal, Key, Record
+from .peer import Peer
 from .source import Source
 from .suite import Item
 
@@ -30,13 +32,15 @@ JOIN = "\n\n"  # between an answer and the next turn
 @dataclass(frozen=True)
 class Work:
     """The prompts of one suite that are asked, and the length of answers. too_long: ids left out because
-    they do not fit the model's context. total: items the suite has."""
+    they do not fit the model's context. total: items the suite has. context: most tokens that an item's
+    turns and answers have together."""
 
     source: Source
     items: Sequence[Item]
     length: int
     total: int
     too_long: Sequence[str]
+    context: int
 
     @property
     def name(self) -> str:
@@ -60,11 +64,16 @@ class Bench:
         return turns * len(self.arms) * self.repeats
 
     def run(self, tell: Callable[[Key], None] = lambda key: None) -> None:
-        """Answer what has no answer yet. `tell` hears of each answer, between two of them."""
-        for repeat in range(self.repeats):
-            for work in self.works:
-                for index, item in enumerate(work.items):
-                    self._item(work, item, repeat, index, tell)
+        """Answer what has no answer yet. `tell` hears of each answer, between two of them. However it ends,
+        the processes of peers end with it."""
+        with ExitStack() as stack:
+            for arm in self.arms:
+                if isinstance(arm, Peer):
+                    stack.callback(arm.close)
+            for repeat in range(self.repeats):
+                for work in self.works:
+                    for index, item in enumerate(work.items):
+                        self._item(work, item, repeat, index, tell)
 
     def _item(self, work: Work, item: Item, repeat: int, index: int, tell: Callable[[Key], None]) -> None:
         first = (repeat + index) % len(self.arms)
@@ -106,8 +115,8 @@ class Bench:
             rows=tuple(answer.rows),
             times=tuple(round(at, 7) for at in answer.times),
             part=answer.part,
-            peak=machine.peak(device),
-            others=machine.others(before, after),
+            peak=machine.peak(device) if answer.peak is None else answer.peak,
+            others=_background(before, after, answer),
         )
 
     def _warm(self, work: Work) -> None:
@@ -121,10 +130,17 @@ class Bench:
             arm.answer(prompt, references, min(WARM, work.length))
 
 
+def _background(before: machine.Clock | None, after: machine.Clock | None, answer: Answer) -> float | None:
+    """Processor seconds of others, less those of a peer that answered."""
+    spent = machine.others(before, after)
+    return None if spent is None else max(0.0, round(spent - answer.spent, 2))
+
+
 def plan(source: Source, generator: TextGenerator, prompts: int, length: int | None) -> Work:
     """The suite's prompts that fit the context; of those, `prompts` spread evenly over the set."""
     length = length or source.suite.max_new_tokens
-    fitting = list(_fitting(source.items, generator, length))
+    needs = {item.id: _need(item, generator, length) for item in source.items}
+    fitting = [item for item in source.items if needs[item.id] <= generator.model.context]
     if not fitting:
         raise InvalidSuite(
             f"suite {source.suite.name!r}: no prompt leaves room for answers of {length} tokens in the "
@@ -135,12 +151,10 @@ def plan(source: Source, generator: TextGenerator, prompts: int, length: int | N
     )
     stay = {item.id for item in fitting}
     too_long = [item.id for item in source.items if item.id not in stay]
-    return Work(source, chosen, length, len(source.items), too_long)
+    context = max(needs[item.id] for item in chosen)
+    return Work(source, chosen, length, len(source.items), too_long, context)
 
 
-def _fitting(items: Sequence[Item], generator: TextGenerator, length: int) -> Iterator[Item]:
-    """Items whose turns and answers fit the context together; joins may cost a token or two each."""
-    for item in items:
-        need = sum(len(generator.encode(turn)) + length + 4 for turn in item.turns)
-        if need <= generator.model.context:
-            yield item
+def _need(item: Item, generator: TextGenerator, length: int) -> int:
+    """Tokens of its turns and answers together; joins may cost a token or two each."""
+    return sum(len(generator.encode(turn)) + length + 4 for turn in item.turns)

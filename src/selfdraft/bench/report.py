@@ -16,6 +16,7 @@ from .arm import GENERATE, PLAIN, Arm
 from .journal import Key, Record
 from .machine import QUIET
 from .measure import Bench, Work
+from .peer import Peer
 from .sample import sample
 
 Figures = dict[str, Any]
@@ -74,7 +75,9 @@ def _arms(bench: Bench, work: Work, items: set[str], bound: Figures) -> Figures:
     own = {k: r for k, r in bench.journal.records.items() if k.suite == work.name and k.item in items}
     greedy = bench.journal.run["temperature"] == 0
     return {
-        arm.name: _arm(arm, own, bound) | {"identity_expected": greedy or arm.drafts} for arm in bench.arms
+        arm.name: _arm(arm, own, bound)
+        | {"identity_expected": arm.drafts or (greedy and not isinstance(arm, Peer))}  # kernels of their own
+        for arm in bench.arms
     }
 
 

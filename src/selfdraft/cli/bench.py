@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,15 @@ def bench(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate, lookup-5, lookup-10, lookup-20, or none; repeatable. Default: generate."
+            help="generate, lookup-5, lookup-10, lookup-20, or none; other engines: llamacpp, "
+            "llamacpp-lookup-10, vllm, vllm-ngram-10; repeatable. Default: generate."
+        ),
+    ] = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="The interpreter that has llamacpp or vllm; repeatable. Default: this one.",
         ),
     ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts a suite, spread evenly over it.")] = 100,
@@ -110,6 +119,7 @@ def bench(
         model=model,
         methods=method or ["llma"],
         baselines=[] if baseline == [NONE] else baseline or ["generate"],
+        peer_python=_interpreters(peer_python or ()),
         prompts=prompts,
         repeats=repeats,
         max_new_tokens=max_new_tokens,
@@ -162,6 +172,17 @@ def _compare(a: Path, b: Path, given: bool, as_json: bool) -> None:
     if not as_json:
         compare.show(record, _out())
     print(json.dumps(record))
+
+
+def _interpreters(given: Sequence[str]) -> dict[str, str]:
+    """The interpreters of peers, by engine. Raises InvalidOption."""
+    found = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not path or name in found:
+            raise InvalidOption(f"--peer-python takes NAME=PATH, once a name; got {one!r}")
+        found[name] = os.path.expanduser(path)
+    return found
 
 
 def _sources(names: Sequence[str], files: Sequence[Path], data: Path | None) -> list[Source]:

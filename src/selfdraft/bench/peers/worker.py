@@ -1,0 +1,132 @@
+"""A peer's process: an engine of another house, asked in JSON lines.
+
+    python worker.py ENGINE.py [SETTINGS]
+
+The first line out is {"ready": versions}, once the engine is imported and, with SETTINGS, has loaded the
+model; or {"missing": what} where it is not installed. Then each line in, {"prompt": ids, "length": n,
+"eos": ids}, is answered by one line out: ids, up to and including one that ends the text; runs, tokens of
+each step that emitted; rows, those it ran since the last one, the prompt's apart; times, seconds from the
+request to each step's end; peak, most bytes held meanwhile; spent, processor seconds.
+
+ENGINE.py has `versions()` and `Engine(settings)`, whose `steps(prompt, length, eos)` gives pairs: new
+tokens, and the rows run for them since the pair before. No rows: they are of the same step. It may go on
+for longer than is asked; what it would say then is not asked for.
+
+Engines print: what is written to standard output goes to standard error. The process ends with its input,
+in the middle of an answer, too, so that it does not outlive the bench.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import resource
+import runpy
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, TextIO
+
+
+def main() -> None:
+    with suppress(ValueError):
+        sys.path.remove(os.path.dirname(os.path.realpath(__file__)))  # its vllm.py is not vLLM
+    out = own_output()
+    asked = requests()
+    given = runpy.run_path(sys.argv[1])
+    try:
+        versions = given["versions"]()
+    except ImportError as error:
+        say(out, {"missing": str(error)})
+        return
+    engine = given["Engine"](json.loads(sys.argv[2])) if len(sys.argv) > 2 else None
+    say(out, {"ready": versions})
+    while True:
+        say(out, answer(engine, **json.loads(asked.get())))
+
+
+def own_output() -> TextIO:
+    """Standard output for the protocol alone."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return out
+
+
+def requests() -> queue.SimpleQueue[str]:
+    """Lines of standard input as they come. The process ends with them."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def say(out: TextIO, value: object) -> None:
+    out.write(json.dumps(value) + "\n")
+    out.flush()
+
+
+def answer(engine: Any, prompt: list[int], length: int, eos: list[int]) -> dict[str, Any]:
+    """One answer, step by step, with what it took."""
+    reset_peak()
+    spent, started = time.process_time(), time.perf_counter()
+    ids: list[int] = []
+    runs: list[int] = []
+    rows: list[int] = []
+    times: list[float] = []
+    ran = 1 - len(prompt)  # the prompt's rows apart; its last one is a step's first
+    for tokens, more in kept(engine.steps(prompt, length, eos), length, frozenset(eos)):
+        ran += more
+        if not tokens:
+            continue
+        if more or not runs:
+            runs.append(0)
+            rows.append(ran)
+            times.append(0.0)
+            ran = 0
+        ids += tokens
+        runs[-1] += len(tokens)
+        times[-1] = time.perf_counter() - started
+    took = {"peak": peak(), "spent": time.process_time() - spent}
+    return {"ids": ids, "runs": runs, "rows": rows, "times": times, **took}
+
+
+def kept(
+    steps: Iterator[tuple[list[int], int]], length: int, eos: frozenset[int]
+) -> Iterator[tuple[list[int], int]]:
+    """The steps as far as they are asked for: `length` tokens, or up to one that ends the text."""
+    left = length
+    for tokens, rows in steps:
+        end = next((at + 1 for at, token in enumerate(tokens) if token in eos), left + 1)
+        own = tokens[: min(left, end)]
+        left -= len(own)
+        yield own, rows
+        if left == 0 or len(own) == end:
+            return
+
+
+def reset_peak() -> None:
+    """Forget the most memory held so far."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak() -> int:
+    """Most bytes held since, or since the process began where the system does not say."""
+    with suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+if __name__ == "__main__":
+    main()
