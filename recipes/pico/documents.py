@@ -110,7 +110,8 @@ FORMS: dict[str, Callable[[Row], str | None]] = {
 
 
 def rows(path: Path) -> Iterator[Row]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
 

@@ -3,7 +3,8 @@
 Three figures. Bits per byte on code: how good a language model it is. Edit accuracy: the share of
 an edited function's tokens that it predicts, given the edit prompt and the tokens before; what it
 takes to copy. Loops: the share of greedy continuations that end in a repetition, where a drafter
-looks better than it is. The last line is JSON.
+looks better than it is. With `--tasks`, which takes minutes, also how many tasks of HumanEval and
+MBPP it passes (passing.py). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,30 +26,14 @@ import selfdraft
 
 import tokenizer as tokens
 from bits import bits_per_byte, predictions
-from documents import FORMS, Row, rows
-from settings import HERE, RecipeError, Settings, load
+from documents import FORMS, Row
+from passing import rates
+from sets import read, spaced
+from settings import HERE, Settings, load
 from stream import Ids
 
 console = Console()
-T = TypeVar("T")
 LOOP, PERIOD = 48, 24  # a loop: the last 48 tokens repeat themselves at a distance of 24 or less
-
-
-class EvaluationError(RecipeError):
-    """The data folder has no evaluation sets."""
-
-
-def spaced(items: list[T], count: int) -> list[T]:
-    """At most `count` items, evenly spaced."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
-
-
-def read(data: Path, name: str) -> list[Row]:
-    folder = data / "eval" if (data / "eval").is_dir() else data
-    path = folder / f"{name}.jsonl.gz"
-    if not path.is_file():
-        raise EvaluationError(f"no {path.name} in {folder}; give --data the folder above eval/")
-    return list(rows(path))
 
 
 def windows(texts: Iterable[str], encoder: PreTrainedTokenizerFast, length: int) -> list[Ids]:
@@ -105,9 +90,12 @@ def prompts(data: Path, count: int, context: int) -> list[str]:
 
 
 def evaluate(
-    folder: Path, data: Path, settings: Settings, adapter: str | None = None
+    folder: Path, data: Path, settings: Settings, adapter: str | None = None, tasks: int = 0
 ) -> dict[str, float]:
-    """The figures of the model in a folder, or of that which an adapter makes of it, by name."""
+    """The figures of the model in a folder, or of that which an adapter makes of it, by name.
+
+    tasks: of HumanEval and of MBPP, at most; 0 leaves them out.
+    """
     how, context = settings.evaluation, settings.shape.context
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if adapter is not None:
@@ -125,13 +113,18 @@ def evaluate(
     asked = prompts(data, how.loop_prompts, context)
     ended = [loops(ids) for ids in continuations(model, encoder, asked, how.loop_tokens)]
     figures["loop_share"] = sum(ended) / max(1, len(ended))
+    if tasks:
+        generator = selfdraft.load(str(folder), adapter=adapter)
+        figures |= rates(generator, data, tasks, how.task_tokens)
     return {name: round(value, 4) for name, value in figures.items()}
 
 
 def show(figures: dict[str, float]) -> None:
     table = Table("figure", "value", title="pico on held-out repositories")
     for name, value in figures.items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}")
+        table.add_row(
+            name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value)
+        )
     console.print(table)
 
 
@@ -142,9 +135,10 @@ def main(
     adapter: Annotated[
         str | None, typer.Option(help="An adapter that tunes it, as pico-cllm.")
     ] = None,
+    tasks: Annotated[int, typer.Option(help="Of HumanEval and of MBPP, at most.", min=0)] = 0,
 ) -> None:
     """Print the model's figures; the last line is JSON."""
-    figures = evaluate(model, data, load(settings), adapter)
+    figures = evaluate(model, data, load(settings), adapter, tasks)
     show(figures)
     print(json.dumps(figures))
 

@@ -106,6 +106,11 @@ class Evaluation:
     edits: int
     loop_prompts: int
     loop_tokens: int
+    tasks: int
+    task_tokens: int
+    samples: int
+    sample_tokens: int
+    curve_margin: int
 
 
 @dataclass(frozen=True)

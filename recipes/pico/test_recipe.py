@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 import tokenizer as tokens
 from data import prepare
 from documents import DataError, documents, rename
-from evaluate import loops
+from evaluate import evaluate, loops
 from export import export, latest
 from optimizer import rate
 from pretrain import CheckpointError, Job, train
@@ -63,7 +64,7 @@ def small() -> Settings:
         batch=replace(given.batch, tokens_per_step=128, micro_tokens=64),
         schedule=replace(given.schedule, warmup_steps=2),
         run=Run(compile=False, threads=0, log_seconds=0.0, checkpoint_seconds=1e9, keep=2),
-        evaluation=Evaluation(2, ["code"], 32, 2, 2, 2, 4),
+        evaluation=Evaluation(2, ["code"], 32, 2, 2, 2, 4, 2, 8, 1, 4, 0),
     )
 
 
@@ -219,6 +220,71 @@ def test_decay_branches_off_and_is_exported(shards: Path, tmp_path: Path) -> Non
     assert progress_of(tmp_path / "out").tokens == 5 * 128
     again = train(settings, Job(tmp_path / "next", shards, tmp_path / "out", steps=1))
     assert again.tokens == 6 * 128
+
+
+def write_exams(folder: Path) -> None:
+    """Evaluation sets whose prompts fit the small context."""
+    asked, said = 'def add(a):\n    """A."""\n', "    return a\n"
+    edit = f"Edit: b\n\n```python\n{asked}```"
+    sets: dict[str, dict[str, object]] = {
+        "py_code_main": {"text": FUNCTION.format(3) + BODY.format(3)},
+        "py_functions": {"prompt": asked, "response": said * 30},
+        "py_edits": {"prompt": edit, "response": f"```python\n{said}```"},
+        "humaneval/HumanEval": {
+            "prompt": asked,
+            "entry_point": "add",
+            "test": "def check(candidate):\n    assert candidate(1) == 1",
+        },
+        "mbpp/mbpp": {
+            "task_id": 11,
+            "text": "A.",
+            "code": asked + said,
+            "test_setup_code": "",
+            "test_list": ["assert add(1) == 1"],
+        },
+    }
+    for name, row in sets.items():
+        path = folder / "eval" / f"{name}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for _ in range(3))
+
+
+def test_card_holds_figures_curve_and_samples(shards: Path, tmp_path: Path) -> None:
+    settings = small()
+    settings = replace(settings, run=replace(settings.run, checkpoint_seconds=0.0))
+    train(settings, Job(tmp_path, shards, steps=9))
+    write_exams(tmp_path)
+    export(settings, latest(tmp_path), shards, tmp_path / "out", tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (figures["humaneval_tasks"], figures["mbpp_passed"], figures["mbpp_tasks"]) == (2, 0, 2)
+    assert f"{9 * 128:,} tokens seen, {9 * 128:,} of them in this run, in 0.00 hours" in card
+    assert f"| bits per byte, files | {figures['bits_per_byte_py_code_main']} | 0.95 or" in card
+    assert "| MBPP, pass@1 | 0 of 2 (0.0 %) | |" in card
+    law = json.loads((tmp_path / "out" / "curve.json").read_text())["laws"]["code"]
+    assert f"| {law['measured']:.4f} | {law['predicted']:.4f} |" in card
+    assert (tmp_path / "out" / "curve.png").is_file()
+    assert card.count("\nAnswer 1, ") == 3
+    assert "\n````text\nEdit: b\n\n```python\n" in card
+    assert "mbpp_tasks" not in evaluate(tmp_path / "out", tmp_path, settings)
+    assert progress_of(tmp_path / "out").tokens == 9 * 128
+
+
+def test_a_checkpoint_may_go_while_it_is_exported(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(small(), Job(tmp_path, shards, steps=2))
+    checkpoint = latest(tmp_path)
+
+    def overtaken(*_: object, **__: object) -> dict[str, float]:
+        shutil.rmtree(checkpoint)
+        return {}
+
+    monkeypatch.setattr("export.evaluate", overtaken)
+    monkeypatch.setattr("export.samples", lambda *_: {})
+    export(small(), checkpoint, shards, tmp_path / "out", tmp_path)
+    assert f"{2 * 128} tokens seen" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
