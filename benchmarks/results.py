@@ -219,9 +219,15 @@ def _peers(reports: Mapping[str, Report]) -> Iterator[str]:
     report = reports["peers"]
     yield ENGINES
     yield _table(COLUMNS, list(_rows(report)))
-    versions = report["run"].get("peers") or {}
-    if versions:
-        yield "Versions: " + ", ".join(f"{name} {told}" for name, told in versions.items()) + "."
+    yield tomllib.loads(CLAIMS.read_text(encoding="utf-8"))["peers"]["why"]
+    yield "Versions: " + "; ".join(_versions(report["run"].get("peers") or {})) + "."
+
+
+def _versions(peers: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Of each engine, without those of what it stands on."""
+    for name, told in peers.items():
+        own = [f"{key} {value}" for key, value in told.items() if key not in ("python", "numpy", "system")]
+        yield f"{name}: {', '.join(own)}"
 
 
 def _numerics(reports: Mapping[str, Report]) -> Iterator[str]:
@@ -249,6 +255,8 @@ def _section(name: str, reports: Mapping[str, Report]) -> Iterator[str]:
     if name not in reports:
         yield _missing(name)
         return
+    if name == "sampled":
+        yield "`generate` draws noise of its own there, so its texts are its own."
     yield _table(COLUMNS, list(_rows(reports[name])))
 
 

@@ -1,9 +1,9 @@
 """docs/demo.svg, the README's picture: what `selfdraft demo` shows on a terminal, colours and all.
 
-    python scripts/demo_picture.py [--lines 46] [--out docs/demo.svg]
+    python scripts/demo_picture.py [--lines 60] [--out docs/demo.svg]
 
-It runs the demo behind a pseudo-terminal, keeps the first task, and draws it with rich. The figures in the picture
-are those of the machine it ran on.
+It runs the demo behind a pseudo-terminal, keeps the first task, and draws it with rich. The figures in the
+picture are those of the machine it ran on.
 """
 
 from __future__ import annotations
