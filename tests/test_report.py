@@ -160,6 +160,16 @@ def test_groups_have_rows_of_their_own(record: Figures) -> None:
     assert made.count("mine / chat") >= 2  # in the picture and in the table
 
 
+def test_a_long_name_leaves_room_for_its_picture(record: Figures) -> None:
+    one = record["suites"]["mine"]
+    long = f"jacobi:adapter=/{'a/' * 60}mine"
+    for found in (one["arms"], one["sample"]["arms"]):
+        found[long] = found.pop("jacobi")
+    made = page.page(record)
+    assert long in made  # in the tables
+    assert "jacobi:ada…" in made
+
+
 def test_without_matplotlib_the_figures_are_there(
     command: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

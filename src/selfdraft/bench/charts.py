@@ -24,6 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 GREY = "#767676"
 WIDTH = 4.9  # inches
 ROW = 0.26  # inches of a row in a chart of rows
+LETTERS = 28  # of an arm's name, at most: adapters can be long paths
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "selfdraft",
@@ -94,6 +95,11 @@ def _speed(record: Figures, colours: Mapping[str, str]) -> Figure:
     return figure
 
 
+def _label(name: str) -> str:
+    """The name of an arm, without its middle where there is no room for all of it."""
+    return name if len(name) <= LETTERS else f"{name[:10]}…{name[11 - LETTERS :]}"
+
+
 def _ratio(figures: Figures) -> bool:
     return figures["cut"].get("against_plain", {}).get("median") is not None
 
@@ -150,7 +156,13 @@ def _depth(record: Figures, colours: Mapping[str, str]) -> Figure:
     for axes in list(grid.flat)[len(suites) :]:
         axes.set_visible(False)
     grid[0][0].set_ylabel("share of forwards\nwith more than d tokens")
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(
+        list(named.values()),
+        [_label(name) for name in named],
+        loc="outside upper center",
+        ncols=2,
+        frameon=False,
+    )
     figure.set_layout_engine("constrained")
     return figure
 
@@ -198,7 +210,7 @@ def _chart(
             places[part, name] = y
         y += 1.2
     figure, axes = plt.subplots(figsize=(WIDTH, ROW * y + 0.6), layout="constrained")
-    axes.set_yticks(list(places.values()), [name for _, name in places])
+    axes.set_yticks(list(places.values()), [_label(name) for _, name in places])
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(y - 0.6, -0.7)
     axes.spines["left"].set_visible(False)
