@@ -112,11 +112,11 @@ def write(folder: Path) -> str:
         for name in SECTIONS
         if (path := folder / f"{name}.json").is_file()
     }
-    claims = tomllib.loads(CLAIMS.read_text(encoding="utf-8"))["method"]
+    words = tomllib.loads(CLAIMS.read_text(encoding="utf-8"))
     parts = [HEAD, "# Results", *_opening(reports), "## Against the papers"]
-    for claim in claims:
+    for claim in words["method"]:
         parts += _claim(claim, reports)
-    parts += ["## Against other engines", *_peers(reports)]
+    parts += ["## Against other engines", *_peers(reports, words["peers"]["why"])]
     parts += ["## Exact against fast numerics", *_numerics(reports)]
     parts += ["## At a temperature", *_section("sampled", reports)]
     parts += ["## On a GPU", *_section("gpu", reports)]
@@ -211,14 +211,14 @@ def _price(price: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _peers(reports: Mapping[str, Report]) -> Iterator[str]:
+def _peers(reports: Mapping[str, Report], why: str) -> Iterator[str]:
     if "peers" not in reports:
         yield _missing("peers")
         return
     report = reports["peers"]
     yield ENGINES
     yield _table(COLUMNS, list(_rows(report)))
-    yield tomllib.loads(CLAIMS.read_text(encoding="utf-8"))["peers"]["why"]
+    yield why
     yield "Versions: " + "; ".join(_versions(report["run"].get("peers") or {})) + "."
 
 

@@ -18,7 +18,8 @@ from .measure import Bench, Work
 
 def sample(bench: Bench, work: Work) -> dict[str, Any]:
     """item: its id. prompt: its text. arms: for each its pieces, [tokens, text], and the seconds."""
-    item = next(one for one in work.items if one.id == _usual(bench, work))
+    usual = _usual(bench, work)
+    item = next(one for one in work.items if one.id == usual)
     prompt = bench.prompt(work, item, 0)
     answers: dict[str, Any] = {}
     for arm in bench.arms:
