@@ -127,11 +127,11 @@ FIGURES = {
 @dataclass(frozen=True)
 class State:
     """What is known of the weights that a card is about. start: where the logs of the run begin.
-    decay: its steps, 0 without one. law: as in curve.json."""
+    decay: steps of it taken and planned, None without one. law: as in curve.json."""
 
     parameters: int
     progress: Progress
-    decay: int
+    decay: tuple[int, int] | None
     start: Progress | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
     law: Mapping[str, Any] | None = None
@@ -163,7 +163,13 @@ def budget(state: State) -> str:
     spent = "" if start is None else f", {(seen.seconds - start.seconds) / 3600:.2f} of them in it"
     end = "The learning rate was constant: an interim state of a run that goes on."
     if state.decay:
-        end = f"In the last {state.decay:,} steps the learning rate fell to zero."
+        taken, planned = state.decay
+        end = f"In the last {taken:,} steps the learning rate fell to zero."
+        if taken < planned:
+            end = (
+                f"The learning rate was falling: an interim state, after {taken:,} of a decay's "
+                f"{planned:,} steps."
+            )
     return (
         f"{seen.tokens:,} tokens seen{run}, in {seen.seconds / 3600:.2f} hours{spent},\n"
         f"with the recipe `recipes/pico`. {end}"

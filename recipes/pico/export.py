@@ -56,11 +56,10 @@ def export(
     (out / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
     progress = progress_of(out)  # not of the checkpoint, which a run that goes on may have removed
     run = logged(settings, checkpoint.parent, progress.tokens)
-    note = checkpoint.parent / "decay.json"
     state = card.State(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         progress=progress,
-        decay=json.loads(note.read_text()) if note.is_file() else 0,
+        decay=decayed(checkpoint),
         start=run.start if run else None,
         figures=figures,
         law=lawful(settings, run, out) if run else None,
@@ -70,6 +69,15 @@ def export(
     (out / "README.md").write_text(card.write(settings, index, state), encoding="utf-8")
     if figures:
         show(figures)
+
+
+def decayed(checkpoint: Path) -> tuple[int, int] | None:
+    """A checkpoint's steps in its decay, and all of that decay; None where it is of none."""
+    note = checkpoint.parent / "decay.json"
+    if not note.is_file():
+        return None
+    first, step = (int(path.name.split("-")[1]) for path in (checkpoint.parent, checkpoint))
+    return step - first, json.loads(note.read_text())
 
 
 def logged(settings: Settings, folder: Path, tokens: int) -> Run | None:

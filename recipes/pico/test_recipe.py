@@ -218,8 +218,15 @@ def test_decay_branches_off_and_is_exported(shards: Path, tmp_path: Path) -> Non
     assert rates[-1] < 0.5 * rates[0]
     export(settings, latest(tmp_path), shards, tmp_path / "out", data=None)
     assert progress_of(tmp_path / "out").tokens == 5 * 128
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "In the last 3 steps the learning rate fell to zero." in card
     again = train(settings, Job(tmp_path / "next", shards, tmp_path / "out", steps=1))
     assert again.tokens == 6 * 128
+    (tmp_path / "decay-2" / "decay.json").write_text("8")
+    export(settings, latest(tmp_path), shards, tmp_path / "early", data=None)
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "an interim state, after 3 of a decay's 8 steps" in card
+    assert "fell to zero" not in card
 
 
 def write_exams(folder: Path) -> None:
