@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,3 +85,48 @@ def test_figures_are_those_of_the_reports(results: ModuleType, report: Path, tmp
 
 def test_the_page_in_the_docs_is_what_is_made(results: ModuleType) -> None:
     assert results.RESULTS.read_text(encoding="utf-8") == results.write(results.REPORTS)
+
+
+ARMS = {  # a row of the README's table -> report and arm
+    "`plain`": ("methods", "plain"),
+    "`llma`": ("methods", "llma"),
+    "`jacobi`": ("methods", "jacobi"),
+    "`bita`": ("methods", "bita"),
+    "`space`": ("methods", "space"),
+    "`space-tuned`": ("methods", "space-tuned"),
+    "`jacobi` as published, on `pico-cllm`": ("methods", "jacobi:adapter=pico-cllm,faithful=true"),
+    "`speed` on `pico-loop`": ("looped", "speed"),
+}
+SUITES = ("py_edits", "py_functions", "py_code")
+
+
+def untrue(readme: str) -> list[str]:
+    """Rows of the README's table whose figures are not those of docs/reports, as rounded there."""
+    reports = {
+        name: json.loads((HOME / "docs" / "reports" / f"{name}.json").read_text())
+        for name in ("methods", "looped")
+    }
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.splitlines()]
+    rows = {cells[0]: cells for cells in lines if len(cells) == 6}
+    wrong = [name for name in ARMS if name not in rows]
+    for name in ARMS.keys() & rows.keys():
+        section, arm = ARMS[name]
+        cuts = [reports[section]["suites"][suite]["arms"][arm]["cut"] for suite in SUITES]
+        tokens = [cut["tokens_per_forward_step"] for cut in cuts]
+        times = [cut["against_plain"]["median"] for cut in cuts] if name != "`plain`" else [1.0]
+        for cell, true in zip(rows[name][4:], (tokens, times), strict=True):
+            said = re.findall(r"[\d.]+", cell.split("(")[0])
+            digits = [len(text.partition(".")[2]) for text in said] + [2] * (len(true) - len(said))
+            if said != [f"{one:.{places}f}" for one, places in zip(true, digits, strict=False)]:
+                wrong.append(name)
+    return wrong
+
+
+def test_the_readme_table_says_what_the_reports_say() -> None:
+    readme = (HOME / "README.md").read_text()
+    assert untrue(readme) == []
+    row = next(line for line in readme.splitlines() if line.startswith("| `bita`"))
+    figure = re.findall(r"\d+\.\d+", row)[-1]
+    other = row.replace(figure, f"{float(figure) + 0.1:.2f}")
+    assert untrue(readme.replace(row, other)) == ["`bita`"]
+    assert untrue(readme.replace(row, "")) == ["`bita`"]
