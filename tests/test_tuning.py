@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 import selfdraft
 from selfdraft import Limits, Tree
+from selfdraft.bench.machine import adapter_sha256
 from selfdraft.errors import AdapterError, InvalidOption, TrainingDataError
 from selfdraft.method import Lookahead, free
 from selfdraft.methods.jacobi import Jacobi
@@ -518,6 +519,9 @@ def test_on_policy_goes_on_from_an_adapter(folder: Path, data: Path, command: Ru
     )
     assert code == 0, err
     assert selfdraft.load(str(folder), "jacobi", adapter=str(second)).model.grade == "tuned"
+    digest = adapter_sha256(adapter_folder.load(str(first), selfdraft.load(str(folder)).model).float())
+    assert f"an earlier training (digest {digest[:12]})" in (second / "README.md").read_text()
+    assert "earlier training" not in (first / "README.md").read_text()
 
 
 def test_full_weights_are_measured_as_they_are_loaded(data: Path, folder: Path, tmp_path: Path) -> None:
