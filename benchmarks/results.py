@@ -4,7 +4,8 @@
     python benchmarks/results.py
 
 `--keep` puts a report's figures into docs/reports, without texts and single prompts; the second line writes
-docs/results.md from what is there. The words stand in claims.toml, all figures come from the reports.
+docs/results.md from what is there. Tables come from the reports, the words around them from claims.toml: read
+those again whenever a report is kept.
 Sections: methods, looped (a looped model), peers, fast (the same with fast numerics), sampled (at a
 temperature), gpu. A report that is not there is said to be missing. The last line is JSON.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ RESULTS = HOME / "docs" / "results.md"
 CLAIMS = Path(__file__).with_name("claims.toml")
 SECTIONS = ("methods", "looped", "peers", "fast", "sampled", "gpu")
 SINGLE = ("asked", "too_long", "sample", "groups", "data")  # of a suite: what is not kept
+FOLDERS = re.compile(r"(?<![\w./~:])(?:~|\.{1,2})?/[^\s,=]+")  # a path that begins at a root, not a word/word
 OWN = ("prompts", "texts", "peak_bytes", "whole")  # of an arm
 HEAD = "<!-- Made by benchmarks/results.py from docs/reports and benchmarks/claims.toml: change those. -->"
 COLUMNS = (
@@ -41,9 +44,9 @@ COLUMNS = (
 OPENING = """
 Figures count each answer up to its first repetition. *x plain* and *x generate* are medians of ratios paired
 by prompt, decoding alone, over plain decoding of the same weights and over Hugging Face's `generate` (cached,
-warm, same dtype); in brackets the 95 % bootstrap interval. Tokens per forward count the model's own token.
-*texts*: how many answers are plain decoding's, token by token. *grade*: lossless to the `base` checkpoint or
-to `tuned` weights, whose price is told.
+warm, same dtype); in brackets the 95 % bootstrap interval, which is itself rough for tens of prompts. Tokens
+per forward count the model's own token. *texts*: how many answers are plain decoding's, token by token.
+*grade*: lossless to the `base` checkpoint or to `tuned` weights, whose price is told.
 """
 ENGINES = """
 Each engine in a process of its own, the same prompts and token ids, the same number of threads, weights of
@@ -85,24 +88,20 @@ def keep(section: str, path: Path, folder: Path) -> None:
                 del arm[name]
             arm["identity"]["differences"] = len(arm["identity"]["differences"])
             del arm["cut"]["acceptance_by_depth"]
-    record["provenance"]["argv"] = [_plain(word) for word in record["provenance"]["argv"]]
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(record), indent=1)
+    text = json.dumps(_kept(record), indent=1)
     (folder / f"{section}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _plain(word: str) -> str:
-    """A word of a command without folders of the machine that it ran on."""
-    key, equals, value = word.rpartition("=")
-    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~", "..")) else word
-
-
-def _rounded(value: Any) -> Any:
+def _kept(value: Any) -> Any:
+    """Numbers of five digits, and names without the folders of the machine that it ran on."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
+    if isinstance(value, str):
+        return FOLDERS.sub(lambda found: Path(found[0]).name, value)
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else value
+        return {_kept(key): _kept(one) for key, one in value.items()}
+    return [_kept(one) for one in value] if isinstance(value, list) else value
 
 
 def write(folder: Path) -> str:
@@ -153,7 +152,8 @@ def _claim(claim: Mapping[str, Any], reports: Mapping[str, Report]) -> Iterator[
     yield _table(COLUMNS, rows) if rows else _missing(claim["report"])
     prices = {} if report is None else _prices(report, claim["arms"])
     for arm, price in prices.items():
-        yield f"The price of `{arm}`: {_price(price)}."
+        told = _price(price) if price else "its training measured none, see below"
+        yield f"The price of `{arm}`: {told}."
     yield claim["why"]
 
 
@@ -166,7 +166,7 @@ def _rows(report: Report, arms: Sequence[str] | None = None) -> Iterator[Sequenc
 
 
 def _row(suite: str, name: str, arm: Mapping[str, Any]) -> Sequence[str]:
-    cut, same = arm["cut"], arm["identity"]
+    cut = arm["cut"]
     plain, generate = cut.get("against_plain") or {}, cut.get("against_generate") or {}
     return (
         suite,
@@ -177,9 +177,15 @@ def _row(suite: str, name: str, arm: Mapping[str, Any]) -> Sequence[str]:
         _number(plain.get("p10")),
         _number(generate.get("median")),
         _number(cut["tokens_per_second"], 0),
-        f"{same['identical']} of {same['of']}",
+        _texts(name, arm),
         arm["grade"],
     )
+
+
+def _texts(name: str, arm: Mapping[str, Any]) -> str:
+    """How many are plain decoding's; of plain decoding that says nothing."""
+    same = arm["identity"]
+    return "" if name == arm["plain"] else f"{same['identical']} of {same['of']}"
 
 
 def _ratio(ratio: Mapping[str, Any]) -> str:
@@ -193,11 +199,11 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _prices(report: Report, arms: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+def _prices(report: Report, arms: Sequence[str]) -> dict[str, Mapping[str, Any] | None]:
     found = {}
     for suite in report["suites"].values():
         for name, arm in suite["arms"].items():
-            if name in arms and arm["grade"] == "tuned" and arm["price"]:
+            if name in arms and arm["grade"] == "tuned":
                 found[name] = arm["price"]
     return found
 
@@ -243,7 +249,10 @@ def _numerics(reports: Mapping[str, Report]) -> Iterator[str]:
             cells = [
                 _number((one["cut"].get("against_generate") or {}).get("median")) for one in (exact, fast)
             ]
-            texts = [f"{x['identity']['identical']} of {x['identity']['of']}" for x in (exact, fast)]
+            own = name == exact["plain"]
+            texts = [
+                "" if own else f"{x['identity']['identical']} of {x['identity']['of']}" for x in (exact, fast)
+            ]
             rows.append((suite, f"`{name}`", *cells, *texts))
     yield _table(
         ("suite", "arm", "exact: x generate", "fast: x generate", "exact: texts", "fast: texts"), rows

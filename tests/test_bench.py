@@ -609,6 +609,20 @@ def test_command_at_a_temperature(command: Run, folder: Path, mine: Path, tmp_pa
     assert one["arms"]["llma"]["identity"]["identical"] == one["arms"]["llma"]["answers"]
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", True), ("bfloat16", False)])
+def test_generate_may_round_otherwise_in_16_bits(
+    dtype: str, expected: bool, command: Run, folder: Path, mine: Path, tmp_path: Path
+) -> None:
+    code, _, err = command(
+        *("bench", "--file", str(mine), "--model", str(folder), "-n", "4", "--repeats", "1"),
+        *("--prompts", "1", "--dtype", dtype, "--out", str(tmp_path / "out")),
+    )
+    assert code == 0, err
+    (one,) = json.loads((tmp_path / "out" / "report.json").read_text())["suites"].values()
+    assert one["arms"]["generate"]["identity_expected"] == expected
+    assert one["arms"]["llma"]["identity_expected"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

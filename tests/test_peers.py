@@ -219,6 +219,31 @@ def test_a_process_that_ends(old: str, new: str, says: str, house: Path, made: C
         one.answer(PROMPT, [], 6)
 
 
+def test_a_process_that_is_stuck(
+    house: Path, made: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(house / "llamacpp.py", 'print("asked")', "time.sleep(60)")
+    one = made()
+    one.process, _ = peer.opened("llamacpp", "llamacpp", sys.executable, SETTINGS)
+    monkeypatch.setattr(peer, "SILENCE", 0.3)
+    with pytest.raises(PeerFailed, match=r"llamacpp: it said nothing for 0.3 s; its last words: loaded"):
+        one.answer(PROMPT, [], 6)
+    assert not is_running(one.process)
+
+
+def test_a_process_ends_with_a_start_that_is_broken_off(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Process] = []
+
+    def interrupt(process: Process) -> dict[str, Any]:
+        started.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Process, "read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        peer.opened("llamacpp", "llamacpp", sys.executable, SETTINGS)
+    assert not is_running(started[0])
+
+
 @pytest.mark.parametrize("line", ["what?", "[1]", '{"ids": [1]}', '{"ready": 1}'])
 def test_nonsense(line: str, house: Path, made: Callable[..., Peer]) -> None:
     (house / "worker.py").write_text(f"print({line!r}, flush=True)\ninput()\n")

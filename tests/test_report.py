@@ -109,6 +109,15 @@ def test_a_sample_is_the_answer_forward_by_forward(bench: Bench, record: Figures
     assert [tokens for tokens, _ in found] == several
 
 
+def test_dollars_in_names_are_no_formulas(record: Figures) -> None:
+    found = record["suites"]["mine"]["arms"]
+    found["llma:$5_to_$"] = found.pop("jacobi")
+    sample = record["suites"]["mine"]["sample"]["arms"]
+    sample["llma:$5_to_$"] = sample.pop("jacobi")
+    (first, *_) = re.findall(r"<svg.*?</svg>", page.page(record), re.DOTALL)
+    assert "llma:$5_to_$" in first
+
+
 def test_runs_beside_each_other_differ_in_colour(record: Figures) -> None:
     sample = record["suites"]["mine"]["sample"]
     sample["arms"]["jacobi"]["pieces"] = [[2, "a"], [3, "b"], [1, "c"], [2, "d"]]
@@ -279,9 +288,20 @@ def faster(record: Figures, factor: float) -> Figures:
     return other
 
 
+@pytest.fixture
+def several(record: Figures) -> Figures:
+    """The report as if each prompt had been asked as two."""
+    one = record["suites"]["mine"]
+    one["asked"] += [f"{item} again" for item in one["asked"]]
+    for arm in one["arms"].values():
+        for figures in arm["prompts"].values():
+            figures |= {f"{item} again": value for item, value in figures.items()}
+    return record
+
+
 @pytest.mark.parametrize(("factor", "said"), [(1.5, "faster"), (0.5, "slower"), (1.0, "no difference seen")])
-def test_a_change_is_paired_by_prompt(record: Figures, factor: float, said: str) -> None:
-    found = compare.compare(record, faster(record, factor))
+def test_a_change_is_paired_by_prompt(several: Figures, factor: float, said: str) -> None:
+    found = compare.compare(several, faster(several, factor))
     assert found["changed"] == []
     told = found["suites"]["mine"]["arms"]
     assert told["jacobi"]["ratio"]["median"] == pytest.approx(factor)
@@ -310,6 +330,41 @@ def test_a_change_is_that_of_prompts_in_both(record: Figures) -> None:
     assert any("machine.threads" in line for line in found["changed"])
 
 
+def test_few_prompts_tell_nothing(several: Figures) -> None:
+    """Of five ratios the interval of the median ends at the smallest, which is above 1 by luck once in 32."""
+    one = several["suites"]["mine"]
+    gone = one["asked"].pop()
+    for arm in one["arms"].values():
+        for figures in arm["prompts"].values():
+            del figures[gone]
+    told = compare.compare(several, faster(several, 2.0))["suites"]["mine"]["arms"]["jacobi"]
+    assert (told["ratio"]["prompts"], told["said"]) == (5, "too few prompts to tell")
+
+
+@pytest.mark.parametrize("key", ["max_new_tokens", "data", "texts"])
+def test_what_was_asked_otherwise_is_told(record: Figures, key: str) -> None:
+    other = copy.deepcopy(record)
+    other["run"]["suites"]["mine"][key] = "another"
+    (line,) = compare.compare(record, other)["changed"]
+    assert line.startswith(f"suites.mine.{key}: ")
+
+
+def test_figures_are_of_the_prompts_in_both(record: Figures) -> None:
+    """One that only B has does not make B's median look better."""
+    other = faster(record, 1.0)
+    other["suites"]["mine"]["asked"].append("new")
+    for arm in arms(other).values():
+        for figures in arm["prompts"].values():
+            figures["new"] = 1e6
+    other["run"]["suites"]["mine"] |= {"prompts": 4, "texts": "of four"}
+    found = compare.compare(record, other)
+    assert found["changed"] == []
+    told = found["suites"]["mine"]["arms"]["jacobi"]
+    for figure in ("values", "tokens_per_second"):
+        assert told[figure][0] == told[figure][1]
+    assert told["tokens_per_forward_step"] == [None, None]
+
+
 def test_other_texts_are_told(record: Figures) -> None:
     other = copy.deepcopy(record)
     arms(other)["jacobi"]["texts"] = "others"
@@ -317,10 +372,10 @@ def test_other_texts_are_told(record: Figures) -> None:
     assert [name for name, one in told.items() if not one["same_texts"]] == ["jacobi"]
 
 
-def test_compare_command(command: Run, record: Figures, tmp_path: Path) -> None:
+def test_compare_command(command: Run, several: Figures, tmp_path: Path) -> None:
     first, second = tmp_path / "report.json", tmp_path / "b.json"
-    first.write_text(json.dumps(record))
-    second.write_text(json.dumps(faster(record, 3.0)))
+    first.write_text(json.dumps(several))
+    second.write_text(json.dumps(faster(several, 3.0)))
     code, out, _ = command("bench", "--compare", str(tmp_path), str(second))  # a folder stands for its report
     assert code == 0
     assert "faster" in out

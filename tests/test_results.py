@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 HOME = Path(__file__).parents[1]
+TUNED = "jacobi:adapter=/a/b,window=1"
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def arm(speed: float, grade: str = "base") -> dict[str, Any]:
     }
     return {
         "grade": grade,
+        "plain": "plain",
         "price": {"loss": [3.0, 3.01], "agreement": 0.9, "repeated": None} if grade == "tuned" else None,
         "identity": {"identical": 3, "of": 4, "differences": [{"item": "a secret text"}]},
         "cut": cut,
@@ -50,10 +52,19 @@ def arm(speed: float, grade: str = "base") -> dict[str, Any]:
 def report(tmp_path: Path) -> Path:
     machine = {"processor": "P", "device": "cpu", "threads": 2, "torch": "t", "transformers": "f"}
     suite = {"asked": ["a secret text"], "too_long": [], "sample": {}, "groups": {}, "data": {}}
-    suite |= {"max_new_tokens": 8, "arms": {"plain": arm(1.0), "space-tuned": arm(1.5, "tuned")}}
+    suite |= {
+        "max_new_tokens": 8,
+        "arms": {"plain": arm(1.0), "space-tuned": arm(1.5, "tuned"), TUNED: arm(1.2, "tuned")},
+    }
     record = {
-        "run": {"model": "m", "dtype": "d", "numerics": "exact", "temperature": 0, "machine": machine},
-        "provenance": {"argv": ["selfdraft", "--data", str(tmp_path / "data"), "-m", "bita:adapter=/a/b"]},
+        "run": {
+            "model": f"{tmp_path}/m",
+            "dtype": "d",
+            "numerics": "exact",
+            "temperature": 0,
+            "machine": machine,
+        },
+        "provenance": {"argv": ["selfdraft", "--data", str(tmp_path / "data"), "-m", TUNED]},
         "background": {"said": "none to speak of"},
         "suites": {"mine": suite},
     }
@@ -74,13 +85,28 @@ def test_figures_are_those_of_the_reports(results: ModuleType, report: Path, tmp
     assert "90.0% of places" in made
     kept = json.loads((home / "methods.json").read_text())
     assert kept["suites"]["mine"]["prompts"] == 1
-    assert kept["provenance"]["argv"] == ["selfdraft", "--data", "data", "-m", "bita:adapter=b"]
+    assert kept["provenance"]["argv"] == ["selfdraft", "--data", "data", "-m", "jacobi:adapter=b,window=1"]
+    assert kept["run"]["model"] == "m"
+    assert "jacobi:adapter=b,window=1" in kept["suites"]["mine"]["arms"]
     for text in (made, json.dumps(kept)):
+        assert "/a/b" not in text
         assert "a secret text" not in text
         assert str(tmp_path) not in text
     kept["suites"]["mine"]["arms"]["space-tuned"]["cut"]["rows_per_forward"] = 8.0
     (home / "methods.json").write_text(json.dumps(kept))
     assert row not in results.write(home)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("x=/a/b,y=~/c/d,z=../e", "x=b,y=d,z=e"),
+        ("/a/b.json", "b.json"),
+        ("Apache-2.0, https://example.org/a/b; MIT/X11", "Apache-2.0, https://example.org/a/b; MIT/X11"),
+    ],
+)
+def test_names_lose_their_folders(name: str, kept: str, results: ModuleType) -> None:
+    assert results._kept({name: [name]}) == {kept: [kept]}
 
 
 def test_the_page_in_the_docs_is_what_is_made(results: ModuleType) -> None:

@@ -97,6 +97,21 @@ def test_verify_finds_an_adapter_exact(
     assert json.loads(said.splitlines()[-1])["verdict"] == "exact"
 
 
+def test_an_adapter_goes_on_in_its_own_shape(
+    command: Run, folder: Path, answers: Path, tmp_path: Path
+) -> None:
+    """Options that would give another one are not what the run, its log and its card are about."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(command, "space", folder, answers, first, "--masks", "2", "--rank", "3")[0] == 0
+    code, said, err = train(command, "space", folder, answers, second, "--start", str(first), "--json")
+    assert code == 0, err
+    assert len(json.loads(said.splitlines()[-1])["accuracy"]) == 2
+    card = (second / "README.md").read_text()
+    assert "with 2 mask tokens" in card
+    assert "LoRA of rank 3, gated" in card
+    assert "It went on from an adapter of an earlier training" in card
+
+
 def test_another_run_is_not_continued(command: Run, folder: Path, answers: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     assert train(command, "bita", folder, answers, out)[0] == 0

@@ -19,6 +19,15 @@ from torch import Tensor
 
 console = Console()
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MEASURED = (
+    "odds",
+    "accuracy",
+    "price",
+    "convergence",
+    "run",
+    "seconds",
+    "peak_bytes",
+)  # of the uncut one
 A, B = "lora_A.weight", "lora_B.weight"
 
 
@@ -58,6 +67,8 @@ def shrink(folder: Path, out: Path, rank: int) -> float:
         weights[key], weights[other], share = nearest(weights[key], weights[other], rank)
         shares.append(share)
     config |= {"lora_alpha": config["lora_alpha"] / config["r"] * rank, "r": rank}
+    for name in MEASURED:
+        config["selfdraft"].pop(name, None)
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
     (out / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

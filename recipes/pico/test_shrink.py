@@ -22,11 +22,10 @@ def adapter(folder: Path, true_rank: int) -> tuple[Path, torch.Tensor]:
     a, b = torch.randn(6, 10), torch.randn(8, 6)
     b[:, true_rank:] = 0
     folder.mkdir()
+    about = {"masks": 3, "price": {"loss": [3.0, 3.1]}, "odds": {"hazard": [[0.5]]}}
     weights = {f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b, "masks": torch.ones(3)}
     save_file(weights, folder / WEIGHTS)
-    (folder / CONFIG).write_text(
-        json.dumps({"r": 6, "lora_alpha": 12.0, "selfdraft": {"masks": 3}})
-    )
+    (folder / CONFIG).write_text(json.dumps({"r": 6, "lora_alpha": 12.0, "selfdraft": about}))
     return folder, 2 * b @ a
 
 

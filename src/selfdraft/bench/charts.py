@@ -31,6 +31,7 @@ STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["system-ui", "Helvetica Neue", "Arial", "DejaVu Sans"],
     "font.size": 9,
+    "text.parse_math": False,  # names of suites and arms may have dollars
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,

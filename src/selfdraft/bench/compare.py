@@ -1,16 +1,16 @@
 """Two reports against each other: what changed between two runs, prompt by prompt.
 
 Runs at different times, or on different machines, have different clocks; so arms are compared by their
-speed-up over the plain decoding of their own run, and only plain decoding itself by tokens a second. Each
-ratio is paired by prompt, B over A, over the prompts that both runs have; a difference is named only where
-the 95 % interval of its median leaves 1 out. What else differs between the runs is listed, since it may be
-the reason.
+speed-up over the plain decoding of their own run, and only plain decoding itself by tokens a second. Figures
+are over the prompts that both runs have, and ratios, B over A, paired by prompt; a difference is named only
+where the 95 % interval of its median leaves 1 out, and prompts are enough for that to mean something. What
+else differs between the runs is listed, since it may be the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .interval import median
 from .journal import changes
 
 Figures = dict[str, Any]
-SKIPPED = ("suites", "methods", "baselines")  # of a run: told by the table itself
+SKIPPED = ("suites", "methods", "baselines")  # of a run: told by the table itself, suites one by one
+FEWEST = 6  # prompts: of fewer the interval ends at the smallest and the largest ratio, whatever they are
 
 
 def read(path: Path) -> Figures:
@@ -62,7 +63,19 @@ def compare(a: Figures, b: Figures) -> Figures:
             "runs of the same suites and methods"
         )
     held, asked = ({k: v for k, v in one["run"].items() if k not in SKIPPED} for one in (a, b))
-    return {"changed": list(changes(held, asked)), "suites": suites}
+    changed = [*changes(held, asked), *(line for name in suites for line in _changes(name, a, b))]
+    return {"changed": changed, "suites": suites}
+
+
+def _changes(suite: str, a: Figures, b: Figures) -> Iterator[str]:
+    """What differs in what both asked of a suite; other prompts are no other texts of the same."""
+    same = set(a["suites"][suite]["asked"]) == set(b["suites"][suite]["asked"])
+    skipped = {"prompts"} if same else {"prompts", "texts"}
+    held, asked = (
+        {key: value for key, value in one["run"]["suites"][suite].items() if key not in skipped}
+        for one in (a, b)
+    )
+    yield from changes(held, asked, f"suites.{suite}")
 
 
 def _told(record: Figures) -> str:
@@ -82,21 +95,28 @@ def _suite(a: Figures, b: Figures) -> Figures:
 
 def _arm(name: str, a: Figures, b: Figures, same_prompts: bool) -> Figures:
     figure = "tokens_per_second" if name == a["plain"] else "against_plain"
-    one, two = a["prompts"][figure], b["prompts"][figure]
-    ratio = metrics.spread([two[item] / one[item] for item in one if item in two])
+    one, two = _shared(a, b, figure)
+    ratio = metrics.spread([two[item] / one[item] for item in one])
+    forwards = [side["cut"]["tokens_per_forward_step"] for side in (a, b)]  # of whole runs
     return {
         "figure": figure,
         "values": [median(list(side.values())) for side in (one, two)],
         "ratio": ratio,
         "said": _said(ratio),
-        "tokens_per_second": [median(list(x["prompts"]["tokens_per_second"].values())) for x in (a, b)],
-        "tokens_per_forward_step": [side["cut"]["tokens_per_forward_step"] for side in (a, b)],
+        "tokens_per_second": [median(list(x.values())) for x in _shared(a, b, "tokens_per_second")],
+        "tokens_per_forward_step": forwards if same_prompts else [None, None],
         "same_texts": a["texts"] == b["texts"] if same_prompts else None,
     }
 
 
+def _shared(a: Figures, b: Figures, figure: str) -> Sequence[dict[str, float]]:
+    """A figure of each by prompt, of the prompts that both have."""
+    one, two = a["prompts"][figure], b["prompts"][figure]
+    return [{item: side[item] for item in one if item in two} for side in (one, two)]
+
+
 def _said(ratio: Mapping[str, Any]) -> str:
-    if ratio["interval"] is None:
+    if ratio["prompts"] < FEWEST:
         return "too few prompts to tell"
     low, high = ratio["interval"]
     return "faster" if low > 1 else "slower" if high < 1 else "no difference seen"
@@ -129,7 +149,7 @@ def _cells(one: Figures) -> list[str]:
     ratio, bounds = one["ratio"]["median"], one["ratio"]["interval"]
     same = {True: "the same", False: "others", None: ""}[one["same_texts"]]
     pairs = [(one["tokens_per_second"], 0), (one["tokens_per_forward_step"], 2)]
-    told = [", ".join("" if x is None else f"{x:.{n}f}" for x in pair) for pair, n in pairs]
+    told = [", ".join(f"{x:.{n}f}" for x in pair if x is not None) for pair, n in pairs]
     return [
         *values,
         "" if ratio is None else f"{ratio:.2f}",

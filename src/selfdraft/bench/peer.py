@@ -16,6 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ from .peers.gguf_folder import KINDS, unfit
 
 HERE = Path(__file__).parent / "peers"
 GRACE = 5.0  # seconds that a process which stopped talking has to end
+SILENCE = 1800.0  # seconds that it may take to start, or to answer, before it is taken for stuck
 WORDS = 600  # characters of its standard error that are quoted
 
 Wanted = Mapping[str, tuple[str, int]]  # peers by name: the engine, and its tokens of lookup or 0
@@ -83,7 +86,15 @@ class Process:
     def read(self) -> dict[str, Any]:
         """What it says next. Raises PeerFailed if it ends, or says what is no object."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        started = time.monotonic()
+        watch = threading.Timer(SILENCE, self.process.kill)
+        watch.start()
+        try:
+            line = self.process.stdout.readline()
+        finally:
+            watch.cancel()
+        if not line and time.monotonic() - started >= SILENCE:
+            raise self.failed(f"it said nothing for {SILENCE:g} s")
         if not line:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
@@ -192,7 +203,11 @@ def opened(
     if settings is not None:
         words.append(json.dumps(settings))
     process = Process(name, words, _environment(HOUSES[house], python, settings or {}))
-    said = process.read()
+    try:
+        said = process.read()
+    except KeyboardInterrupt:  # it has no owner yet that would end it
+        process.close()
+        raise
     if isinstance(said.get("ready"), dict):
         return process, said["ready"]
     if "missing" not in said:

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     shards.check_model(distilled.manifest, [base], model.vocab_size, tokenizer_sha256(tokenizer))
     rows, held_out = split(distilled.rows, plan.data)
     begun = started(plan.start, model, plan.config)
+    if begun is not None:
+        plan = replace(plan, config=begun.config)
     student = Student(model, begun or fresh(model, plan.config, plan.schedule.seed), plan.loss)
     settings = asked(plan, distilled)
     if begun is not None:
