@@ -151,9 +151,9 @@ def _claim(claim: Mapping[str, Any], reports: Mapping[str, Report]) -> Iterator[
     rows = [] if report is None else list(_rows(report, claim["arms"]))
     yield _table(COLUMNS, rows) if rows else _missing(claim["report"])
     prices = {} if report is None else _prices(report, claim["arms"])
-    for arm, price in prices.items():
-        told = _price(price) if price else "its training measured none, see below"
-        yield f"The price of `{arm}`: {told}."
+    for told in dict.fromkeys(prices.values()):  # arms of one adapter share theirs
+        names = " and ".join(f"`{arm}`" for arm, own in prices.items() if own == told)
+        yield f"The price of {names}: {told}."
     yield claim["why"]
 
 
@@ -199,16 +199,19 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _prices(report: Report, arms: Sequence[str]) -> dict[str, Mapping[str, Any] | None]:
+def _prices(report: Report, arms: Sequence[str]) -> dict[str, str]:
+    """What tuned weights cost, in words, by arm."""
     found = {}
     for suite in report["suites"].values():
         for name, arm in suite["arms"].items():
             if name in arms and arm["grade"] == "tuned":
-                found[name] = arm["price"]
+                found[name] = _price(arm["price"])
     return found
 
 
-def _price(price: Mapping[str, Any]) -> str:
+def _price(price: Mapping[str, Any] | None) -> str:
+    if price is None:
+        return "its training measured none"
     parts = [f"loss on held-out text {price['loss'][0]:.4f} -> {price['loss'][1]:.4f} nats per token"]
     if price.get("agreement") is not None:
         parts.append(f"the likeliest token is the base's in {price['agreement']:.1%} of places")
