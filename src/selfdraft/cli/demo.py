@@ -14,15 +14,13 @@ if TYPE_CHECKING:
     from ..generation import TextGenerator
 
 OLD = '''def load_settings(path, defaults=None):
-    """Read settings from a file and merge them with the defaults."""
+    """Read settings from a JSON file and merge them with the defaults."""
     settings = dict(defaults or {})
-    with open(path) as handle:
-        for line in handle:
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            name, value = line.split("=", 1)
-            settings[name.strip()] = value.strip()
+    try:
+        with open(path, encoding="utf-8") as handle:
+            settings.update(json.load(handle))
+    except FileNotFoundError:
+        logger.warning("no settings in %s", path)
     return settings
 '''
 
