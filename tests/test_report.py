@@ -349,6 +349,13 @@ def test_what_was_asked_otherwise_is_told(record: Figures, key: str) -> None:
     assert line.startswith(f"suites.mine.{key}: ")
 
 
+def test_adapters_of_arms_in_one_run_only_are_no_difference(record: Figures) -> None:
+    other = copy.deepcopy(record)
+    record["run"]["adapters"] = {"jacobi": "one", "space": "two"}
+    other["run"]["adapters"] = {"jacobi": "another"}
+    assert compare.compare(record, other)["changed"] == ['adapters.jacobi: "one" in A, "another" in B']
+
+
 def test_figures_are_of_the_prompts_in_both(record: Figures) -> None:
     """One that only B has does not make B's median look better."""
     other = faster(record, 1.0)

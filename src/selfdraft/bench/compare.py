@@ -10,7 +10,7 @@ else differs between the runs is listed, since it may be the reason.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from rich.table import Table
 from ..errors import BenchError
 from . import metrics
 from .interval import median
-from .journal import changes
+from .journal import differences, short
 
 Figures = dict[str, Any]
 SKIPPED = ("suites", "methods", "baselines")  # of a run: told by the table itself, suites one by one
+ADAPTERS = {"adapters", "tuned"}  # of a run: by arm
 FEWEST = 6  # prompts: of fewer the interval ends at the smallest and the largest ratio, whatever they are
 
 
@@ -59,27 +60,38 @@ def compare(a: Figures, b: Figures) -> Figures:
     suites = {name: found for name, found in suites.items() if found["arms"]}
     if not suites:
         raise BenchError(
-            f"the reports share no suite with an arm in common: {_told(a)} there, {_told(b)} here; compare "
+            f"the reports share no suite with an arm in common: A has {_told(a)}; B has {_told(b)}; compare "
             "runs of the same suites and methods"
         )
-    held, asked = ({k: v for k, v in one["run"].items() if k not in SKIPPED} for one in (a, b))
-    changed = [*changes(held, asked), *(line for name in suites for line in _changes(name, a, b))]
+    arms = {arm for suite in suites.values() for arm in suite["arms"]}
+    one, other = (_settings(side["run"], arms) for side in (a, b))
+    found = [*differences(one, other), *(line for name in suites for line in _asked(name, a, b))]
+    changed = [f"{path}: {short(one)} in A, {short(other)} in B" for path, one, other in found]
     return {"changed": changed, "suites": suites}
 
 
-def _changes(suite: str, a: Figures, b: Figures) -> Iterator[str]:
-    """What differs in what both asked of a suite; other prompts are no other texts of the same."""
+def _settings(run: Figures, arms: Container[str]) -> Figures:
+    """What a run depended on, suites apart; of adapters those of arms that both runs have."""
+    kept = {key: value for key, value in run.items() if key not in SKIPPED}
+    for part in ADAPTERS & kept.keys():
+        kept[part] = {name: value for name, value in kept[part].items() if name in arms}
+    return kept
+
+
+def _asked(suite: str, a: Figures, b: Figures) -> Iterator[tuple[str, Any, Any]]:
+    """Where they differ in what they asked of a suite; of other prompts the texts differ anyhow."""
     same = set(a["suites"][suite]["asked"]) == set(b["suites"][suite]["asked"])
     skipped = {"prompts"} if same else {"prompts", "texts"}
-    held, asked = (
-        {key: value for key, value in one["run"]["suites"][suite].items() if key not in skipped}
-        for one in (a, b)
+    one, other = (
+        {key: value for key, value in side["run"]["suites"][suite].items() if key not in skipped}
+        for side in (a, b)
     )
-    yield from changes(held, asked, f"suites.{suite}")
+    yield from differences(one, other, f"suites.{suite}")
 
 
 def _told(record: Figures) -> str:
-    return "; ".join(f"{name}: {', '.join(suite['arms'])}" for name, suite in record["suites"].items())
+    arms = dict.fromkeys(arm for suite in record["suites"].values() for arm in suite["arms"])
+    return f"{', '.join(record['suites'])} by {', '.join(arms)}"
 
 
 def _suite(a: Figures, b: Figures) -> Figures:

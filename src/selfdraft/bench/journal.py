@@ -147,15 +147,21 @@ def _record(line: bytes, where: str) -> Record:
         raise BenchError(f"{where} is not an answer of this bench; give another folder to --out") from error
 
 
-def changes(held: Any, asked: Any, name: str = "") -> Iterator[str]:
-    """What differs between two runs, in words."""
-    if isinstance(held, dict) and isinstance(asked, dict):
-        for key in {**held, **asked}:
-            yield from changes(held.get(key), asked.get(key), f"{name}.{key}" if name else key)
-    elif held != asked:
-        yield f"{name}: {_short(held)} there, {_short(asked)} asked for"
+def changes(held: Any, asked: Any) -> Iterator[str]:
+    """What differs between a run and what is asked for, in words."""
+    for path, there, here in differences(held, asked):
+        yield f"{path}: {short(there)} there, {short(here)} asked for"
 
 
-def _short(value: object) -> str:
+def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two runs differ, and what either has there; None where it has nothing."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    elif one != other:
+        yield name, one, other
+
+
+def short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
