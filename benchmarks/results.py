@@ -252,10 +252,7 @@ def _numerics(reports: Mapping[str, Report]) -> Iterator[str]:
             cells = [
                 _number((one["cut"].get("against_generate") or {}).get("median")) for one in (exact, fast)
             ]
-            own = name == exact["plain"]
-            texts = [
-                "" if own else f"{x['identity']['identical']} of {x['identity']['of']}" for x in (exact, fast)
-            ]
+            texts = [_texts(name, one) for one in (exact, fast)]
             rows.append((suite, f"`{name}`", *cells, *texts))
     yield _table(
         ("suite", "arm", "exact: x generate", "fast: x generate", "exact: texts", "fast: texts"), rows
