@@ -351,6 +351,9 @@ def test_all_arms_see_the_same_first_turn(
             asked.append(list(prompt))
             return Answer([5], [1], [1], [0.1])
 
+        def close(self) -> None:
+            pass
+
     bench = make(generator, [Liar(), arms[0]], mine, tmp_path / "out", repeats=1)
     bench.run()
     plain = bench.journal.records[Key("mine", "talk", 0, "plain", 0)].ids

@@ -318,6 +318,14 @@ def bench(generator: TextGenerator, mine: Path, out: Path, *peers: Peer) -> Benc
     return Bench(generator, [*plain, *peers], [work], 2, Journal(out, {"what": "a test"}))
 
 
+@pytest.fixture
+def running(
+    house: Path, made: Callable[..., Peer], generator: TextGenerator, mine: Path, tmp_path: Path
+) -> Bench:
+    """Ready to run, with a peer as its last arm."""
+    return bench(generator, mine, tmp_path / "out", made())
+
+
 def test_a_run_goes_on_where_a_process_died(
     house: Path, made: Callable[..., Peer], generator: TextGenerator, mine: Path, tmp_path: Path
 ) -> None:
@@ -341,17 +349,10 @@ def test_a_run_goes_on_where_a_process_died(
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, BenchError])
 @pytest.mark.parametrize("fault", [False, True])
 def test_processes_end_with_the_run(
-    end: type[BaseException] | None,
-    fault: bool,
-    house: Path,
-    made: Callable[..., Peer],
-    generator: TextGenerator,
-    mine: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    end: type[BaseException] | None, fault: bool, running: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = made()
-    running = bench(generator, mine, tmp_path / "out", one)
+    one = running.arms[-1]
+    assert isinstance(one, Peer)
     processes: list[Process] = []
 
     def tell(key: object) -> None:
@@ -372,22 +373,13 @@ def test_processes_end_with_the_run(
 
 
 @pytest.mark.parametrize("fault", [False, True])
-def test_its_seconds_are_not_background(
-    fault: bool,
-    house: Path,
-    made: Callable[..., Peer],
-    generator: TextGenerator,
-    mine: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_its_seconds_are_not_background(fault: bool, running: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 9 seconds that the machine worked meanwhile 1 was ours and 7 the peer's."""
     read = iter([machine.Clock(100, 10, 0), machine.Clock(109, 11, 1)] * 100)
     monkeypatch.setattr(machine.Clock, "read", lambda: next(read))
     parsed = peer.parsed
     took: dict[str, Any] = {"peak": 123} | ({} if fault else {"spent": 7.0})
     monkeypatch.setattr(peer, "parsed", lambda said: parsed({**said, "spent": 0.0, **took}))
-    running = bench(generator, mine, tmp_path / "out", made())
     running.run()
     kept = {(r.arm, r.others, r.peak == 123) for r in running.journal.records.values()}
     assert kept == {("plain", 8.0, False), ("llamacpp", 8.0 if fault else 1.0, True)}

@@ -29,7 +29,7 @@ from logs import LogError, Run, open_run
 from pretrain import CheckpointError
 from samples import Sample, draw
 from settings import HERE, WORK, Settings, load
-from watch import newest, progress_of
+from watch import newest, progress_of, step_of
 
 console = Console()
 
@@ -76,8 +76,7 @@ def decayed(checkpoint: Path) -> tuple[int, int] | None:
     note = checkpoint.parent / "decay.json"
     if not note.is_file():
         return None
-    first, step = (int(path.name.split("-")[1]) for path in (checkpoint.parent, checkpoint))
-    return step - first, json.loads(note.read_text())
+    return step_of(checkpoint) - step_of(checkpoint.parent), json.loads(note.read_text())
 
 
 def logged(settings: Settings, folder: Path, tokens: int) -> Run | None:

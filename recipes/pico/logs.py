@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from settings import RecipeError, Settings
-from watch import Progress
+from watch import Progress, step_of
 
 Floats = NDArray[np.float64]
 FORGET = 0.999
@@ -152,5 +152,5 @@ def open_run(work: Path, decay: Path | None, settings: Settings, until: float = 
     stable, fallen = ([at for at in lines if at.tokens <= until] for lines in (stable, fallen))
     if not any(line.rate for line in stable):
         raise LogError(f"{logs[0]} names no learning rate up to {until:,} tokens; train on")
-    first = int(decay.name.split("-")[1]) if decay else 0
+    first = step_of(decay) if decay else 0
     return Run(stable, fallen, first, settings.batch.tokens_per_step)

@@ -34,7 +34,7 @@ from bits import bits_per_byte, spread
 from optimizer import make, rate
 from settings import HERE, WORK, RecipeError, Settings, Shape, load
 from stream import Mixture, open_shards
-from watch import Progress, Watch, newest, on_signals, progress_of
+from watch import Progress, Watch, newest, on_signals, progress_of, step_of
 
 
 class CheckpointError(RecipeError):
@@ -88,7 +88,7 @@ def branch(job: Job) -> Branch:
         return Branch(stable, trunk, None)
     if trunk is None:
         raise CheckpointError(f"no checkpoint in {stable} to branch off; pretrain first")
-    first = int(trunk.name.split("-")[1])
+    first = step_of(trunk)
     folder = job.work / f"decay-{first}"
     note = folder / "decay.json"
     folder.mkdir(exist_ok=True)

@@ -17,8 +17,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfdraft.models.adapter_folder import CONFIG, WEIGHTS
+
 console = Console()
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What the training of the uncut one found, and the cut one is not.
 MEASURED = ("odds", "accuracy", "price", "convergence", "run", "seconds", "peak_bytes")
 A, B = "lora_A.weight", "lora_B.weight"

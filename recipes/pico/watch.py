@@ -35,7 +35,12 @@ class Progress:
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
     found = [path.parent for path in folder.glob("checkpoint-*/progress.json")]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which `checkpoint-<step>` was made, or `decay-<step>` left the stable run."""
+    return int(folder.name.split("-")[1])
 
 
 def progress_of(folder: Path | None) -> Progress:

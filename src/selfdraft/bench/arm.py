@@ -60,7 +60,8 @@ class Answer:
 class Arm(Protocol):
     """One way to answer. drafts: is it a method of this package? grade: whose text it is, the base's or
     that of tuned weights. plain: the arm that decodes the same weights plainly, which it is compared with.
-    price: what tuning those weights cost, as its training measured it (`train.price`), where it is known."""
+    price: what tuning those weights cost, as its training measured it (`train.price`), where it is known.
+    identity_expected: has its text to be that of `plain`, token by token?"""
 
     @property
     def name(self) -> str: ...
@@ -72,8 +73,13 @@ class Arm(Protocol):
     def plain(self) -> str: ...
     @property
     def price(self) -> Mapping[str, Any] | None: ...
+    @property
+    def identity_expected(self) -> bool: ...
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         """At most `length` tokens that continue the prompt, of which some may stand in the references."""
+
+    def close(self) -> None:
+        """End what it started, if anything; a later answer starts it again."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Drafted:
     eos: frozenset[int]
     plain: str = PLAIN
     drafts: bool = True
+    identity_expected: bool = True
 
     @property
     def grade(self) -> str:
@@ -110,6 +117,9 @@ class Drafted:
         rows = [b - a for a, b in pairwise(rows)]
         part = session.forwards / len(session.runs)
         return Answer(list(session.emitted), list(session.runs), rows, times, part)
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass
@@ -166,6 +176,15 @@ class Generated:
         finally:
             handle.remove()
         return _trace(out[0].tolist(), len(prompt), rounds, started, self.eos)
+
+    @property
+    def identity_expected(self) -> bool:
+        """At a temperature its noise is its own, and 16-bit types round differently for other numbers of
+        rows, which it has."""
+        return self.sampler.temperature == 0 and self.model.dtype in (torch.float32, torch.float64)
+
+    def close(self) -> None:
+        pass
 
     def _config(self, length: int) -> GenerationConfig:
         """Greedy, or sampled without any cut. It stands for the model's own, which may say more."""

@@ -66,7 +66,7 @@ def compare(a: Figures, b: Figures) -> Figures:
     arms = {arm for suite in suites.values() for arm in suite["arms"]}
     one, other = (_settings(side["run"], arms) for side in (a, b))
     found = [*differences(one, other), *(line for name in suites for line in _asked(name, a, b))]
-    changed = [f"{path}: {short(one)} in A, {short(other)} in B" for path, one, other in found]
+    changed = [f"{path}: {short(in_a)} in A, {short(in_b)} in B" for path, in_a, in_b in found]
     return {"changed": changed, "suites": suites}
 
 

@@ -21,7 +21,6 @@ from ..text import Detokenizer
 from . import machine
 from .arm import PLAIN, Answer, Arm
 from .journal import Journal, Key, Record
-from .peer import Peer
 from .source import Source
 from .suite import Item
 
@@ -65,11 +64,10 @@ class Bench:
 
     def run(self, tell: Callable[[Key], None] = lambda key: None) -> None:
         """Answer what has no answer yet. `tell` hears of each answer, between two of them. However it ends,
-        the processes of peers end with it."""
+        arms are closed, and the processes of peers end with them."""
         with ExitStack() as stack:
             for arm in self.arms:
-                if isinstance(arm, Peer):
-                    stack.callback(arm.close)
+                stack.callback(arm.close)
             for repeat in range(self.repeats):
                 for work in self.works:
                     for index, item in enumerate(work.items):

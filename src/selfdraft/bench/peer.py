@@ -150,6 +150,7 @@ class Peer:
     eos: frozenset[int]
     grade: str = "base"
     drafts: bool = False
+    identity_expected: bool = False  # its kernels are its own
     plain: str = PLAIN
     price: Mapping[str, Any] | None = None
     process: Process | None = field(default=None, init=False, repr=False)

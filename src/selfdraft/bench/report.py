@@ -16,7 +16,6 @@ from .arm import GENERATE, PLAIN, Arm
 from .journal import Key, Record
 from .machine import QUIET
 from .measure import Bench, Work
-from .peer import Peer
 from .sample import sample
 
 Figures = dict[str, Any]
@@ -73,17 +72,7 @@ def _suite(bench: Bench, work: Work, bound: Figures) -> Figures:
 
 def _arms(bench: Bench, work: Work, items: set[str], bound: Figures) -> Figures:
     own = {k: r for k, r in bench.journal.records.items() if k.suite == work.name and k.item in items}
-    return {
-        arm.name: _arm(arm, own, bound) | {"identity_expected": arm.drafts or _rounds_alike(arm, bench)}
-        for arm in bench.arms
-    }
-
-
-def _rounds_alike(arm: Arm, bench: Bench) -> bool:
-    """Is a baseline's text expected to be plain decoding's? Its noise is its own, so are a peer's kernels,
-    and those of 16-bit types round differently for other numbers of rows, which `generate` has."""
-    run = bench.journal.run
-    return run["temperature"] == 0 and run["dtype"] in ("float32", "float64") and not isinstance(arm, Peer)
+    return {arm.name: _arm(arm, own, bound) for arm in bench.arms}
 
 
 def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
@@ -95,6 +84,7 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
         "answers": len(mine),
         "price": arm.price,
         "identity": metrics.identity(mine, records, arm.plain),
+        "identity_expected": arm.identity_expected,
         "texts": metrics.texts_sha256(mine),
         "prompts": _prompts(arm, mine, records),
         "repeated_share": metrics.repeated(mine),

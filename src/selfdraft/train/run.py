@@ -19,7 +19,7 @@ from ..bench import machine
 from ..bench.journal import changes
 from ..errors import InvalidOption, TrainingDataError
 from ..models import adapter_folder
-from ..models.adapter import AdapterConfig
+from ..models.adapter import Adapter, AdapterConfig
 from ..models.drive import drive
 from ..models.fingerprint import fingerprint
 from ..models.load import load_pretrained
@@ -66,9 +66,7 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     if begun is not None:
         plan = replace(plan, config=begun.config)
     student = Student(model, begun or fresh(model, plan.config, plan.schedule.seed), plan.loss)
-    settings = asked(plan, distilled)
-    if begun is not None:
-        settings["start"] = machine.adapter_sha256(begun)
+    settings = asked(plan, distilled, begun)
     claim(plan.out, settings)
     share = student.adapter.size / pretrained.num_parameters()
     tell(f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
@@ -106,11 +104,13 @@ def split(rows: Any, data: Path) -> tuple[Any, Any]:
     return rows.select([i for i in usable if i not in kept]), rows.select(held)
 
 
-def asked(plan: Any, distilled: shards.Distilled) -> dict[str, Any]:
-    """Everything that comes of a plan depends on. The answers by what they are, not by where they lie."""
+def asked(plan: Any, distilled: shards.Distilled, begun: Adapter | None) -> dict[str, Any]:
+    """Everything that comes of a plan depends on. The answers, and the adapter that it goes on from, by what
+    they are, not by where they lie."""
     given = json.loads(json.dumps(asdict(plan), default=str))
     del given["out"], given["device"]
     given["data"] = {"rows": len(distilled.rows), **distilled.manifest["asked"]}
+    given["start"] = None if begun is None else machine.adapter_sha256(begun)
     return dict(given)
 
 

@@ -90,9 +90,7 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
             f"{plan.data}: no held-out prompt fits the context, so no price could be told"
         )
     student = TunedStudent(model, adapter, plan.loss, plan.full)
-    asked = run.asked(plan, distilled)
-    if begun is not None:
-        asked["start"] = machine.adapter_sha256(begun)
+    asked = run.asked(plan, distilled, begun)
     run.claim(plan.out, asked)
     trained = sum(part.numel() for part in student.parameters())
     share = trained / pretrained.num_parameters()
