@@ -17,8 +17,8 @@ import torch
 from rich.progress import track
 
 from selfdraft import TextGenerator
-from selfdraft.models.hf import HfModel
-from selfdraft.verify import verify
+from selfdraft.models.transformers import HfModel
+from selfdraft.verify.verify import verify
 
 from conftest import VOCABULARY, tiny_llama
 from drafting import random_prompt

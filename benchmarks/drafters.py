@@ -25,11 +25,11 @@ import torch
 
 import selfdraft
 from selfdraft import Engine, Limits, Method, Sampler, Step, TextGenerator, Tree
+from selfdraft._common.repetition import fresh
 from selfdraft.bench import source, suite
 from selfdraft.bench.arm import method
 from selfdraft.bench.measure import plan
-from selfdraft.bench.repetition import fresh
-from selfdraft.occurrences import Occurrences
+from selfdraft.drafting.suffix_index import Occurrences
 
 
 @dataclass

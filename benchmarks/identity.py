@@ -25,8 +25,8 @@ from rich.progress import track
 
 import selfdraft
 from selfdraft import Engine, Limits, Method, Sampler
-from selfdraft.methods import create
-from selfdraft.models.hf import HfModel
+from selfdraft.drafting import create
+from selfdraft.models.transformers import HfModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 SAMPLERS = [Sampler(), *(Sampler(0.8, seed=seed) for seed in range(8))]

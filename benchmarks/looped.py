@@ -33,14 +33,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from selfdraft import Engine, Limits, Method, Sampler, Tree
-from selfdraft.bench import machine, source, suite
+from selfdraft._common import machine
+from selfdraft.bench import source, suite
 from selfdraft.bench.arm import Drafted, Generated
-from selfdraft.methods import create
+from selfdraft.drafting import create
 from selfdraft.models.drive import drive
-from selfdraft.models.hf import HfModel
-from selfdraft.models.load import EMBEDDED, load_pretrained
+from selfdraft.models.loading import EMBEDDED, load_pretrained
 from selfdraft.models.looped.decoder import LoopedForCausalLM
 from selfdraft.models.looped.retrofit import share
+from selfdraft.models.transformers import HfModel
 
 Prompts = Sequence[Sequence[int]]
 OPTIONS: dict[str, dict[str, object]] = {

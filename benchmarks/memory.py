@@ -50,7 +50,7 @@ def run(asked: argparse.Namespace) -> dict[str, float]:
     import torch
 
     import selfdraft
-    from selfdraft.models.load import EMBEDDED
+    from selfdraft.models.loading import EMBEDDED
 
     arm, _, numerics = asked.arm.partition(" ")
     dice = random.Random(0)

@@ -19,13 +19,13 @@ from typing import Any
 
 import selfdraft
 from selfdraft import Engine, Limits
+from selfdraft._common.repetition import fresh
 from selfdraft.bench import source, suite
 from selfdraft.bench.arm import method
 from selfdraft.bench.measure import plan
-from selfdraft.bench.repetition import fresh
-from selfdraft.methods import create
-from selfdraft.models import adapter_folder
-from selfdraft.models.hf import HfModel
+from selfdraft.drafting import create
+from selfdraft.models.adapters import folder as adapter_folder
+from selfdraft.models.transformers import HfModel
 from selfdraft.train.price import price
 
 

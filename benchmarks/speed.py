@@ -32,8 +32,8 @@ from transformers import GenerationConfig
 
 import selfdraft
 from selfdraft import Engine, Limits, Result, TextGenerator, Tree
-from selfdraft.methods import create
-from selfdraft.models.load import EMBEDDED
+from selfdraft.drafting import create
+from selfdraft.models.loading import EMBEDDED
 
 
 def main() -> None:

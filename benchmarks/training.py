@@ -56,8 +56,8 @@ def run(asked: argparse.Namespace) -> dict[str, float]:
     """One arm, in this process."""
     import torch
 
-    from selfdraft.bench import machine
-    from selfdraft.models.load import load_pretrained
+    from selfdraft._common import machine
+    from selfdraft.models.loading import load_pretrained
 
     torch.manual_seed(0)
     model = load_pretrained(asked.model, asked.dtype, asked.device)[0]
@@ -97,8 +97,8 @@ def _full(model, ids) -> tuple[Callable, list]:
 def _adapter(model, ids, anchors: int, shape: tuple[int, int, int]) -> tuple[Callable, list]:
     import torch
 
-    from selfdraft.models.adapter import AdapterConfig
-    from selfdraft.models.hf import HfModel
+    from selfdraft.models.adapters.adapter import AdapterConfig
+    from selfdraft.models.transformers import HfModel
     from selfdraft.train.student import Loss, Student, fresh
 
     masks, prefix, rank = shape

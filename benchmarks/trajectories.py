@@ -33,9 +33,9 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import torch
 
 import selfdraft
-from selfdraft.bench import machine
-from selfdraft.models.load import load_pretrained
-from selfdraft.session import first_end
+from selfdraft._common import machine
+from selfdraft.engine.request import first_end
+from selfdraft.models.loading import load_pretrained
 from selfdraft.train import shards
 from selfdraft.train.distill import Recipe, asked
 from selfdraft.train.prompts import Prompts

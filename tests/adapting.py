@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from selfdraft import Drafter, Method, Request, Step, Tree
-from selfdraft.method import free
-from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from selfdraft.models.hf import HfModel
+from selfdraft.drafting.method import free
+from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from selfdraft.models.naming import CACHE
+from selfdraft.models.transformers import HfModel
 from selfdraft.verify.adversaries import Oracle
 
 LAYERS = ("q_proj", "down_proj")

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from selfdraft import cli
-from selfdraft.models.hf import HfModel
+from selfdraft.models.transformers import HfModel
 
 VOCABULARY = 320
 Run = Callable[..., tuple[int, str, str]]

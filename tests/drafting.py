@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from selfdraft import Engine, Limits, Method, Sampler, Session
-from selfdraft.models import Model
+from selfdraft.models.protocol import Model
 
 
 def run(

@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from selfdraft import Sampler, Step, Tree, cache, engine, session
-from selfdraft.cache import Lane, Lanes
-from selfdraft.draw import Draw
-from selfdraft.models import adapter, masks
-from selfdraft.models.adapter import Gate
-from selfdraft.models.hf import HfModel
-from selfdraft.noise import Noise
+from selfdraft import Sampler, Step, Tree
+from selfdraft.engine import engine
+from selfdraft.engine import request as session
+from selfdraft.models import attention_masks as masks
+from selfdraft.models import kv_cache as cache
+from selfdraft.models.adapters import adapter
+from selfdraft.models.adapters.adapter import Gate
+from selfdraft.models.kv_cache import Lane, Lanes
+from selfdraft.models.transformers import HfModel
+from selfdraft.sampling.gumbel import Noise
+from selfdraft.sampling.processors import Draw
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 

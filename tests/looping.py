@@ -6,12 +6,7 @@ from typing import Any
 
 import torch
 
-from selfdraft.models.looped.decoder import (
-    LoopedConfig,
-    LoopedForCausalLM,
-    OuroConfig,
-    OuroForCausalLM,
-)
+from selfdraft.models.looped.decoder import LoopedConfig, LoopedForCausalLM, OuroConfig, OuroForCausalLM
 from selfdraft.models.looped.retrofit import recast
 
 from conftest import VOCABULARY

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import selfdraft
 from selfdraft import Engine, Tree
+from selfdraft.drafting.bita import Bita
+from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError
-from selfdraft.methods.bita import Bita
-from selfdraft.methods.space import Space
-from selfdraft.models import adapter_folder
-from selfdraft.models.adapter import Adapter
-from selfdraft.models.adapter_folder import CONFIG, WEIGHTS
-from selfdraft.models.fingerprint import fingerprint
-from selfdraft.models.hf import HfModel
+from selfdraft.models.adapters import folder as adapter_folder
+from selfdraft.models.adapters.adapter import Adapter
+from selfdraft.models.adapters.fingerprint import fingerprint
+from selfdraft.models.adapters.folder import CONFIG, WEIGHTS
+from selfdraft.models.transformers import HfModel
 
 from adapting import adapter
 from conftest import VOCABULARY, tiny_llama

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from selfdraft import Engine, Limits, Method, Sampler, Session, Tree
+from selfdraft.drafting.bita import Bita
+from selfdraft.drafting.jacobi import Jacobi
+from selfdraft.drafting.llma import Llma
+from selfdraft.drafting.plain import Plain
+from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError, InvalidPrompt, InvalidReference, InvalidTree
-from selfdraft.methods.bita import Bita
-from selfdraft.methods.jacobi import Jacobi
-from selfdraft.methods.llma import Llma
-from selfdraft.methods.plain import Plain
-from selfdraft.methods.space import Space
-from selfdraft.models.adapter import Adapter, all_targets, linear_layers
-from selfdraft.models.hf import HfModel
-from selfdraft.noise import Noise
+from selfdraft.models.adapters.adapter import Adapter, all_targets, linear_layers
+from selfdraft.models.transformers import HfModel
+from selfdraft.sampling.gumbel import Noise
 from selfdraft.train.student import Loss, Student
 
 import faults

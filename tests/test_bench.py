@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 import selfdraft
 from selfdraft import Sampler, TextGenerator
-from selfdraft.bench import arm, interval, journal, machine, metrics, report, source, suite
+from selfdraft._common import machine
+from selfdraft._common.repetition import fresh
+from selfdraft.bench import arm, interval, journal, metrics, report, source, suite
 from selfdraft.bench.arm import Answer, Arm, Generated
 from selfdraft.bench.journal import Journal, Key, Record
 from selfdraft.bench.measure import Bench, plan
-from selfdraft.bench.repetition import fresh
 from selfdraft.errors import BenchError, InvalidOption, InvalidSuite, UnknownMethod
 
 from conftest import Run

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from selfdraft import Tree
-from selfdraft.cache import Lane, Lanes
-from selfdraft.models.hf import HfModel
+from selfdraft.models.kv_cache import Lane, Lanes
+from selfdraft.models.transformers import HfModel
 
 from conftest import tiny_llama
 from drafting import random_prompt

@@ -22,14 +22,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from selfdraft import Limits, Tree
+from selfdraft.drafting.bita import Bita
+from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError, ModelUnsupported
-from selfdraft.methods.bita import Bita
-from selfdraft.methods.plain import Plain
-from selfdraft.models import attention, masks
-from selfdraft.models.adapter import AdapterConfig, all_targets
+from selfdraft.models import attention
+from selfdraft.models import attention_masks as masks
+from selfdraft.models.adapters.adapter import AdapterConfig, all_targets
 from selfdraft.models.drive import drive
 from selfdraft.models.head import Tail
-from selfdraft.models.hf import HfModel
+from selfdraft.models.transformers import HfModel
 from selfdraft.train.student import Loss, Student, fresh
 from selfdraft.verify.adversaries import Oracle
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Engine, Limits
-from selfdraft.method import Request
-from selfdraft.methods.plain import Plain, PlainDrafter
-from selfdraft.models import cost
-from selfdraft.models.cost import StepTimes
-from selfdraft.models.hf import HfModel
+from selfdraft.drafting.method import Request
+from selfdraft.drafting.plain import Plain, PlainDrafter
+from selfdraft.models import step_cost as cost
+from selfdraft.models.step_cost import StepTimes
+from selfdraft.models.transformers import HfModel
 
 from drafting import random_prompt
 
@@ -49,7 +49,7 @@ def test_drafters_are_told_the_cost_for_those_who_run(
         calls.append(model)
         return StepTimes({1: 1.0, 2: 2.0, 100: 100.0})
 
-    monkeypatch.setattr("selfdraft.models.hf.step_times", measured)
+    monkeypatch.setattr("selfdraft.models.transformers.step_times", measured)
     monkeypatch.setattr(exact, "_times", None)
     engine, method = Engine(exact), Curious()
     sessions = [engine.submit(random_prompt(9, i), method, limits=Limits(9)) for i in range(3)]

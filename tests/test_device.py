@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from selfdraft import Sampler
-from selfdraft.methods.bita import Bita
-from selfdraft.methods.plain import Plain
-from selfdraft.methods.space import Space
-from selfdraft.models.hf import HfModel
-from selfdraft.noise import gumbel, philox
+from selfdraft.drafting.bita import Bita
+from selfdraft.drafting.plain import Plain
+from selfdraft.drafting.space import Space
+from selfdraft.models.transformers import HfModel
+from selfdraft.sampling.gumbel import gumbel, philox
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from adapting import adapter

@@ -18,9 +18,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from selfdraft import Sampler, TextGenerator
-from selfdraft.bench.repetition import fresh
+from selfdraft._common.repetition import fresh
 from selfdraft.errors import InvalidOption, TrainingDataError
-from selfdraft.models.hf import HfModel
+from selfdraft.models.transformers import HfModel
 from selfdraft.train import shards
 from selfdraft.train.distill import Distillation, Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import selfdraft
-from selfdraft import cli, methods
+from selfdraft import cli, drafting
 
 from conftest import TEXT, Run
 
@@ -90,7 +90,7 @@ def test_readme_python_runs(code: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_readme_names_every_method_and_folder() -> None:
-    for method in methods.available():
+    for method in drafting.available():
         assert f"`{method}`" in README
     tree = blocks(README, "text")[-1]
     for path in [*ROOT.glob("src/selfdraft/*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.py")]:

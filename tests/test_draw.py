@@ -17,8 +17,8 @@ from transformers.generation.logits_process import (
 )
 
 from selfdraft import Sampler
-from selfdraft.draw import Draw
 from selfdraft.errors import InvalidOption
+from selfdraft.sampling.processors import Draw
 
 CPU, SIZE = torch.device("cpu"), 12
 ids = st.lists(st.integers(0, SIZE - 1), max_size=8)

@@ -10,13 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfdraft import Engine, Limits, Method, Sampler, Session, Tree
+from selfdraft.drafting.jacobi import Jacobi
+from selfdraft.drafting.llma import Llma
+from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, InvalidPrompt, InvalidTree
-from selfdraft.methods.jacobi import Jacobi
-from selfdraft.methods.llma import Llma
-from selfdraft.methods.plain import Plain
 from selfdraft.models import attention
-from selfdraft.models.hf import HfModel
-from selfdraft.models.probe import RowRange
+from selfdraft.models.conformance import RowRange
+from selfdraft.models.transformers import HfModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from conftest import tiny_llama
@@ -153,7 +153,7 @@ def test_plain_is_generate() -> None:
 def test_prefill_in_pieces_is_prefill_at_once(exact32: HfModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(exact32, Plain(), PROMPT)
     assert whole.prefills == 1
-    monkeypatch.setattr("selfdraft.session.PREFILL", 7)
+    monkeypatch.setattr("selfdraft.engine.request.PREFILL", 7)
     pieces = run(exact32, Plain(), PROMPT)
     assert pieces.prefills == 5
     assert pieces.emitted == whole.emitted

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import selfdraft
 from selfdraft import errors
-from selfdraft.methods.jacobi import Jacobi
+from selfdraft.drafting.jacobi import Jacobi
 
 
 @pytest.fixture(scope="module")

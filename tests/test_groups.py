@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Request, Step, Tree
-from selfdraft.engine import _group
+from selfdraft.drafting.bita import Bita
+from selfdraft.drafting.draft_tree import Budget
+from selfdraft.drafting.mask_tree import HAZARDS, GroupDrafter, Node, Plan, guesses
+from selfdraft.drafting.method import Lookahead
+from selfdraft.drafting.space import Space
+from selfdraft.engine.engine import _group
 from selfdraft.errors import AdapterError
-from selfdraft.groups import HAZARDS, GroupDrafter, Node, Plan, guesses
-from selfdraft.method import Lookahead
-from selfdraft.methods.bita import Bita
-from selfdraft.methods.space import Space
-from selfdraft.worth import Budget
 
 VOCABULARY = 50
 LOOK = Lookahead((50, 51, 52))

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import RepetitionPenaltyLogitsProces
 
 import selfdraft
 from selfdraft.errors import InvalidOption, InvalidPrompt
-from selfdraft.huggingface import Hook
+from selfdraft.integrations.transformers import Hook
 
 from conftest import tiny_llama
 from drafting import random_prompt

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import selfdraft
 from selfdraft import Limits
+from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, ModelUnsupported
-from selfdraft.methods.plain import Plain
-from selfdraft.models.hf import HfModel
+from selfdraft.models.transformers import HfModel
 from selfdraft.verify.adversaries import Oracle
 
 from architectures import WORKING, build

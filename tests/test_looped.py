@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from selfdraft import load
+from selfdraft.drafting.plain import Plain
+from selfdraft.engine.request import Limits
 from selfdraft.errors import InvalidOption, ModelCorrupt, ModelUnsupported
-from selfdraft.methods.plain import Plain
 from selfdraft.models.drive import drive
-from selfdraft.models.hf import HfModel
-from selfdraft.models.load import EMBEDDED, load_pretrained
+from selfdraft.models.loading import EMBEDDED, load_pretrained
 from selfdraft.models.looped.decoder import LoopedConfig, OuroForCausalLM, exit_weights
 from selfdraft.models.looped.stages import StagedModel
-from selfdraft.session import Limits
+from selfdraft.models.transformers import HfModel
 
 from conftest import VOCABULARY
 from drafting import random_prompt, run

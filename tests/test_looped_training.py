@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from selfdraft.errors import InvalidOption, ModelUnsupported
-from selfdraft.models.fingerprint import fingerprint
-from selfdraft.models.hf import MARK
-from selfdraft.models.load import load_pretrained
+from selfdraft.models.adapters.fingerprint import fingerprint
+from selfdraft.models.loading import load_pretrained
 from selfdraft.models.looped import retrofit
 from selfdraft.models.looped.decoder import LoopedForCausalLM, exit_weights
 from selfdraft.models.looped.retrofit import blank, share, sources
+from selfdraft.models.transformers import MARK
 from selfdraft.train import exits, windows
 from selfdraft.train.exits import Places, distribution, exit_loss, measure
 from selfdraft.train.looped import LoopedPlan, LoopedSchedule, train

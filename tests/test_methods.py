@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Drafter, Engine, Limits, Method, Request, Sampler, Step
+from selfdraft.drafting import available, create
+from selfdraft.drafting.draft_tree import Budget, Odds
+from selfdraft.drafting.jacobi import Jacobi
+from selfdraft.drafting.llma import Llma
+from selfdraft.drafting.plain import Plain
+from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption, UnknownMethod
-from selfdraft.methods import available, create
-from selfdraft.methods.jacobi import Jacobi
-from selfdraft.methods.llma import Llma
-from selfdraft.methods.plain import Plain
-from selfdraft.models.hf import HfModel
-from selfdraft.step import accept
-from selfdraft.worth import Budget, Odds
+from selfdraft.models.transformers import HfModel
 
 from drafting import random_prompt, run
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from selfdraft import Limits, Sampler
-from selfdraft.methods.plain import Plain
-from selfdraft.models.hf import HfModel
+from selfdraft.drafting.plain import Plain
+from selfdraft.models.transformers import HfModel
 from selfdraft.verify.adversaries import Oracle
 
 from drafting import random_prompt, run

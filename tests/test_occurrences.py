@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import occurrences
-from selfdraft.occurrences import BORDER, REACH, Match, Occurrences
+from selfdraft.drafting import suffix_index as occurrences
+from selfdraft.drafting.suffix_index import BORDER, REACH, Match, Occurrences
 
 few = st.integers(0, 2)
 ids = st.lists(few, max_size=40)

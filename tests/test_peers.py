@@ -23,7 +23,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import selfdraft
 from selfdraft import TextGenerator
-from selfdraft.bench import arm, machine, measure, peer, source, suite
+from selfdraft._common import machine
+from selfdraft.bench import arm, measure, peer, source, suite
 from selfdraft.bench.arm import Answer
 from selfdraft.bench.job import Job
 from selfdraft.bench.journal import Journal
@@ -31,7 +32,7 @@ from selfdraft.bench.measure import Bench, plan
 from selfdraft.bench.peer import Peer, Process
 from selfdraft.bench.peers import gguf_folder
 from selfdraft.errors import BenchError, InvalidOption, PeerFailed, PeerUnavailable
-from selfdraft.models.load import EMBEDDED
+from selfdraft.models.loading import EMBEDDED
 
 from conftest import Run, tiny_llama
 

@@ -24,10 +24,10 @@ from transformers.models.mistral import modeling_mistral
 
 from selfdraft import Tree
 from selfdraft.errors import ModelUnsupported
-from selfdraft.models import probe
+from selfdraft.models import conformance as probe
+from selfdraft.models.conformance import RowRange
 from selfdraft.models.head import Tail
-from selfdraft.models.hf import HfModel
-from selfdraft.models.probe import RowRange
+from selfdraft.models.transformers import HfModel
 
 from conftest import tiny_llama
 

@@ -8,10 +8,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from selfdraft import Request, references
-from selfdraft.methods.llma import Llma
-from selfdraft.models.load import EMBEDDED
-from selfdraft.references import spellings
+from selfdraft import Request
+from selfdraft.drafting import references
+from selfdraft.drafting.llma import Llma
+from selfdraft.drafting.references import spellings
+from selfdraft.models.loading import EMBEDDED
 
 from conftest import TEXT
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from selfdraft import Engine, Limits, Method, Sampler, Session
-from selfdraft.draw import Draw
-from selfdraft.methods import create
-from selfdraft.models.hf import HfModel
-from selfdraft.text import StopStrings, StopWatch
+from selfdraft.drafting import create
+from selfdraft.models.transformers import HfModel
+from selfdraft.sampling.detokenizer import StopStrings, StopWatch
+from selfdraft.sampling.processors import Draw
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from drafting import random_prompt

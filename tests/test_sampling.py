@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from selfdraft import Sampler
 from selfdraft.errors import InvalidOption
-from selfdraft.noise import Noise, gumbel, philox
+from selfdraft.sampling.gumbel import Noise, gumbel, philox
 
 CPU = torch.device("cpu")
 

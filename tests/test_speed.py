@@ -15,21 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfdraft
-from selfdraft import Engine, Limits, Method, Request, Sampler, Session, Step, Tree, verify
+from selfdraft import Engine, Limits, Method, Request, Sampler, Session, Step, Tree
+from selfdraft.drafting import create
+from selfdraft.drafting.method import Loops
+from selfdraft.drafting.plain import Plain
+from selfdraft.drafting.speed import Depth, Speed, SpeedDrafter
+from selfdraft.engine.request import FinishReason
 from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
-from selfdraft.generation import TextGenerator
-from selfdraft.method import Loops
-from selfdraft.methods import create
-from selfdraft.methods.plain import Plain
-from selfdraft.methods.speed import Depth, Speed, SpeedDrafter
-from selfdraft.models import probe
-from selfdraft.models.adapter import AdapterConfig
+from selfdraft.llm import TextGenerator
+from selfdraft.models import conformance as probe
+from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.drive import drive
-from selfdraft.models.hf import HfModel
 from selfdraft.models.looped import stages
 from selfdraft.models.looped.stages import StageLane, StageLanes, matches
-from selfdraft.session import FinishReason
+from selfdraft.models.transformers import HfModel
 from selfdraft.train.student import fresh
+from selfdraft.verify import verify
 from selfdraft.verify.adversaries import Oracle, Restless
 
 from drafting import random_prompt, run

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from selfdraft import Limits, groups
+from selfdraft import Limits
+from selfdraft.drafting import mask_tree as groups
+from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError
-from selfdraft.methods.plain import Plain
-from selfdraft.models import adapter_folder
-from selfdraft.models.adapter import AdapterConfig
-from selfdraft.models.hf import HfModel
+from selfdraft.models.adapters import folder as adapter_folder
+from selfdraft.models.adapters.adapter import AdapterConfig
+from selfdraft.models.transformers import HfModel
 from selfdraft.train import calibration, sequences, trainer
 from selfdraft.train.calibration import calibrate
 from selfdraft.train.sequences import Batches, Draws

@@ -9,7 +9,7 @@ from hypothesis.strategies import DataObject
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft.text import LONGEST, Detokenizer
+from selfdraft.sampling.detokenizer import LONGEST, Detokenizer
 
 
 def test_pieces_are_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -17,10 +17,10 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdraft import Limits, Request, Sampler, Step, TextGenerator
-from selfdraft.bench.repetition import fresh
+from selfdraft._common.repetition import fresh
+from selfdraft.drafting.plain import Plain
 from selfdraft.errors import TrainingDataError
-from selfdraft.methods.plain import Plain
-from selfdraft.models.hf import HfModel
+from selfdraft.models.transformers import HfModel
 from selfdraft.train import shards, trajectories
 from selfdraft.train.distill import Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Step, Tree
+from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidTree
-from selfdraft.step import accept
 
 
 @st.composite

@@ -16,15 +16,15 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import selfdraft
 from selfdraft import Engine, Limits, Method, Sampler, Session
+from selfdraft.drafting.jacobi import Jacobi
+from selfdraft.drafting.llma import Llma
+from selfdraft.drafting.plain import Plain
+from selfdraft.drafting.space import SpaceTuned
 from selfdraft.errors import AdapterError, InvalidOption
-from selfdraft.methods.jacobi import Jacobi
-from selfdraft.methods.llma import Llma
-from selfdraft.methods.plain import Plain
-from selfdraft.methods.space import SpaceTuned
-from selfdraft.models import adapter as parts
-from selfdraft.models import adapter_folder
-from selfdraft.models.adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from selfdraft.models.hf import MARK, HfModel
+from selfdraft.models.adapters import adapter as parts
+from selfdraft.models.adapters import folder as adapter_folder
+from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
+from selfdraft.models.transformers import MARK, HfModel
 
 from adapting import LAYERS, Helped, Knowing
 from conftest import Run, tiny_llama
@@ -114,7 +114,9 @@ def test_merged_weights_are_peft_s(double: HfModel, tmp_path: Path) -> None:
 
 def merged_twice(patch: pytest.MonkeyPatch) -> None:
     merge = parts.merge
-    patch.setattr("selfdraft.models.hf.merge", lambda model, adapter: merge(merge(model, adapter), adapter))
+    patch.setattr(
+        "selfdraft.models.transformers.merge", lambda model, adapter: merge(merge(model, adapter), adapter)
+    )
 
 
 def one_layer_left_out(patch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,7 @@ def in_the_base(patch: pytest.MonkeyPatch) -> None:
                 module.weight += adapter.config.scale * low.b @ low.a
         return parts.share(model)
 
-    patch.setattr("selfdraft.models.hf.merge", merge)
+    patch.setattr("selfdraft.models.transformers.merge", merge)
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:.*is_gradient_checkpointing")

@@ -20,15 +20,15 @@ from transformers import TrainerCallback
 
 import selfdraft
 from selfdraft import Limits, Tree
-from selfdraft.bench.machine import adapter_sha256
+from selfdraft._common.machine import adapter_sha256
+from selfdraft.drafting.jacobi import Jacobi
+from selfdraft.drafting.method import Lookahead, free
+from selfdraft.drafting.plain import Plain
+from selfdraft.drafting.space import SpaceTuned
 from selfdraft.errors import AdapterError, InvalidOption, TrainingDataError
-from selfdraft.method import Lookahead, free
-from selfdraft.methods.jacobi import Jacobi
-from selfdraft.methods.plain import Plain
-from selfdraft.methods.space import SpaceTuned
-from selfdraft.models import adapter_folder
-from selfdraft.models.adapter import AdapterConfig, LowRank
-from selfdraft.models.hf import HfModel
+from selfdraft.models.adapters import folder as adapter_folder
+from selfdraft.models.adapters.adapter import AdapterConfig, LowRank
+from selfdraft.models.transformers import HfModel
 from selfdraft.train import packed, price, shards, tuned
 from selfdraft.train import run as run_
 from selfdraft.train.packed import Masked, NoiseConfig, Noisy

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft import Sampler, TextGenerator, cli, session
-from selfdraft.models.hf import HfModel
-from selfdraft.noise import Noise
-from selfdraft.verify import Verification, verify
+from selfdraft import Sampler, TextGenerator, cli
+from selfdraft.engine import request as session
+from selfdraft.models.transformers import HfModel
+from selfdraft.sampling.gumbel import Noise
 from selfdraft.verify.distribution import fits
+from selfdraft.verify.verify import Verification, verify
 
 from conftest import tiny_llama
 from drafting import random_prompt
@@ -73,14 +74,14 @@ def test_rounding_is_told_from_breakage(
         )
 
     monkeypatch.setattr(HfModel, "logits", rounded)
-    monkeypatch.setattr("selfdraft.verify.row_noise", lambda *_: 0.5)
-    monkeypatch.setattr("selfdraft.verify._generated", lambda m, c, p: engine_agrees(p))
+    monkeypatch.setattr("selfdraft.verify.verify.row_noise", lambda *_: 0.5)
+    monkeypatch.setattr("selfdraft.verify.verify._generated", lambda m, c, p: engine_agrees(p))
     result = check(TextGenerator(model, tokenizer, "jacobi"), 3)
     assert result.verdict == "tie-bounded"
     found = [d for judged in result.checks for d in judged.differences]
     assert found
     assert all(abs(d.margin) <= 1.0 and d.expected != d.got for d in found)
-    monkeypatch.setattr("selfdraft.verify.row_noise", lambda *_: 1e-6)
+    monkeypatch.setattr("selfdraft.verify.verify.row_noise", lambda *_: 1e-6)
     assert check(TextGenerator(model, tokenizer, "jacobi"), 3).verdict == "broken"
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import worth
-from selfdraft.worth import MARGIN, Bet, Budget, Growth, Odds, wins
+from selfdraft.drafting import draft_tree as worth
+from selfdraft.drafting.draft_tree import MARGIN, Bet, Budget, Growth, Odds, wins
 
 
 class Told:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 import selfdraft
-from selfdraft.generation import TextGenerator
+from selfdraft.llm import TextGenerator
 
 from documents import Row
 from judge import judge

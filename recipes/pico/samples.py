@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfdraft.answer import Result
-from selfdraft.generation import TextGenerator
+from selfdraft.params import Result
+from selfdraft.llm import TextGenerator
 
 from sets import read, spaced
 

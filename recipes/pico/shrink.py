@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfdraft.models.adapter_folder import CONFIG, WEIGHTS
+from selfdraft.models.adapters.folder import CONFIG, WEIGHTS
 
 console = Console()
 # What the training of the uncut one found, and the cut one is not.

@@ -14,17 +14,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .answer import Chunk, Options, Result
     from .conversation import Conversation
-    from .engine import Engine
+    from .drafting.method import Drafter, Method, Request
+    from .engine.engine import Engine
+    from .engine.request import Limits, Session, TokenLogprob
+    from .engine.step import Step
+    from .engine.tree import Tree
     from .errors import SelfdraftError
-    from .generation import Stream, TextGenerator, load
-    from .huggingface import hook
-    from .method import Drafter, Method, Request
-    from .sampling import Sampler
-    from .session import Limits, Session, TokenLogprob
-    from .step import Step
-    from .tree import Tree
+    from .integrations.transformers import hook
+    from .llm import Stream, TextGenerator, load
+    from .params import Chunk, Options, Result
+    from .sampling.sampler import Sampler
 
 __version__ = "0.1.0.dev0"
 
@@ -52,16 +52,16 @@ __all__ = [
 
 _HOME = {
     "conversation": ("Conversation",),
-    "engine": ("Engine",),
+    "drafting.method": ("Drafter", "Method", "Request"),
+    "engine.engine": ("Engine",),
+    "engine.request": ("Limits", "Session", "TokenLogprob"),
+    "engine.step": ("Step",),
+    "engine.tree": ("Tree",),
     "errors": ("SelfdraftError",),
-    "answer": ("Chunk", "Options", "Result"),
-    "generation": ("Stream", "TextGenerator", "load"),
-    "huggingface": ("hook",),
-    "method": ("Drafter", "Method", "Request"),
-    "sampling": ("Sampler",),
-    "session": ("Limits", "Session", "TokenLogprob"),
-    "step": ("Step",),
-    "tree": ("Tree",),
+    "integrations.transformers": ("hook",),
+    "llm": ("Stream", "TextGenerator", "load"),
+    "params": ("Chunk", "Options", "Result"),
+    "sampling.sampler": ("Sampler",),
 }
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .answer import Options, Result
-from .engine import Engine
-from .generation import Prompt, Stream, TextGenerator
-from .session import Session
+from .engine.engine import Engine
+from .engine.request import Session
+from .llm import Prompt, Stream, TextGenerator
+from .params import Options, Result
 
 
 class Conversation:

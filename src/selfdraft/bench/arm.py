@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .. import methods
-from ..engine import Engine
+from .. import drafting
+from ..drafting.method import Method
+from ..engine.engine import Engine
+from ..engine.request import Limits, first_end
 from ..errors import InvalidOption
-from ..generation import TextGenerator
-from ..method import Method
-from ..models.hf import HfModel
-from ..sampling import Sampler
-from ..session import Limits, first_end
+from ..llm import TextGenerator
+from ..models.transformers import HfModel
+from ..sampling.sampler import Sampler
 
 PLAIN = "plain"  # the method that the others are compared with
 GENERATE = "generate"  # the baseline they are compared with
@@ -249,7 +249,7 @@ def spelled(name: str) -> tuple[str, dict[str, object], str | None]:
 def method(name: str) -> Method:
     """The method of such a name. Raises UnknownMethod and InvalidOption."""
     label, options, _ = spelled(name)
-    return methods.create(label, options)
+    return drafting.create(label, options)
 
 
 def lookups(names: Sequence[str]) -> dict[str, int]:

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine import Engine
-from ..method import Request
-from ..models.hf import HfModel
-from ..session import Limits
-from ..step import Step
-from ..tree import Tree
+from ..drafting.method import Request
+from ..engine.engine import Engine
+from ..engine.request import Limits
+from ..engine.step import Step
+from ..engine.tree import Tree
+from ..models.transformers import HfModel
 from .interval import median
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._common import machine
 from ..errors import InvalidOption
-from ..generation import TextGenerator, load
-from ..models.hf import Numerics
-from ..models.load import load_pretrained
-from ..sampling import Sampler
-from . import bound, machine, peer
+from ..llm import TextGenerator, load
+from ..models.loading import load_pretrained
+from ..models.transformers import Numerics
+from ..sampling.sampler import Sampler
+from . import bound, peer
 from .arm import Arm, Drafted, Generated, drafted, lookups, method, peers
 from .journal import Journal
 from .measure import Bench, Work, plan

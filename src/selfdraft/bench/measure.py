@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from .._common import machine
 from ..errors import InvalidSuite
-from ..generation import TextGenerator
-from ..text import Detokenizer
-from . import machine
+from ..llm import TextGenerator
+from ..sampling.detokenizer import Detokenizer
 from .arm import PLAIN, Answer, Arm
 from .journal import Journal, Key, Record
 from .source import Source

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from .._common.repetition import fresh
 from .interval import interval, median, quantile
 from .journal import Key, Record
-from .repetition import fresh
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ import torch
 from transformers.utils.hub import cached_file
 
 from ..errors import InvalidOption, PeerFailed, PeerUnavailable
-from ..generation import TextGenerator
-from ..models.load import EMBEDDED
+from ..llm import TextGenerator
+from ..models.loading import EMBEDDED
 from .arm import PLAIN, Answer
 from .peers.gguf_folder import KINDS, unfit
 

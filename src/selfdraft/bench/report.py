@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .._common.machine import QUIET
 from . import metrics
 from .arm import GENERATE, PLAIN, Arm
 from .journal import Key, Record
-from .machine import QUIET
 from .measure import Bench, Work
 from .sample import sample
 

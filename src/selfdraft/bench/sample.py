@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..text import Detokenizer
+from ..sampling.detokenizer import Detokenizer
 from . import metrics
 from .arm import PLAIN
 from .journal import Key

@@ -19,8 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .._common.options import read
 from ..errors import InvalidSuite
-from ..options import read
 
 Row = Mapping[str, Any]
 

@@ -202,7 +202,7 @@ def _sources(names: Sequence[str], files: Sequence[Path], data: Path | None) -> 
 
 
 def _warn(busy: float | None, console: Console) -> None:
-    from ..bench.machine import QUIET
+    from .._common.machine import QUIET
 
     if busy is not None and busy > QUIET:
         console.print(

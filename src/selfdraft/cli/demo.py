@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..answer import Result
-    from ..generation import TextGenerator
+    from ..llm import TextGenerator
+    from ..params import Result
 
 OLD = '''def load_settings(path, defaults=None):
     """Read settings from a JSON file and merge them with the defaults."""
@@ -70,17 +70,17 @@ def demo(
     """
     from rich.console import Console
 
-    from .. import methods
-    from ..bench.repetition import fresh
-    from ..generation import load
+    from .. import drafting
+    from .._common.repetition import fresh
+    from ..llm import load
     from .paint import figures_table
 
     console = Console(stderr=as_json)
     with console.status("loading pico and probing its numerics"):
         generator = load("pico")
-        names = ["plain", *(name for name in methods.available() if name != "plain")]
+        names = ["plain", *(name for name in drafting.available() if name != "plain")]
         looped = generator.model.loops is not None
-        using = [generator.using(name) for name in names if looped or not methods.drafts_early(name)]
+        using = [generator.using(name) for name in names if looped or not drafting.drafts_early(name)]
         using = [one for one in using if one.model.grade == "base"]  # tuned weights say other things
         for one in using:  # the first forwards of a shape are slower
             one.generate(TASKS[0].prompt, max_new_tokens=8)

@@ -81,7 +81,7 @@ def distill(
 
       selfdraft distill -p chats.parquet --model ./my-model --out answers --method llma --batch 8
     """
-    from ..generation import load
+    from ..llm import load
     from ..train.distill import Distillation, Recipe, asked
     from ..train.prompts import Prompts as Read
     from ..train.shards import Shards

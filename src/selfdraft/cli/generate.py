@@ -15,8 +15,8 @@ from ..errors import InvalidOption, InvalidPrompt
 from . import flags
 
 if TYPE_CHECKING:
-    from ..answer import Result
-    from ..generation import Stream
+    from ..llm import Stream
+    from ..params import Result
 
 SAMPLING, ENDS = "Sampling", "Where the text ends"
 Text = Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)]
@@ -118,7 +118,7 @@ def generate(
 
       selfdraft generate "# Sorting" --stop "def " --repetition-penalty 1.1 -t 0.8 --samples 3
     """
-    from ..generation import load, read_reference
+    from ..llm import load, read_reference
 
     text = _prompt(prompt, file)
     if logprobs is not None and not as_json:

@@ -24,9 +24,9 @@ def info(
     from rich.console import Console
     from rich.table import Table
 
-    from .. import methods
+    from .. import drafting
     from ..models.drive import drive
-    from ..models.load import load_pretrained
+    from ..models.loading import load_pretrained
 
     pretrained, tokenizer = load_pretrained(model, dtype, device)
     loaded = drive(pretrained)
@@ -45,7 +45,9 @@ def info(
         "numerics": loaded.numerics,
         "rows per call": [loaded.rows.least, loaded.rows.most],
         "methods": [
-            name for name in methods.available() if loaded.loops is not None or not methods.drafts_early(name)
+            name
+            for name in drafting.available()
+            if loaded.loops is not None or not drafting.drafts_early(name)
         ],
     }
     if as_json:

@@ -82,7 +82,7 @@ def speed(
     device: flags.Device = None,
     as_json: flags.Json = False,
 ) -> None:
-    from .. import options
+    from .._common import options
 
     need_trainer()
     from ..train.looped import LoopedPlan, loop

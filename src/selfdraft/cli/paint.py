@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..answer import Chunk, Result
+    from ..params import Chunk, Result
 
 RUNS = ("\x1b[32m", "\x1b[36m")  # forwards that yielded several tokens, in turn, so that runs stay apart
 FRESH = "\x1b[0m"

@@ -216,7 +216,7 @@ def cllm(
     device: flags.Device = None,
     as_json: flags.Json = False,
 ) -> None:
-    from .. import options
+    from .._common import options
 
     need_trainer()
     from ..train.packed import NoiseConfig
@@ -319,8 +319,8 @@ def _tuned(
     times: dict[str, Any],
     others: dict[str, Any],
 ) -> TunedPlan:
-    from .. import options
-    from ..models.adapter import AdapterConfig
+    from .._common import options
+    from ..models.adapters.adapter import AdapterConfig
     from ..train.trainer import Schedule
     from ..train.tuned import TunedLoss
     from ..train.tuning import TunedPlan
@@ -384,8 +384,8 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         device: flags.Device = None,
         as_json: flags.Json = False,
     ) -> None:
-        from .. import options
-        from ..models.adapter import AdapterConfig
+        from .._common import options
+        from ..models.adapters.adapter import AdapterConfig
 
         need_trainer()
         from ..train.run import Plan

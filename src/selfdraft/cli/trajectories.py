@@ -69,7 +69,7 @@ def trajectories(
 
       selfdraft trajectories -p openai/gsm8k:main --column question --out paths --block 32 -n 160 --limit 2000
     """
-    from ..generation import load
+    from ..llm import load
     from ..train.distill import Recipe, asked
     from ..train.prompts import Prompts as Read
     from ..train.shards import Shards

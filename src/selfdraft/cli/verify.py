@@ -14,8 +14,8 @@ from ..errors import InvalidOption, InvalidPrompt
 from . import flags
 
 if TYPE_CHECKING:
-    from ..verify import Verification
     from ..verify.compare import Case
+    from ..verify.verify import Verification
 
 MEANING = {
     "exact": "every token compared is plain decoding's",
@@ -57,9 +57,9 @@ def verify(
 
       selfdraft verify --prompts mine.jsonl --numerics fast --json
     """
-    from ..generation import load, read_reference
-    from ..verify import verify as put_to_the_test
+    from ..llm import load, read_reference
     from ..verify.prompts import PROMPTS
+    from ..verify.verify import verify as put_to_the_test
 
     if seeds < 0:
         raise InvalidOption(f"seeds must be >= 0; got {seeds}")

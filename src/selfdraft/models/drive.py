@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .hf import HfModel, Numerics
-from .load import transformers_model
+from .loading import transformers_model
 from .looped.decoder import LoopedForCausalLM
 from .looped.stages import StagedModel
+from .transformers import HfModel, Numerics
 
 
 def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> HfModel:

@@ -14,12 +14,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from .. import groups
-from ..groups import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
-from ..method import Drafter, Request, free
-from ..methods.jacobi import GUESSED, JacobiDrafter
-from ..models.hf import HfModel
-from ..session import Limits
+from ..drafting import mask_tree as groups
+from ..drafting.jacobi import GUESSED, JacobiDrafter
+from ..drafting.mask_tree import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
+from ..drafting.method import Drafter, Request, free
+from ..engine.request import Limits
+from ..models.transformers import HfModel
 from .price import answered
 from .student import IGNORED, Student
 

@@ -23,14 +23,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..bench.machine import describe
-from ..bench.repetition import fresh
-from ..engine import Engine
+from .._common.machine import describe
+from .._common.repetition import fresh
+from ..engine.engine import Engine
+from ..engine.request import Limits, Session
 from ..errors import InvalidOption
-from ..generation import TextGenerator
-from ..models.fingerprint import fingerprint
-from ..sampling import Sampler
-from ..session import Limits, Session
+from ..llm import TextGenerator
+from ..models.adapters.fingerprint import fingerprint
+from ..sampling.sampler import Sampler
 from .prompts import Prompt, Prompts
 from .shards import Row, Shards
 

@@ -26,14 +26,14 @@ from transformers import (
     set_seed,
 )
 
-from ..bench import machine
+from .._common import machine
 from ..errors import InvalidOption
-from ..models import probe
-from ..models.fingerprint import fingerprint
-from ..models.hf import MARK
-from ..models.load import load_pretrained
+from ..models import conformance as probe
+from ..models.adapters.fingerprint import fingerprint
+from ..models.loading import load_pretrained
 from ..models.looped.decoder import LoopedForCausalLM
 from ..models.looped.retrofit import Rule, blank, recast, share
+from ..models.transformers import MARK
 from . import looped_card, run, windows
 from .distill import tokenizer_sha256
 from .exits import Early, Exits, Places, distribution, exit_loss, measure

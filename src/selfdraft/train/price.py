@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..bench.repetition import fresh
-from ..engine import Engine
-from ..method import Method
-from ..methods import create
-from ..models.hf import HfModel
-from ..session import Limits, Session
+from .._common.repetition import fresh
+from ..drafting import create
+from ..drafting.method import Method
+from ..engine.engine import Engine
+from ..engine.request import Limits, Session
+from ..models.transformers import HfModel
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..bench import machine
+from .._common import machine
 from ..bench.journal import changes
 from ..errors import InvalidOption, TrainingDataError
-from ..models import adapter_folder
-from ..models.adapter import Adapter, AdapterConfig
+from ..models.adapters import folder as adapter_folder
+from ..models.adapters.adapter import Adapter, AdapterConfig
+from ..models.adapters.fingerprint import fingerprint
 from ..models.drive import drive
-from ..models.fingerprint import fingerprint
-from ..models.load import load_pretrained
+from ..models.loading import load_pretrained
 from . import card, shards
 from .calibration import calibrate
 from .distill import tokenizer_sha256

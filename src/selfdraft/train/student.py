@@ -23,12 +23,13 @@ import transformers
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from ..cache import Pair
+from ..engine.tree import Tree
 from ..errors import AdapterError
-from ..models import adapter_folder, masks
-from ..models.adapter import Adapter, AdapterConfig, all_targets, linear_layers
-from ..models.hf import HfModel
-from ..tree import Tree
+from ..models import attention_masks as masks
+from ..models.adapters import folder as adapter_folder
+from ..models.adapters.adapter import Adapter, AdapterConfig, all_targets, linear_layers
+from ..models.kv_cache import Pair
+from ..models.transformers import HfModel
 
 IGNORED = -100  # the label of a mask that has no token to predict
 

@@ -23,13 +23,13 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from ..bench.repetition import fresh
-from ..method import Drafter, Request
-from ..methods.jacobi import FaithfulDrafter
-from ..models.hf import HfModel
-from ..session import Limits, Session
-from ..step import Step
-from ..tree import Tree
+from .._common.repetition import fresh
+from ..drafting.jacobi import FaithfulDrafter
+from ..drafting.method import Drafter, Request
+from ..engine.request import Limits, Session
+from ..engine.step import Step
+from ..engine.tree import Tree
+from ..models.transformers import HfModel
 from .distill import Distillation, Progress
 from .price import answered
 from .shards import DEGENERATE, Row

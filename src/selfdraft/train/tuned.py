@@ -25,10 +25,10 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from ..models import masks
-from ..models.adapter import Adapter
-from ..models.hf import HfModel
-from ..tree import Tree
+from ..engine.tree import Tree
+from ..models import attention_masks as masks
+from ..models.adapters.adapter import Adapter
+from ..models.transformers import HfModel
 from .student import IGNORED, Tape
 
 NO_ROW = -1

@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
 
-from ..bench import machine
+from .._common import machine
+from ..engine.request import Limits
 from ..errors import InvalidOption, TrainingDataError
-from ..models import adapter_folder
-from ..models.adapter import Adapter, AdapterConfig
+from ..models.adapters import folder as adapter_folder
+from ..models.adapters.adapter import Adapter, AdapterConfig
+from ..models.adapters.fingerprint import fingerprint
 from ..models.drive import drive
-from ..models.fingerprint import fingerprint
-from ..models.hf import MARK, HfModel
-from ..models.load import load_pretrained
-from ..session import Limits
+from ..models.loading import load_pretrained
+from ..models.transformers import MARK, HfModel
 from . import card, run, shards
 from .calibration import ahead, calibrate
 from .distill import tokenizer_sha256

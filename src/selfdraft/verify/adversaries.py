@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..method import Request
-from ..step import Step
-from ..tree import Tree
+from ..drafting.method import Request
+from ..engine.step import Step
+from ..engine.tree import Tree
 
 
 @dataclass

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..draw import Draw
-from ..engine import Engine
-from ..method import Method, Request
-from ..methods import create
-from ..models.hf import HfModel
-from ..sampling import Sampler
-from ..session import Limits, Session
-from ..step import Step
-from ..tree import Tree
+from ..drafting import create
+from ..drafting.method import Method, Request
+from ..engine.engine import Engine
+from ..engine.request import Limits, Session
+from ..engine.step import Step
+from ..engine.tree import Tree
+from ..models.transformers import HfModel
+from ..sampling.processors import Draw
+from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle
 
 MOST = 20  # differences noted per text; a broken one has no end of them

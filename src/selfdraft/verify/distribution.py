@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from ..sampling import Sampler
+from ..sampling.sampler import Sampler
 
 SETTINGS: tuple[dict[str, float], ...] = (
     {"temperature": 1.0},

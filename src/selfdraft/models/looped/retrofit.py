@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...errors import InvalidOption, ModelUnsupported
-from ..hf import MARK
+from ..transformers import MARK
 from .decoder import LoopedConfig, LoopedForCausalLM, OuroConfig
 
 Rule = Literal["step", "average"]

@@ -28,12 +28,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ...cache import Lane, Lanes, pick
+from ...drafting.method import Loops
+from ...engine.tree import Tree
 from ...errors import InvalidTree, ModelUnsupported
-from ...method import Loops
-from ...tree import Tree
-from .. import Cache
-from ..hf import HfModel, HfRows
+from ..kv_cache import Lane, Lanes, pick
+from ..protocol import Cache
+from ..transformers import HfModel, HfRows
 from .decoder import LoopedModel
 
 

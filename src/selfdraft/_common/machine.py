@@ -1,0 +1,148 @@
+"""Where a run ran: versions, processor, memory; and what else ran there.
+
+Background work is seen by its processor time: all that the system was busy with, less our own. Known
+on Linux; elsewhere it is said to be unknown. Time that a hypervisor took for others counts with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.adapters.adapter import Adapter
+from ..models.transformers import HfModel
+
+PACKAGES = ("selfdraft", "torch", "transformers")
+QUIET = 0.1  # cores that may be busy with other work before it is said
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Processor seconds since the machine started, of all processes and of this one."""
+
+    all: float
+    own: float
+    at: float
+
+    @classmethod
+    def read(cls) -> Clock | None:
+        """Now; None where the system does not say."""
+        try:
+            with (PROC / "stat").open() as file:
+                user, nice, system, _, _, irq, soft, steal, *_ = map(int, file.readline().split()[1:])
+        except (OSError, ValueError):
+            return None
+        own = sum(os.times()[:4])
+        ticks = os.sysconf("SC_CLK_TCK")
+        return cls((user + nice + system + irq + soft + steal) / ticks, own, time.perf_counter())
+
+
+def others(before: Clock | None, after: Clock | None) -> float | None:
+    """Processor seconds that other processes took between two readings."""
+    if before is None or after is None:
+        return None
+    return max(0.0, round((after.all - before.all) - (after.own - before.own), 2))
+
+
+def idle_load(seconds: float = 1.0) -> float | None:
+    """Cores busy with other work while this process does nothing."""
+    before = Clock.read()
+    time.sleep(seconds)
+    after = Clock.read()
+    spent = others(before, after)
+    return None if spent is None or before is None or after is None else spent / (after.at - before.at)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the most memory held so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # else the peak is that of the process since its start
+        (PROC / "self" / "clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> int | None:
+    """Most bytes held since: by torch on CUDA, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in (PROC / "self" / "status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions: all of it may change figures."""
+    return {
+        **{name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this package's source, with `+` for changes on top; None outside a checkout."""
+    here = Path(__file__).parents[1]
+    known = _git(here, "ls-files", "--error-unmatch", "__init__.py")
+    head = _git(here, "rev-parse", "HEAD")
+    if known is None or head is None:
+        return None
+    return head + ("+" if _git(here, "status", "--porcelain", "--", ".") else "")
+
+
+def weights_sha256(model: HfModel) -> str:
+    """Of the model's configuration and of all its weights as they were loaded."""
+    return _sha256(model.model.config.to_json_string(), model.model)
+
+
+def adapter_sha256(adapter: Adapter) -> str:
+    """Of what an adapter is and of its weights."""
+    return _sha256(repr(adapter.config), adapter)
+
+
+def _sha256(about: str, module: Any) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, weight in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

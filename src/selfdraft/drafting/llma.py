@@ -1,0 +1,95 @@
+"""LLMA (arXiv 2304.04487): copy spans from reference text and verify them in one pass.
+
+The places are looked up that follow what the text ends with: in the references, the prompt and the
+text so far, the longest contexts first. What stood there is drafted as a tree. How likely a copied
+token is right is learned by the length of its context, the tokens already copied among it, and by
+whether the places agree: so the copy grows with the match and with past success, and where nothing is
+likely enough to pay for its rows, nothing is drafted (`worth`).
+
+`faithful` is the method as published: when the last tokens generated occur in a reference, propose the
+tokens that follow there. The longest match counts, its first occurrence is taken, references in the
+order given. Only generated tokens trigger, so the first step drafts nothing. Where the published code
+rebuilds the n-grams of the whole output at every step and keys them by joined strings, this one indexes
+the references once, by ids. Without references the prompt is one: the paper's multi-turn setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from ..engine.step import Step
+from ..engine.tree import Tree
+from ..errors import InvalidOption
+from .draft_tree import Growth, Odds
+from .method import Drafter, Request
+from .ngrams import PRIOR, Copies
+
+
+@dataclass(frozen=True)
+class Llma:
+    """block: rows a step may have, the last token's own among them (k). trigger: shortest match that
+    drafts (n). faithful: draft as published, where block is 20, and `match` the longest match looked up."""
+
+    block: Annotated[int, Ge(1)] | None = None
+    trigger: Annotated[int, Ge(1)] = 1
+    faithful: bool = False
+    match: Annotated[int, Ge(1)] = 5
+
+    def __post_init__(self) -> None:
+        if self.faithful and self.trigger > self.match:
+            raise InvalidOption(
+                f"trigger ({self.trigger}) is above match ({self.match}): nothing would match"
+            )
+
+    def drafter(self, request: Request) -> Drafter:
+        return FaithfulDrafter(self, request) if self.faithful else LlmaDrafter(self, request)
+
+
+class LlmaDrafter:
+    def __init__(self, options: Llma, request: Request) -> None:
+        self.copies = Copies(request.references, request.prompt, options.trigger)
+        noise = request.noise if request.temperature > 0 else None
+        self.growth = Growth(self.copies, Odds(PRIOR), request.cost, noise, options.block or 64)
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return self.growth.tree(tokens, self.copies.read(tokens))
+
+    def observe(self, step: Step) -> None:
+        self.growth.learn(step.emitted, len(step.tree))
+
+
+class FaithfulDrafter:
+    def __init__(self, options: Llma, request: Request) -> None:
+        self.shortest, self.longest = options.trigger, options.match
+        self.block = options.block or 20
+        self.references = request.references or [request.prompt]
+        self.start = len(request.prompt)
+        self.index = self._read()
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return Tree.chain([tokens[-1], *self._copy(tokens)])
+
+    def observe(self, step: Step) -> None:
+        pass
+
+    def _copy(self, tokens: Sequence[int]) -> Sequence[int]:
+        longest = min(self.longest, len(tokens) - self.start)
+        for length in range(longest, self.shortest - 1, -1):
+            found = self.index.get(tuple(tokens[-length:]))
+            if found is not None:
+                which, end = found
+                return self.references[which][end : end + self.block - 1]
+        return []
+
+    def _read(self) -> dict[tuple[int, ...], tuple[int, int]]:
+        """Each n-gram of the references -> the reference and the place after its first occurrence."""
+        index: dict[tuple[int, ...], tuple[int, int]] = {}
+        for which, reference in enumerate(self.references):
+            for length in range(self.shortest, self.longest + 1):
+                for end in range(length, len(reference) + 1):
+                    index.setdefault(tuple(reference[end - length : end]), (which, end))
+        return index

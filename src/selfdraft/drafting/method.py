@@ -1,0 +1,107 @@
+"""The extension point: a method is one file with a `Method` and its `Drafter`.
+
+A `Method` holds options, frozen, shared by all requests. A `Drafter` holds the drafting state of one
+request and has two verbs. It sees tokens and steps, never the model, the cache or the sampler, and
+it cannot change the text: whatever it proposes is only ever compared with the model's own picks.
+
+Methods are found through the entry-point group `selfdraft.methods`, the built-in ones too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..engine.step import Step
+from ..engine.tree import Tree
+
+Noise = Callable[[int, Sequence[int]], Sequence[float]]
+Cost = Callable[[int], float]
+
+
+def silent(position: int, tokens: Sequence[int]) -> Sequence[float]:
+    """The noise of a greedy request: none."""
+    return [0.0] * len(tokens)
+
+
+def free(rows: int) -> float:
+    """The cost of a step where nothing was measured: the same whatever its rows."""
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """What the adapter of a model drafts with.
+
+    ids: its mask tokens, at or above the vocabulary's size, in the order in which they follow each other. A
+    chain of them under a row stands for tokens not known yet: where the model's pick after that row is the
+    next token of the text, the scores at mask j are about the token j + 1 places after it. odds: how often
+    guesses of a kind came true when the adapter was calibrated, by the drafter's names. filler: the ordinary
+    token that a tuned model learned to read as one not known yet, if any; such a model may be without masks.
+    """
+
+    ids: Sequence[int]
+    odds: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    filler: int | None = None
+
+
+@dataclass(frozen=True)
+class Loops:
+    """How a looped model uses its layers.
+
+    count: passes of a token through them. agreement: by pass, how often the pick read out after it is that of
+    the full depth, the last being 1; empty where nobody measured it.
+    """
+
+    count: int
+    agreement: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a drafter may know of the request it drafts for.
+
+    prompt: its token ids. references: token ids of texts the answer may quote. seed: for drafters
+    that guess at random. temperature: of the sampling, 0 is greedy. noise: the Gumbel noise that the
+    sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
+    text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
+    log-probability plus noise. cost: what a step takes with so many rows of this session, measured, in
+    units of a step with one; it may change while others join and leave. lookahead: what the model's
+    adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
+    """
+
+    prompt: Sequence[int]
+    references: Sequence[Sequence[int]] = ()
+    seed: int = 0
+    temperature: float = 0.0
+    noise: Noise = silent
+    cost: Cost = free
+    lookahead: Lookahead | None = None
+    loops: Loops | None = None
+
+
+class Drafter(Protocol):
+    """Drafting state of one request."""
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        """Rows to verify next; row 0 must carry tokens[-1]. `tokens` is all text so far: read it only.
+
+        Rows of mask tokens stand behind all others. Those under the last row accepted are looked at.
+        """
+
+    def observe(self, step: Step) -> None:
+        """Learn from what the model picked. The tree may have lost rows that could not be used."""
+
+
+class Method(Protocol):
+    """Options of a way to draft.
+
+    A class attribute `adapted = True` says that it drafts with the mask tokens of an adapter, which the
+    model must then come with. `early = True`: it drafts from picks of rows that are only part of the way
+    through a looped model. Then each step is one pass through the layers (a stage), after which all rows are
+    read; those under way stay in flight, and go on if they are proposed again.
+    """
+
+    def drafter(self, request: Request) -> Drafter:
+        """A fresh drafter for one request."""

@@ -1,0 +1,66 @@
+"""Reference texts as token ids, in the spellings that another text may give them.
+
+A text is cut into other tokens at its borders when it stands inside another one: a line break or a
+space before it joins its first characters, SentencePiece marks its first word, what follows it joins its
+last characters. Further in the cuts agree again. So to the ids of each text come short pieces: its first
+tokens as they are after a line break or a space, its last ones as they are before a line break, each
+with some tokens of where they agree, so that a match goes over from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+
+from ..errors import InvalidReference
+
+Encode = Callable[[str], Sequence[int]]
+
+BEFORE = ("\n", " ")
+AFTER = ("\n",)
+WINDOW = 256  # characters at a border that are encoded anew
+BEYOND = 32  # tokens of a piece where the cuts agree, at most: a step's worth
+
+
+def spellings(encode: Encode, references: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
+    """The ids of each reference, then the pieces at the borders of those given as text.
+
+    encode: without special tokens. Ids pass as they are. Raises InvalidReference for what is neither.
+    """
+    several = isinstance(references, Sequence) and not isinstance(references, str)
+    if not several or not all(isinstance(one, str) or is_ids(one) for one in references):
+        raise InvalidReference(
+            f"references is a list of texts or of lists of token ids; got {references!s:.100}"
+        )
+    texts = [text for text in references if isinstance(text, str)]
+    whole = [encode(text) if isinstance(text, str) else list(text) for text in references]
+    pieces = [piece for text in texts for piece in (*_starts(encode, text), *_ends(encode, text))]
+    return [*whole, *dict.fromkeys(pieces)]
+
+
+def is_ids(value: object) -> bool:
+    """Is it a sequence of token ids?"""
+    return isinstance(value, Sequence) and all(isinstance(token, int) for token in value)
+
+
+def _starts(encode: Encode, text: str) -> Iterator[tuple[int, ...]]:
+    known = encode(text[:WINDOW])[::-1]
+    for lead in BEFORE:
+        spelled = encode(lead + text[:WINDOW])[::-1]
+        agree = _agree(known, spelled)
+        if agree < len(known):
+            yield tuple(spelled[max(0, agree - BEYOND) :][::-1])
+
+
+def _ends(encode: Encode, text: str) -> Iterator[tuple[int, ...]]:
+    known = encode(text[-WINDOW:])
+    for trail in AFTER:
+        spelled = encode(text[-WINDOW:] + trail)
+        agree = _agree(known, spelled)
+        if agree < len(known):
+            yield tuple(spelled[max(0, agree - BEYOND) :])
+
+
+def _agree(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences share at their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

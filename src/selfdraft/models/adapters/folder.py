@@ -1,0 +1,213 @@
+"""Adapters on disk: a folder with `adapter_config.json`, `adapter_model.safetensors` and a card.
+
+LoRA parts are named and laid out as peft does, so peft reads them; mask embeddings and prefix stand beside
+them, and what only this package knows stands under "selfdraft" in the config. A folder is bound to its base
+by the fingerprint of the base's config and weights: drafts of another one would be of no use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..._common import options
+from ...drafting.method import Lookahead, Method
+from ...errors import AdapterError, InvalidOption
+from ..loading import EMBEDDED
+from ..transformers import HfModel
+from .adapter import Adapter, AdapterConfig, LowRank, linear_layers
+from .fingerprint import fingerprint
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PEFT = "base_model.model."  # before the names of layers, in peft's layout
+
+
+def chosen(method: Method, label: str, name: str, given: str | None) -> str | None:
+    """Which adapter a method gets: the one given, or if it drafts with one, that which comes with an embedded
+    model. label, name: of the method and of the model. Raises AdapterError where it needs one, and there is
+    none."""
+    source = given
+    if given is None and getattr(method, "adapted", False):
+        source = _embedded(f"{name}-{label}")
+        if source is None:
+            raise AdapterError(
+                f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
+                f"--adapter), or train one with `selfdraft train {label}`"
+            )
+    return source
+
+
+def fit(model: HfModel, method: Method, label: str, source: str | None) -> HfModel:
+    """A model with that adapter. Raises AdapterError where it lacks what the method needs, or would do
+    nothing."""
+    if source is None:
+        return model
+    drafts = getattr(method, "adapted", False)
+    adapter = load(source, model)
+    if drafts and not adapter.config.masks:
+        raise AdapterError(
+            f"adapter {source!r} has no mask tokens, with which method {label!r} drafts; it tunes the model "
+            "for others, as jacobi"
+        )
+    if not drafts and adapter.config.gated:
+        raise AdapterError(f"adapter {source!r}: method {label!r} drafts without one")
+    return model.adapted(adapter)
+
+
+def load(source: str, model: HfModel, bound: bool = True) -> Adapter:
+    """The adapter of an embedded name, a folder or a hub id, for a model, in its dtype. bound: refuse one
+    that was trained for another base; not so where it is only to be trained on.
+
+    Raises AdapterError where files are missing or damaged, or where it was trained for another base.
+    """
+    folder = _folder(source)
+    config, about = _config(folder, source)
+    base = about.get("base")
+    if bound and base != fingerprint(model.model):
+        raise AdapterError(
+            f"adapter {source} was trained for {about.get('base_name')!r}, whose weights these are not: "
+            f"config and weights hash to {base!s:.12}..., those of {model.model.name_or_path or model.name} "
+            "to something else; load the base it names, or train an adapter for this one"
+        )
+    weights = _weights(folder, source)
+    layers = linear_layers(model.model, config.targets if config.rank else ())
+    adapter = Adapter(config, model.width, model.read([0]), layers)
+    _fill(adapter, weights, source)
+    adapter.odds, adapter.price = about["odds"], about.get("price")
+    few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
+    return adapter.to(model.device, few).requires_grad_(False)
+
+
+def save(
+    folder: Path, adapter: Adapter, model: HfModel, method: str, base_name: str, about: Mapping[str, Any]
+) -> None:
+    """Write an adapter of a model, in bfloat16. about: what else the config shall say under "selfdraft"."""
+    config = adapter.config
+    record: dict[str, Any] = {"base_model_name_or_path": base_name}
+    if config.rank:
+        record |= {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "r": config.rank,
+            "lora_alpha": config.rank * config.scale,
+            "target_modules": list(config.targets),
+            "bias": "none",
+        }
+    record["selfdraft"] = {
+        "method": method,
+        "masks": config.masks,
+        "distinct": config.distinct,
+        "prefix": config.prefix,
+        "sampler": config.sampler,
+        "gated": config.gated,
+        "filler": config.filler,
+        "base": fingerprint(model.model),
+        "base_name": base_name,
+        "odds": adapter.odds,
+        **about,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: part.detach().bfloat16().cpu().contiguous() for name, part in _parts(adapter).items()}
+    part = folder / (WEIGHTS + ".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _parts(adapter: Adapter) -> dict[str, Tensor]:
+    """The trained parts by their names in a file."""
+    parts: dict[str, Tensor] = {"mask_tokens": adapter.masks} if adapter.config.masks else {}
+    for layer in adapter.kept.values():
+        parts[f"prefix.{layer}.keys"] = adapter.keys[layer]
+        parts[f"prefix.{layer}.values"] = adapter.values[layer]
+    if adapter.sampler is not None:
+        parts["sampler_head.inner"] = adapter.sampler.inner
+        parts["sampler_head.outer"] = adapter.sampler.outer
+    for name, low in zip(adapter.names, adapter.lora, strict=True):
+        assert isinstance(low, LowRank)
+        parts[f"{PEFT}{name}.lora_A.weight"] = low.a
+        parts[f"{PEFT}{name}.lora_B.weight"] = low.b
+    return parts
+
+
+@torch.no_grad()
+def _fill(adapter: Adapter, weights: Mapping[str, Tensor], source: str) -> None:
+    parts = _parts(adapter)
+    if parts.keys() != weights.keys():
+        odd = sorted(parts.keys() ^ weights.keys())
+        raise AdapterError(f"adapter {source}: config and weights disagree about {odd[0]}")
+    for name, part in parts.items():
+        if part.shape != weights[name].shape:
+            raise AdapterError(
+                f"adapter {source}: {name} has shape {tuple(weights[name].shape)}, the model takes "
+                f"{tuple(part.shape)}"
+            )
+        if not weights[name].isfinite().all():
+            raise AdapterError(f"adapter {source}: {name} holds what is not a number")
+        part.copy_(weights[name])
+
+
+def _config(folder: Path, source: str) -> tuple[AdapterConfig, dict[str, Any]]:
+    try:
+        record = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        about = record["selfdraft"]
+        config = _read(record, about)
+        look = {"ids": range(config.masks), "odds": about.get("odds", {})}
+        return config, {**about, "odds": options.read(Lookahead, look, "adapter").odds}
+    except FileNotFoundError as error:
+        raise AdapterError(f"adapter {source}: no {CONFIG} there") from error
+    except (OSError, ValueError, KeyError, TypeError, InvalidOption) as error:
+        raise AdapterError(f"adapter {source}: {CONFIG} is not one of this package ({error})") from error
+
+
+def _read(record: Mapping[str, Any], about: Mapping[str, Any]) -> AdapterConfig:
+    targets: Sequence[str] = record.get("target_modules", ())
+    given = {name: about[name] for name in ("masks", "distinct", "prefix", "sampler")}
+    given |= {"gated": about.get("gated", True), "filler": about.get("filler")}
+    lora = {"rank": record.get("r", 0), "alpha": record.get("lora_alpha"), "targets": tuple(targets)}
+    return options.read(AdapterConfig, given | lora, "adapter")
+
+
+def _weights(folder: Path, source: str) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise AdapterError(f"adapter {source}: no {WEIGHTS} there") from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"adapter {source}: {WEIGHTS} cannot be read ({error})") from error
+    return weights
+
+
+def _embedded(name: str) -> str | None:
+    """The name, if an adapter inside the package has it."""
+    known = not name.count("/") and (EMBEDDED["pico"].parent / name / CONFIG).is_file()
+    return name if known else None
+
+
+def _folder(source: str) -> Path:
+    """Where an adapter's files are; those of a hub id are fetched. Raises AdapterError."""
+    if _embedded(source):
+        return EMBEDDED["pico"].parent / source
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise AdapterError(f"no adapter folder {source}; give a folder or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # whatever a hub or a network can answer
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(
+            f"{source}: neither a folder here nor an adapter the hub gives out ({reason})"
+        ) from error

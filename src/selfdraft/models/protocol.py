@@ -1,0 +1,102 @@
+"""Models: what the engine may ask of one. Weights, device, dtype and adapter live here; methods and
+sampling do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from ..drafting.method import Lookahead, Loops
+from ..engine.tree import Tree
+
+Guess = Callable[[int, int, Tensor], int]  # session, offset, logits [1, vocabulary] -> token
+
+
+class Cache(Protocol):
+    """Keys and values of one session. Root rule: between steps length == len(tokens) - 1."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text whose keys and values are kept."""
+
+    def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
+        """Keep these rows of the last forward; drop the others. Costs O(len(path)).
+
+        flight: a tree of rows that are not done, behind the path. A later forward goes on with those that
+        its tree holds too, on the same path of tokens.
+        """
+
+    def cut(self, length: int) -> None:
+        """Keep the first tokens only."""
+
+    def copy(self, source: Self, length: int) -> None:
+        """Take over, while still empty, the first tokens of another cache of the same pool."""
+
+    def close(self) -> None:
+        """Give the memory back. The cache is not used again."""
+
+
+class Rows(Protocol):
+    """What one forward left behind: hidden states for `head`, and which rows are finished."""
+
+    @property
+    def done(self) -> Sequence[Sequence[bool]]:
+        """Per session, per row: has the row run through the whole model?"""
+
+    def of(self, sessions: Sequence[int]) -> Rows:
+        """The rows of some of the sessions."""
+
+
+class Pool(Protocol):
+    """Memory for the caches of one engine."""
+
+    def open(self) -> Cache:
+        """An empty cache."""
+
+
+class Model(Protocol):
+    """A causal language model that can verify a tree."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """Most tokens a text may have."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """The mask tokens of its adapter, if it has one: ids at or above `vocab_size`, never picked."""
+
+    def pool(self) -> Pool:
+        """Fresh memory for an engine's caches."""
+
+    @property
+    def loops(self) -> Loops | None:
+        """How often it passes through the same layers; None for an ordinary model."""
+
+    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> Rows:
+        """Run one tree per cache, all caches from one pool. Writes behind each cache's length.
+
+        stages: of a looped model, how many passes through its layers; rows that are not through all of them
+        then may be read, and are not done. None: all rows get done.
+        """
+
+    def cost(self, rows: int) -> float:
+        """What a step with so many rows takes, in units of one with a single row. Measured at first use."""
+
+    def ahead(
+        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
+    ) -> list[Tensor]:
+        """Logits of the mask rows asked for, as `head` gives them. tokens: per session, the one picked at the
+        row that its mask rows stand behind. guess: what a mask will be taken to say, where the next one is
+        told."""
+
+    def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits of the rows asked for: per session [len(index), vocab_size], in the model's dtype."""

@@ -1,0 +1,336 @@
+"""Any Hugging Face causal language model with ordinary attention, through transformers' own forward.
+
+One forward carries one tree per session: rows padded to the widest tree (a pad row repeats row 0),
+positions from the depth, an additive mask built row by row from the tree, from which each kind of layers
+gets its own (`masks`). The base model runs first; the head (`head`) runs on the rows asked for, later,
+because with a large vocabulary it decides the speed.
+
+Numerics. "fast" runs all rows in one call. "exact" gives every row the same bits whatever the tree,
+the batch or the step: attention in float64, and every call of the model within a range of row counts
+in which the machine's matrix kernels were seen to agree (`probe.row_range`). Wider forwards run in
+pieces, parents first; a piece sees the earlier ones in the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..drafting.method import Lookahead, Loops
+from ..engine.tree import Tree
+from ..errors import ModelUnsupported
+from . import attention
+from . import attention_masks as masks
+from . import conformance as probe
+from .adapters.adapter import Adapter, Gate, attach, check_float, merge
+from .head import Head, split
+from .kv_cache import Lane, Lanes, Pair
+from .loading import transformers_model
+from .naming import CACHE, cache_name
+from .protocol import Cache, Guess, Rows
+from .step_cost import StepTimes, step_times
+from .transformers_inputs import Layout, layout
+
+Numerics = Literal["exact", "fast"]
+Grade = Literal["base", "tuned"]
+MARK = "selfdraft_tuned"  # an entry of the config of a model whose weights were tuned to draft for themselves
+
+
+@dataclass(frozen=True)
+class HfRows:
+    """hidden: [rows, hidden], of all sessions. start: where those of each session begin."""
+
+    hidden: Tensor
+    start: Sequence[int]
+    done: Sequence[Sequence[bool]]
+
+    def of(self, sessions: Sequence[int]) -> HfRows:
+        return HfRows(self.hidden, [self.start[i] for i in sessions], [self.done[i] for i in sessions])
+
+
+class HfModel:
+    """A transformers model behind the engine's interface.
+
+    model: a transformers model, or a peft model around one, its adapter at work. It stays the caller's.
+    numerics: "exact" or "fast"; None is exact on the CPU in up to 32 bits where it can be had, else fast.
+    The model's attention implementation is set to this package's. Raises ModelUnsupported where the
+    model does not verify trees, or not exactly although that was asked for.
+    """
+
+    def __init__(self, model: torch.nn.Module, numerics: Numerics | None = None) -> None:
+        self._given = model.eval()
+        self.model: Any = transformers_model(model)  # its class mixes in more than its type says
+        self.device = self.model.device
+        self.dtype = self.model.dtype
+        self.context = probe.context(self.model)
+        self.numerics: Numerics = "fast"  # until the probe has found exact to be possible
+        self.rows = probe.RowRange()  # the whole range, until a narrower one is found
+        self.loaded = self  # what `adapted` started from
+        self.base = self  # the same, or that with weights that an adapter has tuned: whose text it is
+        self.adapter: Adapter | None = None
+        about: Mapping[str, Any] = getattr(self.model.config, MARK, None) or {}
+        filler = about.get("filler")
+        self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
+        self.grade: Grade = "tuned" if about else "base"
+        self.price: Mapping[str, Any] | None = about.get("price")
+        self._gate = Gate()
+        self._times: StepTimes | None = None
+        own = self.model.config._attn_implementation
+        self.own_attention: str = "eager" if own == attention.NAME else own  # as the model came here
+        with probe.naming(self.model, "its forward is not that of a causal language model"):
+            self.kinds = masks.kinds(self.model)
+            self.model.set_attn_implementation(attention.NAME)
+            self.vocab_size, self._base, self._head = self._split()
+            self._cache_name = cache_name(self._base.forward) or CACHE
+        self._settle(numerics)
+
+    @property
+    def name(self) -> str:
+        return str(self.model.config.model_type)
+
+    @property
+    def loops(self) -> Loops | None:
+        return None
+
+    @property
+    def width(self) -> int:
+        """Of an embedding."""
+        token = torch.zeros(1, dtype=torch.long, device=self.device)
+        return int(self.model.get_input_embeddings()(token).shape[-1])
+
+    def pool(self) -> Lanes:
+        return Lanes(*self._stored())
+
+    def _stored(self) -> tuple[torch.dtype | None, Sequence[Pair | None]]:
+        """What a cache holds: its dtype, and what stands before every history."""
+        prefix = self.adapter.pairs() if self.adapter is not None else ()
+        return torch.float64 if self.numerics == "exact" else None, prefix
+
+    def adapted(self, adapter: Adapter) -> HfModel:
+        """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
+        merged into the weights first. Other weights are shared, this object and its model stay as they are.
+        Raises AdapterError where a part has no place in the model."""
+        if adapter.config.gated:
+            return self.learning(adapter)
+        tuned = self._twin(merge(self.model, adapter))
+        tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", adapter.lookahead(self.vocab_size)
+        tuned.price = adapter.price
+        return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
+
+    def learning(self, adapter: Adapter) -> HfModel:
+        """The same with LoRA beside the weights, gated or not, so that it can be trained."""
+        model, gate = attach(self.model, adapter)
+        twin = self._twin(model)
+        twin.adapter, twin.lookahead, twin._gate = adapter, adapter.lookahead(self.vocab_size), gate
+        return twin
+
+    def copied(self, dtype: torch.dtype) -> HfModel:
+        """The same model with weights of its own, in that dtype, which take gradients: to train all of it.
+        Buffers, as rotations, stay as they are. Raises AdapterError for weights that are quantised."""
+        model = copy.deepcopy(self.model)
+        for name, weight in model.named_parameters():
+            check_float(name, weight)
+            weight.data = weight.data.to(dtype)
+        twin = self._twin(model.requires_grad_())
+        twin.dtype = dtype
+        return twin
+
+    def _twin(self, model: PreTrainedModel) -> HfModel:
+        twin = copy.copy(self)
+        twin.model = twin._given = model
+        twin._times = None
+        _, twin._base, twin._head = twin._split()
+        return twin
+
+    def read(self, tokens: Sequence[int]) -> list[Pair | None]:
+        """Keys and values that a text leaves in each layer, [heads, tokens, size]; None: it keeps none."""
+        pool = Lanes()
+        self.forward([Tree.chain(tokens)], [pool.open()])
+        kept = ((layer.keys, layer.values) for layer in pool.own)
+        return [
+            None
+            if keys is None or values is None
+            else (keys[0, :, : len(tokens)], values[0, :, : len(tokens)])
+            for keys, values in kept
+        ]
+
+    @torch.inference_mode()
+    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> HfRows:
+        lanes = cast(Sequence[Lane], caches)
+        order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
+        width = max(len(tree) for tree in trees)
+        hidden = []
+        for group in self._groups(order):
+            hidden.append(self._run([trees[i] for i in group], [lanes[i] for i in group], width))
+        together = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        return HfRows(
+            together.flatten(0, 1),
+            [width * order.index(i) for i in range(len(order))],
+            [[True] * len(tree) for tree in trees],
+        )
+
+    def _groups(self, order: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Sessions that one call can have together, in order."""
+        while order:
+            count = self.rows.together(len(order))
+            yield order[:count]
+            order = order[count:]
+
+    def _run(self, trees: Sequence[Tree], lanes: Sequence[Lane], rows: int) -> Tensor:
+        """Hidden states of these lanes, which are in order, [lanes, rows, hidden]."""
+        pieces = self.rows.pieces(rows, len(lanes))
+        width = pieces[-1][1]
+        pool = lanes[0].lanes
+        lengths = [lane.length for lane in lanes]
+        counts = [tree.ordinary(self.vocab_size) for tree in trees]
+        sure = [width if n == len(tree) else n for n, tree in zip(counts, trees, strict=True)]
+        slots = pool.bind(lanes, width, sure)
+        laid = self.layout(trees, lengths, width, slots, pool.dtype)
+        made = masks.masks(self.kinds, laid.seen, laid.positions, pool.fixed)
+        hidden = []
+        for start, stop in pieces:
+            pool.start = start
+            hidden.append(self.call(laid, made, pool, start, stop))
+        return (hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1))[:, :rows]
+
+    def layout(
+        self,
+        trees: Sequence[Tree],
+        lengths: Sequence[int],
+        width: int,
+        slots: int,
+        dtype: torch.dtype | None = None,
+    ) -> Layout:
+        """What a forward over these trees takes, behind histories of these lengths; see `layout`."""
+        fixed = self.adapter.config.prefix if self.adapter is not None else 0
+        return layout(trees, lengths, width, slots, self.vocab_size, dtype or self.dtype, self.device, fixed)
+
+    def call(
+        self, laid: Layout, made: Mapping[str, Tensor], cache: transformers.Cache, start: int, stop: int
+    ) -> Tensor:
+        """Hidden states of some rows of a layout, with the masks made from it, [lanes, rows, hidden]."""
+        with self._gate.open(laid.rows(start, stop)):
+            output = self._base(
+                input_ids=laid.ids[:, start:stop],
+                position_ids=laid.positions[:, start:stop],
+                attention_mask=masks.rows(made, start, stop),
+                use_cache=True,
+                **{self._cache_name: cache},
+            )
+        return cast(Tensor, output[0])
+
+    def cost(self, rows: int) -> float:
+        if self._times is None:
+            self._times = step_times(self)
+        return self._times(rows)
+
+    @torch.inference_mode()
+    def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
+        logits = self.logits(_chosen(cast(HfRows, rows), index))
+        return list(logits.split([len(own) for own in index]))
+
+    @torch.inference_mode()
+    def ahead(
+        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
+    ) -> list[Tensor]:
+        if self.adapter is None or self.adapter.sampler is None:
+            return self.head(rows, index)
+        known = list(tokens)
+        told: list[list[Tensor]] = [[] for _ in index]
+        for offset in range(max(len(own) for own in index)):
+            live = [i for i, own in enumerate(index) if len(own) > offset]
+            asked = [own[offset : offset + 1] for own in index]
+            before = torch.tensor([known[i] for i in live], device=self.device)
+            logits = self.logits(self.told(_chosen(cast(HfRows, rows), asked), before))
+            for i, row in zip(live, logits.split(1), strict=True):
+                told[i].append(row)
+                known[i] = guess(i, offset, row) if offset + 1 < len(index[i]) else -1
+        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in told]
+
+    def told(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Hidden states of mask rows, [rows, hidden], told the tokens before those they are about."""
+        if self.adapter is None or self.adapter.sampler is None:
+            return hidden
+        embedded = self.model.get_input_embeddings()(tokens)
+        return cast(Tensor, self.adapter.sampler(hidden, embedded))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocabulary], in calls whose row count keeps the bits."""
+        parts = []
+        for start, stop in self.rows.pieces(len(hidden)):
+            part = hidden[start:stop]
+            pads = part[:1].expand(stop - start - len(part), -1)
+            full = self._head(torch.cat([part, pads]) if len(pads) else part)
+            parts.append(full[: len(part)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """The same in one call, with gradients."""
+        return self._head(hidden)
+
+    @contextmanager
+    def attending(self, implementation: str) -> Iterator[None]:
+        """Meanwhile the model computes attention by another implementation, if it lets that be chosen."""
+        chosen = self.model.config._attn_implementation == attention.NAME
+        if chosen:
+            self.model.set_attn_implementation(implementation)
+        try:
+            yield
+        finally:
+            if chosen:
+                self.model.set_attn_implementation(attention.NAME)
+
+    @torch.inference_mode()
+    def reference(self, tokens: Sequence[int], attention: str | None = None) -> Tensor:
+        """Logits of transformers' own forward, no cache or mask of ours, [tokens, vocabulary].
+
+        attention: the implementation; None is the one the model came with.
+        """
+        ids = torch.tensor([list(tokens)], device=self.device)
+        with self.attending(attention or self.own_attention):
+            return cast(Tensor, self._given(input_ids=ids, use_cache=False).logits[0])
+
+    @torch.inference_mode()
+    def _split(self) -> tuple[int, Any, Head]:
+        """The vocabulary's size; the parts that make hidden states and logits."""
+        tokens = range(4)
+        own = self.reference(tokens)
+        with self.attending(self.own_attention):
+            base, head = split(self.model, torch.tensor([tokens], device=self.device), own)
+        return own.shape[-1], base, head
+
+    def _settle(self, asked: Numerics | None) -> None:
+        """Pass the probe, and find the row counts of exact numerics if they are wanted; where there are
+        none, refuse if they were asked for, else go on without."""
+        with probe.naming(self.model, "its forward does not take a tree"):
+            probe.check_tree(self)
+        if (asked or default_numerics(self.device, self.dtype)) == "fast":
+            return
+        self.numerics = "exact"
+        try:
+            with probe.naming(self.model, "its attention does not take the float64 keys of exact numerics"):
+                self.rows = probe.row_range(self)
+        except ModelUnsupported as error:
+            if asked == "exact":
+                raise
+            warnings.warn(f"{error}. Going on with fast numerics", stacklevel=4)
+            self.numerics, self.rows = "fast", probe.RowRange()
+
+
+def _chosen(rows: HfRows, index: Sequence[Sequence[int]]) -> Tensor:
+    """Hidden states of the rows asked for, session by session, [rows, hidden]."""
+    return rows.hidden[[start + row for start, own in zip(rows.start, index, strict=True) for row in own]]
+
+
+def default_numerics(device: torch.device, dtype: torch.dtype) -> Numerics:
+    """Exact on the CPU. Fast elsewhere, and in float64, whose rounding is too fine to show in a text."""
+    return "exact" if device.type == "cpu" and dtype != torch.float64 else "fast"
