@@ -16,8 +16,8 @@ import pytest
 import torch
 from rich.progress import track
 
-from selfdraft import TextGenerator
-from selfdraft.models.transformers import HfModel
+from selfdraft import LLM
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.verify import verify
 
 from conftest import VOCABULARY, tiny_llama
@@ -28,7 +28,7 @@ from faults import FAULTS
 def main() -> None:
     torch.set_num_threads(1)
     found: Counter[str] = Counter()
-    generators = {n: generator(HfModel(tiny_llama(torch.bfloat16), n)) for n in ("exact", "fast")}
+    generators = {n: generator(TransformersModel(tiny_llama(torch.bfloat16), n)) for n in ("exact", "fast")}
     for seed in track(range(10), "planted faults"):
         for name, target in generators.items():
             for fault in FAULTS:
@@ -48,13 +48,13 @@ class Nothing:
     eos_token_id = None
 
 
-def generator(model: HfModel) -> TextGenerator:
+def generator(model: TransformersModel) -> LLM:
     model.model.generation_config.eos_token_id = None  # type: ignore[union-attr]
     stand_in: Any = Nothing()
-    return TextGenerator(model, stand_in, "jacobi")
+    return LLM(model, stand_in, "jacobi")
 
 
-def verdict(target: TextGenerator, seed: int) -> str:
+def verdict(target: LLM, seed: int) -> str:
     prompts = [random_prompt(15, 10 * seed + i, VOCABULARY) for i in range(2)]
     return verify(target, prompts, max_new_tokens=24, seeds=1, seed=seed).verdict
 

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 
 import selfdraft
-from selfdraft import Engine, Limits, Method, Sampler, Step, TextGenerator, Tree
+from selfdraft import LLM, Engine, Limits, Method, Sampler, Step, Tree
 from selfdraft._common.repetition import fresh
 from selfdraft.bench import source, suite
 from selfdraft.bench.arm import method
 from selfdraft.bench.measure import plan
-from selfdraft.drafting.suffix_index import Occurrences
+from selfdraft.drafting.suffix_index import SuffixIndex
 
 
 @dataclass
@@ -39,9 +39,9 @@ class Timed:
     method: Method
     seconds: list[float] = field(default_factory=list)
 
-    def drafter(self, request: selfdraft.Request) -> Timed:
+    def drafter(self, context: selfdraft.DraftContext) -> Timed:
         start = time.perf_counter()
-        self.inner = self.method.drafter(request)
+        self.inner = self.method.drafter(context)
         self.setup = time.perf_counter() - start
         self.rows: list[int] = []
         self.runs: list[int] = []
@@ -90,18 +90,18 @@ def spread(name: str, ratios: Sequence[float]) -> dict[str, object]:
 
 
 def decode(
-    generator: TextGenerator,
+    generator: LLM,
     way: Method,
     prompt: Sequence[int],
     given: Sequence[Sequence[int]],
     end: Limits,
     seed: Sampler,
-) -> selfdraft.Session:
+) -> selfdraft.Request:
     engine = Engine(generator.model)
-    session = engine.submit(prompt, way, seed, end, given)
-    for _ in engine.run(session):
+    request = engine.submit(prompt, way, seed, end, given)
+    for _ in engine.run(request):
         pass
-    return session
+    return request
 
 
 def main() -> None:
@@ -142,13 +142,13 @@ def gains(given: argparse.Namespace) -> dict[str, object]:
         limits = Limits(max(1, fresh(answer.emitted)))
         base = decode(generator, plain, prompt, texts, limits, sampler)
         for own in gain.values():
-            session = decode(generator, own.timed, prompt, texts, limits, sampler)
+            request = decode(generator, own.timed, prompt, texts, limits, sampler)
             if index:  # the first one warms up
-                own.measured.append(base.seconds / session.seconds)
+                own.measured.append(base.seconds / request.seconds)
                 own.expected.append(len(base.emitted) / sum(map(cost, own.timed.rows)))
                 own.runs += own.timed.runs
                 own.rows += own.timed.rows
-                own.same += session.emitted == base.emitted
+                own.same += request.emitted == base.emitted
     costs: dict[str, object] = {
         "cost of rows": {n: round(cost(n), 2) for n in (1, 2, 4, 8, 16, 24, 32, 33, 64)}
     }
@@ -168,7 +168,7 @@ def index(tokens: int = 300_000) -> dict[str, object]:
     record: dict[str, object] = {}
     for name, text in texts.items():
         start = time.perf_counter()
-        built = Occurrences([text], text[:300])
+        built = SuffixIndex([text], text[:300])
         seconds = time.perf_counter() - start
         look = []
         for token in text[1000:1300]:
@@ -177,7 +177,7 @@ def index(tokens: int = 300_000) -> dict[str, object]:
             built.find(8)
             look.append(1e6 * (time.perf_counter() - start))
         tracemalloc.start()
-        held = Occurrences([text], text[:300])
+        held = SuffixIndex([text], text[:300])
         held_bytes, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         record[name] = {

@@ -4,7 +4,7 @@
 
 DIR holds eval/py_edits.jsonl.gz (rows with `prompt` and `response`). For greedy decoding and eight seeds
 at temperature 0.8, each prompt is answered plainly; then by llma, jacobi, a drafter that proposes
-garbage, and a bushy tree with decoys; then by all of them in batches of four mixed sessions that join
+garbage, and a bushy tree with decoys; then by all of them in batches of four mixed requests that join
 and leave. `--with` adds a method that drafts with an adapter, which then is in the model throughout, but for
 plain decoding. Every token is compared. The last line is JSON.
 """
@@ -26,7 +26,7 @@ from rich.progress import track
 import selfdraft
 from selfdraft import Engine, Limits, Method, Sampler
 from selfdraft.drafting import create
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 SAMPLERS = [Sampler(), *(Sampler(0.8, seed=seed) for seed in range(8))]
@@ -75,13 +75,13 @@ def main() -> None:
 
 
 def compare(
-    generator: selfdraft.TextGenerator,
+    generator: selfdraft.LLM,
     prompt: Sequence[int],
     limits: Limits,
     compared: Counter[str],
     differing: Counter[str],
 ) -> None:
-    """One prompt under all samplers, singly and in one engine of at most four sessions at a time."""
+    """One prompt under all samplers, singly and in one engine of at most four requests at a time."""
     mixed = []
     for sampler in SAMPLERS:
         plain = answer(generator.model.base, create("plain"), prompt, sampler, limits)
@@ -93,17 +93,17 @@ def compare(
             differing[name] += ids != plain
         mixed.append((list(methods.values())[len(mixed) % len(methods)], sampler, plain))
     waiting, running, engine = list(mixed), [], Engine(generator.model)
-    while waiting or engine.sessions:
-        if waiting and len(engine.sessions) < 4:
+    while waiting or engine.requests:
+        if waiting and len(engine.requests) < 4:
             method, sampler, plain = waiting.pop()
             running.append((engine.submit(prompt, method, sampler, limits), plain))
         engine.step()
-    for session, plain in running:
+    for request, plain in running:
         compared["batch of 4"] += len(plain)
-        differing["batch of 4"] += session.emitted != plain
+        differing["batch of 4"] += request.emitted != plain
 
 
-def drafters(plain: Sequence[int], generator: selfdraft.TextGenerator) -> dict[str, Method]:
+def drafters(plain: Sequence[int], generator: selfdraft.LLM) -> dict[str, Method]:
     vocabulary, own = generator.model.vocab_size, generator.method_name
     adapted = {own: generator.method, f"{own} faithful": create(own, {"faithful": True})}
     return {
@@ -116,13 +116,13 @@ def drafters(plain: Sequence[int], generator: selfdraft.TextGenerator) -> dict[s
 
 
 def answer(
-    model: HfModel, method: Method, prompt: Sequence[int], sampler: Sampler, limits: Limits
+    model: TransformersModel, method: Method, prompt: Sequence[int], sampler: Sampler, limits: Limits
 ) -> Sequence[int]:
     engine = Engine(model)
-    session = engine.submit(prompt, method, sampler, limits)
-    for _ in engine.run(session):
+    request = engine.submit(prompt, method, sampler, limits)
+    for _ in engine.run(request):
         pass
-    return session.emitted
+    return request.emitted
 
 
 if __name__ == "__main__":

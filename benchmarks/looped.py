@@ -1,4 +1,4 @@
-"""SPEED on looped models: stages a token, speed against plain decoding and its ceiling, depth, sessions,
+"""SPEED on looped models: stages a token, speed against plain decoding and its ceiling, depth, requests,
 quality.
 
     python benchmarks/looped.py --model DIR [--model DIR ...] --data DIR [--beside DIR ...] [--picture FILE]
@@ -14,7 +14,7 @@ model, greedy, on prompts of a suite:
 head;
 - depth: the first model run through 2 to 6 times, whatever it was trained for, and read after the last: time
   of a token with speed and without;
-- sessions: tokens a second of 1, 2, 4 and 8 at once, with speed and without.
+- requests: tokens a second of 1, 2, 4 and 8 at once, with speed and without.
 
 Arms run in turn on each prompt, after a warm-up; ratios are medians of those within a prompt. Stop whatever
 else runs on the machine first. The last line is JSON."""
@@ -41,7 +41,7 @@ from selfdraft.models.drive import drive
 from selfdraft.models.loading import EMBEDDED, load_pretrained
 from selfdraft.models.looped.decoder import LoopedForCausalLM
 from selfdraft.models.looped.retrofit import share
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 Prompts = Sequence[Sequence[int]]
 OPTIONS: dict[str, dict[str, object]] = {
@@ -79,7 +79,7 @@ def main() -> None:
             "numerics": driven.numerics,
             "revisions": revisions(driven, prompts, asked.tokens),
             **options(driven, model, prompts, asked.tokens),
-            "sessions": sessions(driven, prompts, asked.tokens),
+            "sessions": requests(driven, prompts, asked.tokens),
             "loss": _loss(name),
         }
         if i == 0:
@@ -100,24 +100,24 @@ def _prompts(asked: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> P
 
 
 def decode(
-    model: HfModel, method: Method, prompts: Prompts, tokens: int
+    model: TransformersModel, method: Method, prompts: Prompts, tokens: int
 ) -> tuple[list[list[int]], float, int]:
     """Texts, and seconds and steps behind the last prompt's reading, of all prompts at once."""
     engine = Engine(model)
     ready = [engine.submit(prompt, method, Sampler(), Limits(tokens + 1)) for prompt in prompts]
-    while not all(session.runs and session.added for session in ready):
+    while not all(request.runs and request.added for request in ready):
         engine.step()
-    before = sum(session.added for session in ready)
+    before = sum(request.added for request in ready)
     started, steps = time.perf_counter(), 0
-    while engine.sessions:
+    while engine.requests:
         engine.step()
         steps += 1
     took = time.perf_counter() - started
-    made = sum(session.added for session in ready) - before
-    return [list(session.emitted) for session in ready], took / made, steps
+    made = sum(request.added for request in ready) - before
+    return [list(request.emitted) for request in ready], took / made, steps
 
 
-def revisions(model: HfModel, prompts: Prompts, tokens: int) -> list[float]:
+def revisions(model: TransformersModel, prompts: Prompts, tokens: int) -> list[float]:
     """By pass, the share of plain's tokens at which the pick after it is not the last one's."""
     plain, looped = create("plain"), model.model
     differ, count = torch.zeros(looped.config.loops), 0
@@ -136,7 +136,9 @@ def revisions(model: HfModel, prompts: Prompts, tokens: int) -> list[float]:
     return [round(float(share), 4) for share in differ / count]
 
 
-def options(model: HfModel, own: LoopedForCausalLM, prompts: Prompts, tokens: int) -> dict[str, Any]:
+def options(
+    model: TransformersModel, own: LoopedForCausalLM, prompts: Prompts, tokens: int
+) -> dict[str, Any]:
     """Every arm on each prompt in turn; b, h and the ceiling."""
     loops = own.config.loops
     asked = {f"spawn {d}": {"spawn": d} for d in range(1, loops + 1)} | OPTIONS
@@ -190,7 +192,7 @@ def parts(own: LoopedForCausalLM) -> tuple[float, float]:
     return (whole - first) / (loops - 1), last
 
 
-def _row(model: HfModel) -> Callable[[], Any]:
+def _row(model: TransformersModel) -> Callable[[], Any]:
     cache = model.pool().open()
     model.forward([Tree.chain([2] * HISTORY)], [cache])
     cache.keep(range(HISTORY), [])
@@ -222,8 +224,8 @@ def depths(own: LoopedForCausalLM, prompts: Prompts, tokens: int) -> dict[int, d
     return {g: {name: round(median(x), 3) for name, x in one.items()} for g, one in found.items()}
 
 
-def sessions(model: HfModel, prompts: Prompts, tokens: int) -> dict[int, dict[str, float]]:
-    """Tokens a second of several sessions at once; the best of two rounds in turn."""
+def requests(model: TransformersModel, prompts: Prompts, tokens: int) -> dict[int, dict[str, float]]:
+    """Tokens a second of several requests at once; the best of two rounds in turn."""
     methods = {"plain": create("plain"), "speed": create("speed", {"spawn": 1}), "chosen": create("speed")}
     found: dict[int, dict[str, float]] = {n: {} for n in SESSIONS}
     for _ in range(2):
@@ -257,7 +259,7 @@ def _tell(name: str, one: Mapping[str, Any]) -> None:
         print(
             f"  {arm:12} {' '.join(f'{key} {value:.3f}' for key, value in figures.items())} of it {part:.2f}"
         )
-    print(f"  sessions {one['sessions']}\n  depth {one.get('depth')}")
+    print(f"  requests {one['sessions']}\n  depth {one.get('depth')}")
 
 
 def picture(record: Mapping[str, Any], path: Path) -> None:

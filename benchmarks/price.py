@@ -25,7 +25,7 @@ from selfdraft.bench.arm import method
 from selfdraft.bench.measure import plan
 from selfdraft.drafting import create
 from selfdraft.models.adapters import folder as adapter_folder
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.price import price
 
 
@@ -65,22 +65,22 @@ def main() -> None:
     print(json.dumps({**vars(asked), "found": found}, default=str))
 
 
-def drafted(tuned: HfModel, name: str, prompts: list[Any], limits: Limits) -> tuple[int, float]:
+def drafted(tuned: TransformersModel, name: str, prompts: list[Any], limits: Limits) -> tuple[int, float]:
     """Texts that are plain decoding's of the same weights, and tokens per forward up to the first
     repetition."""
     tokens = forwards = same = 0
     for prompt in prompts:
         engine = Engine(tuned)
-        session = engine.submit(prompt, method(name), limits=limits)
-        for _ in engine.run(session):
+        request = engine.submit(prompt, method(name), limits=limits)
+        for _ in engine.run(request):
             pass
         plain = Engine(tuned.base)
         expected = plain.submit(prompt, create("plain"), limits=limits)
         for _ in plain.run(expected):
             pass
-        same += session.emitted == expected.emitted
-        kept, reached = fresh(list(session.emitted)), 0
-        for run in session.runs:
+        same += request.emitted == expected.emitted
+        kept, reached = fresh(list(request.emitted)), 0
+        for run in request.runs:
             if reached >= kept:
                 break
             reached += run

@@ -31,7 +31,7 @@ import transformers
 from transformers import GenerationConfig
 
 import selfdraft
-from selfdraft import Engine, Limits, Result, TextGenerator, Tree
+from selfdraft import LLM, Completion, Engine, Limits, Tree
 from selfdraft.drafting import create
 from selfdraft.models.loading import EMBEDDED
 
@@ -81,11 +81,11 @@ def main() -> None:
 
 
 def against_generate(
-    exact: TextGenerator, fast: TextGenerator, theirs: Any, rows: Sequence[Any], length: int
+    exact: LLM, fast: LLM, theirs: Any, rows: Sequence[Any], length: int
 ) -> dict[str, object]:
     """Seconds for the same number of greedy tokens, prompt read included, end of text ignored."""
 
-    def ours(generator: TextGenerator, prompt: Sequence[int]) -> None:
+    def ours(generator: LLM, prompt: Sequence[int]) -> None:
         engine = Engine(generator.model)
         for _ in engine.run(engine.submit(prompt, create("plain"), limits=Limits(length))):
             pass
@@ -120,10 +120,10 @@ def against_generate(
     }
 
 
-def drafting(exact: TextGenerator, rows: Sequence[Any], length: int) -> dict[str, object]:
+def drafting(exact: LLM, rows: Sequence[Any], length: int) -> dict[str, object]:
     """llma against plain on edits, the old function as reference; plain and drafted in turn."""
-    plain: list[Result] = []
-    drafted: list[Result] = []
+    plain: list[Completion] = []
+    drafted: list[Completion] = []
     llma = exact.using("llma")
     for index, row in enumerate([rows[0], *rows]):
         old = row["prompt"][row["prompt"].index("```python") :]
@@ -174,7 +174,7 @@ class Clock:
         return out
 
 
-def steps(fast: TextGenerator) -> dict[str, object]:
+def steps(fast: LLM) -> dict[str, object]:
     """Share of a plain step outside forward and head, and how a step grows with the text."""
     out: dict[str, object] = {}
     dice = random.Random(0)
@@ -187,11 +187,11 @@ def steps(fast: TextGenerator) -> dict[str, object]:
                 engine = Engine(clock)
                 sampler = selfdraft.Sampler(temperature, seed=1)
                 prompt = dice.choices(range(10, fast.model.vocab_size), k=length)
-                session = engine.submit(prompt, create("plain"), sampler, Limits(120))
-                while len(session.runs) < 10:
+                request = engine.submit(prompt, create("plain"), sampler, Limits(120))
+                while len(request.runs) < 10:
                     engine.step()
                 clock.inside, start = 0.0, time.perf_counter()
-                while len(session.runs) < 110:
+                while len(request.runs) < 110:
                     engine.step()
                 total = time.perf_counter() - start
                 if temperature == 0:
@@ -204,7 +204,7 @@ def steps(fast: TextGenerator) -> dict[str, object]:
     return out
 
 
-def forwards(exact: TextGenerator, fast: TextGenerator) -> dict[str, object]:
+def forwards(exact: LLM, fast: LLM) -> dict[str, object]:
     """T(n) / T(1): forward and head of a chain of n rows behind 300 tokens."""
     out: dict[str, object] = {}
     for name, model in (("fast", fast.model), ("exact", exact.model)):

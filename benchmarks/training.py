@@ -98,11 +98,11 @@ def _adapter(model, ids, anchors: int, shape: tuple[int, int, int]) -> tuple[Cal
     import torch
 
     from selfdraft.models.adapters.adapter import AdapterConfig
-    from selfdraft.models.transformers import HfModel
+    from selfdraft.models.transformers import TransformersModel
     from selfdraft.train.student import Loss, Student, fresh
 
     masks, prefix, rank = shape
-    base = HfModel(model.requires_grad_(False), "fast")
+    base = TransformersModel(model.requires_grad_(False), "fast")
     student = Student(base, fresh(base, AdapterConfig(masks, True, prefix, rank)), Loss())
     rows, length = ids.shape
     where = torch.arange(anchors, device=ids.device) * (length - masks - 2) // anchors

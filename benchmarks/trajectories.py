@@ -93,7 +93,7 @@ def read(file: str | None) -> Prompts:
 
 
 def ours(
-    generator: selfdraft.TextGenerator, prompts: Prompts, given: argparse.Namespace, batch: int
+    generator: selfdraft.LLM, prompts: Prompts, given: argparse.Namespace, batch: int
 ) -> tuple[list[dict[str, Any]], float]:
     """The rows, by index, and the seconds that they took."""
     recipe = Recipe(given.tokens, greedy_share=1, cut_loops=False)

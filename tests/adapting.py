@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from selfdraft import Drafter, Method, Request, Step, Tree
+from selfdraft import DraftContext, Drafter, Method, Step, Tree
 from selfdraft.drafting.method import free
 from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from selfdraft.models.naming import CACHE
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Oracle
 
 LAYERS = ("q_proj", "down_proj")
 
 
 def adapter(
-    model: HfModel,
+    model: TransformersModel,
     masks: int = 3,
     prefix: int = 0,
     rank: int = 0,
@@ -118,22 +118,22 @@ class Knowing:
     answer: Sequence[int]
     heard: list[Heard] = field(default_factory=list)
 
-    def drafter(self, request: Request) -> KnowingDrafter:
-        return KnowingDrafter(self, request, Oracle(self.answer).drafter(request))
+    def drafter(self, context: DraftContext) -> KnowingDrafter:
+        return KnowingDrafter(self, context, Oracle(self.answer).drafter(context))
 
 
 @dataclass
 class KnowingDrafter:
     method: Knowing
-    request: Request
+    context: DraftContext
     oracle: Drafter
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     text: Sequence[int] = ()
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        assert self.request.lookahead is not None
+        assert self.context.lookahead is not None
         self.text = list(tokens)
-        tree, ids = self.oracle.propose(tokens), self.request.lookahead.ids
+        tree, ids = self.oracle.propose(tokens), self.context.lookahead.ids
         groups = [(row, ids[: self.dice.randint(1, len(ids))]) for row in range(len(tree)) for _ in range(2)]
         groups = [group for group in groups if self.dice.random() < 0.5]
         while groups:
@@ -156,8 +156,8 @@ class Helped:
     method: Method
     answer: Sequence[int]
 
-    def drafter(self, request: Request) -> HelpedDrafter:
-        return HelpedDrafter(self, len(request.prompt), self.method.drafter(replace(request, cost=free)))
+    def drafter(self, context: DraftContext) -> HelpedDrafter:
+        return HelpedDrafter(self, len(context.prompt), self.method.drafter(replace(context, cost=free)))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from selfdraft import cli
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 VOCABULARY = 320
 Run = Callable[..., tuple[int, str, str]]
@@ -54,18 +54,18 @@ def tiny_llama(dtype: torch.dtype = torch.float32, context: int = 256) -> LlamaF
 
 
 @pytest.fixture(scope="session")
-def exact() -> HfModel:
-    return HfModel(tiny_llama(torch.bfloat16), "exact")
+def exact() -> TransformersModel:
+    return TransformersModel(tiny_llama(torch.bfloat16), "exact")
 
 
 @pytest.fixture(scope="session")
-def exact32() -> HfModel:
-    return HfModel(tiny_llama(), "exact")
+def exact32() -> TransformersModel:
+    return TransformersModel(tiny_llama(), "exact")
 
 
 @pytest.fixture(scope="session")
-def double() -> HfModel:
-    return HfModel(tiny_llama(torch.float64), "fast")
+def double() -> TransformersModel:
+    return TransformersModel(tiny_llama(torch.float64), "fast")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from selfdraft import Engine, Limits, Method, Sampler, Session
+from selfdraft import Engine, Limits, Method, Request, Sampler
 from selfdraft.models.protocol import Model
 
 
@@ -16,13 +16,13 @@ def run(
     sampler: Sampler | None = None,
     limits: Limits | None = None,
     references: Sequence[Sequence[int]] = (),
-) -> Session:
-    """One session on an engine of its own, to its end."""
+) -> Request:
+    """One request on an engine of its own, to its end."""
     engine = Engine(model)
-    session = engine.submit(prompt, method, sampler, limits or Limits(40), references)
-    for _ in engine.run(session):
+    request = engine.submit(prompt, method, sampler, limits or Limits(40), references)
+    for _ in engine.run(request):
         pass
-    return session
+    return request
 
 
 def random_prompt(length: int, seed: int, vocabulary: int = 320) -> list[int]:

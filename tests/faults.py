@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from selfdraft import Sampler, Step, Tree
-from selfdraft.engine import engine
-from selfdraft.engine import request as session
+from selfdraft.engine import engine, request
 from selfdraft.models import attention_masks as masks
 from selfdraft.models import kv_cache as cache
 from selfdraft.models.adapters import adapter
 from selfdraft.models.adapters.adapter import Gate
 from selfdraft.models.kv_cache import Lane, Lanes
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
 from selfdraft.sampling.processors import Draw
 
@@ -37,13 +36,15 @@ def rows_kept(patch: pytest.MonkeyPatch) -> None:
 
 def positions(patch: pytest.MonkeyPatch) -> None:
     """Positions count rows instead of depth."""
-    layout = HfModel.layout
+    layout = TransformersModel.layout
 
-    def shifted(self: HfModel, trees: Sequence[Tree], lengths: Sequence[int], width: int, *rest: Any) -> Any:
+    def shifted(
+        self: TransformersModel, trees: Sequence[Tree], lengths: Sequence[int], width: int, *rest: Any
+    ) -> Any:
         laid = layout(self, trees, lengths, width, *rest)
         return replace(laid, positions=torch.arange(width)[None] + torch.tensor(lengths)[:, None])
 
-    patch.setattr(HfModel, "layout", shifted)
+    patch.setattr(TransformersModel, "layout", shifted)
 
 
 def noise_key(patch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def noise_key(patch: pytest.MonkeyPatch) -> None:
 
 def eos_cut(patch: pytest.MonkeyPatch) -> None:
     """The end of text is looked for in the last emitted token alone."""
-    patch.setattr(session, "first_end", lambda tokens, eos: len(tokens) - 1 if tokens[-1] in eos else None)
+    patch.setattr(request, "first_end", lambda tokens, eos: len(tokens) - 1 if tokens[-1] in eos else None)
 
 
 def filters(patch: pytest.MonkeyPatch) -> None:
@@ -80,19 +81,19 @@ FAULTS = [tree_mask, rows_kept, positions, noise_key, eos_cut, filters, penaltie
 # Of adapters. What decoding and training have in common is seen by comparing with the definitions alone.
 
 
-def _laid(patch: pytest.MonkeyPatch, change: Callable[[HfModel, Any], Any]) -> None:
-    layout = HfModel.layout
-    patch.setattr(HfModel, "layout", lambda self, *given: change(self, layout(self, *given)))
+def _laid(patch: pytest.MonkeyPatch, change: Callable[[TransformersModel, Any], Any]) -> None:
+    layout = TransformersModel.layout
+    patch.setattr(TransformersModel, "layout", lambda self, *given: change(self, layout(self, *given)))
 
 
-def _fixed(model: HfModel) -> int:
+def _fixed(model: TransformersModel) -> int:
     return model.adapter.config.prefix if model.adapter is not None else 0
 
 
 def prefix_for_all(patch: pytest.MonkeyPatch) -> None:
     """Rows of ordinary tokens see the prefix, too."""
 
-    def show(model: HfModel, laid: Any) -> Any:
+    def show(model: TransformersModel, laid: Any) -> Any:
         laid.seen[..., : _fixed(model)] = 0
         return laid
 
@@ -116,7 +117,7 @@ def prefix_in_windows(patch: pytest.MonkeyPatch) -> None:
 def mask_positions(patch: pytest.MonkeyPatch) -> None:
     """Mask tokens stand one place further."""
 
-    def shift(model: HfModel, laid: Any) -> Any:
+    def shift(model: TransformersModel, laid: Any) -> Any:
         return laid if laid.masks is None else replace(laid, positions=laid.positions + (laid.masks >= 0))
 
     _laid(patch, shift)
@@ -125,7 +126,7 @@ def mask_positions(patch: pytest.MonkeyPatch) -> None:
 def mask_positions_count_prefix(patch: pytest.MonkeyPatch) -> None:
     """Positions of mask tokens count the prefix."""
 
-    def shift(model: HfModel, laid: Any) -> Any:
+    def shift(model: TransformersModel, laid: Any) -> Any:
         more = 0 if laid.masks is None else _fixed(model) * (laid.masks >= 0)
         return replace(laid, positions=laid.positions + more)
 
@@ -166,18 +167,18 @@ def not_numbers(patch: pytest.MonkeyPatch) -> None:
 
 def masks_kept(patch: pytest.MonkeyPatch) -> None:
     """Of the last row accepted the first mask token's keys and values are kept."""
-    forward, keep = HfModel.forward, Lane.keep
+    forward, keep = TransformersModel.forward, Lane.keep
 
-    def note(self: HfModel, trees: Sequence[Tree], lanes: Sequence[Any], *rest: Any) -> Any:
+    def note(self: TransformersModel, trees: Sequence[Tree], lanes: Sequence[Any], *rest: Any) -> Any:
         for tree, lane in zip(trees, lanes, strict=True):
             known = [row for row, token in enumerate(tree.tokens) if token >= self.vocab_size]
             lane.under = {tree.parents[row]: row for row in known}
         return forward(self, trees, lanes, *rest)
 
-    def keep_mask(self: Any, path: Sequence[int], flight: Sequence[int]) -> None:
-        keep(self, [*path[:-1], self.under.get(path[-1], path[-1])], flight)
+    def keep_mask(self: Any, path: Sequence[int], in_flight: Sequence[int]) -> None:
+        keep(self, [*path[:-1], self.under.get(path[-1], path[-1])], in_flight)
 
-    patch.setattr(HfModel, "forward", note)
+    patch.setattr(TransformersModel, "forward", note)
     patch.setattr(Lane, "keep", keep_mask)
 
 

@@ -22,7 +22,7 @@ from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import Adapter
 from selfdraft.models.adapters.fingerprint import fingerprint
 from selfdraft.models.adapters.folder import CONFIG, WEIGHTS
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 from adapting import adapter
 from conftest import VOCABULARY, tiny_llama
@@ -33,7 +33,7 @@ ODDS = {"hazard": [[0.1] * 14] * 3, "onward": [[0.5, 0.4, 0.3]]}
 
 
 @torch.inference_mode()
-def ahead(model: HfModel, adapter: Adapter) -> torch.Tensor:
+def ahead(model: TransformersModel, adapter: Adapter) -> torch.Tensor:
     adapted = model.adapted(adapter)
     tree = Tree.chain(random_prompt(5, 1)).hang(4, range(VOCABULARY, VOCABULARY + 3))
     rows = adapted.forward([tree], [adapted.pool().open()])
@@ -41,7 +41,9 @@ def ahead(model: HfModel, adapter: Adapter) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_what_is_loaded_is_what_was_saved(exact: HfModel, parts: tuple[int, ...], tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_was_saved(
+    exact: TransformersModel, parts: tuple[int, ...], tmp_path: Path
+) -> None:
     made = adapter(exact, 3, *parts)
     made.odds = ODDS
     adapter_folder.save(tmp_path, made, exact, "bita", "tiny", {"steps": 7})
@@ -59,7 +61,9 @@ def test_what_is_loaded_is_what_was_saved(exact: HfModel, parts: tuple[int, ...]
     assert (about["method"], about["base_name"], about["steps"]) == ("bita", "tiny", 7)
 
 
-def test_one_folder_serves_the_base_in_every_dtype(exact: HfModel, double: HfModel, tmp_path: Path) -> None:
+def test_one_folder_serves_the_base_in_every_dtype(
+    exact: TransformersModel, double: TransformersModel, tmp_path: Path
+) -> None:
     """The models of the fixtures differ by rounding to bfloat16 alone."""
     made = adapter(exact, 3, 4, 4, 32)
     adapter_folder.save(tmp_path, made, exact, "bita", "tiny", {})
@@ -77,7 +81,7 @@ def test_a_fingerprint_is_of_a_checkpoint_not_of_its_loading(tmp_path: Path) -> 
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
         assert fingerprint(loaded) == first
-    wrapped = HfModel(model)
+    wrapped = TransformersModel(model)
     assert fingerprint(wrapped.model) == first
     assert fingerprint(wrapped.adapted(adapter(wrapped, 3, 4, 4)).model) == first
     assert fingerprint(tiny_llama(torch.float64)) == first
@@ -103,14 +107,14 @@ def changed_rope(model: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("change", [changed_weight, swapped_weights, changed_config, changed_rope])
 def test_an_adapter_of_another_base_is_refused(
-    exact: HfModel, change: Callable[[LlamaForCausalLM], None], tmp_path: Path
+    exact: TransformersModel, change: Callable[[LlamaForCausalLM], None], tmp_path: Path
 ) -> None:
     folder = tmp_path / "theirs"
     adapter_folder.save(folder, adapter(exact), exact, "bita", "tiny", {})
     model = tiny_llama(torch.bfloat16)
     change(model)
     with pytest.raises(AdapterError, match=r"theirs was trained for 'tiny', whose weights these are not"):
-        adapter_folder.load(str(folder), HfModel(model, "fast"))
+        adapter_folder.load(str(folder), TransformersModel(model, "fast"))
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -179,7 +183,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_folder_is_refused_by_name(exact: HfModel, fault: str, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused_by_name(exact: TransformersModel, fault: str, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     adapter_folder.save(folder, adapter(exact, 3, 4, 4, 32), exact, "bita", "tiny", {})
     adapter_folder.load(str(folder), exact)
@@ -191,17 +195,19 @@ def test_a_damaged_folder_is_refused_by_name(exact: HfModel, fault: str, tmp_pat
 
 
 @pytest.mark.parametrize("source", ["./nothing", "nothing", "a/b/c", "/nothing/here"])
-def test_a_name_that_is_nothing_is_refused(exact: HfModel, source: str) -> None:
+def test_a_name_that_is_nothing_is_refused(exact: TransformersModel, source: str) -> None:
     with pytest.raises(AdapterError, match=f"no adapter folder {source}"):
         adapter_folder.load(source, exact)
 
 
-def test_a_hub_that_is_not_reached_is_named(exact: HfModel) -> None:
+def test_a_hub_that_is_not_reached_is_named(exact: TransformersModel) -> None:
     with pytest.raises(AdapterError, match="some/where: neither a folder here"):
         adapter_folder.load("some/where", exact)
 
 
-def test_methods_and_adapters_that_do_not_go_together(exact: HfModel, folder: Path, tmp_path: Path) -> None:
+def test_methods_and_adapters_that_do_not_go_together(
+    exact: TransformersModel, folder: Path, tmp_path: Path
+) -> None:
     mine = str(tmp_path / "mine")
     adapter_folder.save(Path(mine), adapter(exact, 3, 4, 4), exact, "bita", "tiny", {})
     for method in ("plain", "llma", "jacobi"):
@@ -223,7 +229,7 @@ def test_methods_and_adapters_that_do_not_go_together(exact: HfModel, folder: Pa
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks the model in an old way
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments .'selfdraft'")  # which it passes over
 @pytest.mark.parametrize("prefix", [0, 4])
-def test_peft_reads_the_lora_of_a_folder(exact: HfModel, prefix: int, tmp_path: Path) -> None:
+def test_peft_reads_the_lora_of_a_folder(exact: TransformersModel, prefix: int, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     made = adapter(exact, 3, prefix, 4)
     adapter_folder.save(tmp_path, made, exact, "space", "tiny", {})

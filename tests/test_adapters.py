@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdraft import Engine, Limits, Method, Sampler, Session, Tree
+from selfdraft import Engine, Limits, Method, Request, Sampler, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
@@ -20,7 +20,7 @@ from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError, InvalidPrompt, InvalidReference, InvalidTree
 from selfdraft.models.adapters.adapter import Adapter, all_targets, linear_layers
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
 from selfdraft.train.student import Loss, Student
 
@@ -56,7 +56,7 @@ SHORT = Limits(16)
 def test_text_is_that_of_the_base(
     model: str, parts: tuple[int, ...], sampler: str, request: pytest.FixtureRequest
 ) -> None:
-    base: HfModel = request.getfixturevalue(model)
+    base: TransformersModel = request.getfixturevalue(model)
     adapted, sampled = base.adapted(adapter(base, 3, *parts)), SAMPLERS[sampler]
     plain = run(base, Plain(), PROMPT, sampled, SHORT).emitted
     assert run(adapted, Plain(), PROMPT, sampled, SHORT).emitted == plain
@@ -70,7 +70,7 @@ def test_text_is_that_of_the_base(
 @pytest.mark.parametrize("model", ["exact", "double"])
 def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
     """All methods at once, with or without masks, of several lengths; they join and leave, four live."""
-    base: HfModel = request.getfixturevalue(model)
+    base: TransformersModel = request.getfixturevalue(model)
     adapted = base.adapted(adapter(base, 3, *PARTS[-1]))
     dice = random.Random(0)
     waiting: list[tuple[Sequence[int], Method, Sampler, Limits]] = []
@@ -82,15 +82,15 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
         drafts = [Helped(method, alone[-1]) for method in SHAPES.values()]
         methods = [*drafts, Plain(), Llma(trigger=1, block=8), Jacobi(6), Knowing(alone[-1]), Bita(), Space()]
         waiting.append((prompt, methods[seed], sampler, limits))
-    engine, joined = Engine(adapted), list[Session]()
-    while waiting or engine.sessions:
-        while waiting and len(engine.sessions) < 4:
+    engine, joined = Engine(adapted), list[Request]()
+    while waiting or engine.requests:
+        while waiting and len(engine.requests) < 4:
             joined.append(engine.submit(*waiting.pop(0)))
         engine.step()
-    assert [session.emitted for session in joined] == alone
+    assert [request.emitted for request in joined] == alone
 
 
-def test_whatever_a_request_asks_for(double: HfModel) -> None:
+def test_whatever_a_request_asks_for(double: TransformersModel) -> None:
     """Penalties, bias, bans and ends hold for guesses as they do for picks."""
     adapted = double.adapted(adapter(double, 3, *PARTS[-1]))
     ends = frozenset(range(40))
@@ -115,7 +115,7 @@ def test_whatever_a_request_asks_for(double: HfModel) -> None:
 @pytest.mark.parametrize("fault", [faults.prefix_for_all, faults.lora_for_all, faults.masks_kept])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_fault_changes_a_text(
-    shape: str, fault: faults.Patch, double: HfModel, monkeypatch: pytest.MonkeyPatch
+    shape: str, fault: faults.Patch, double: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted = double.adapted(adapter(double, 3, *PARTS[-1]))
     plain = run(double, Plain(), PROMPT, limits=SHORT).emitted
@@ -123,7 +123,7 @@ def test_each_fault_changes_a_text(
     assert run(adapted, Helped(SHAPES[shape], plain), PROMPT, limits=SHORT).emitted != plain
 
 
-def said(model: HfModel, heard: Sequence[Heard]) -> list[Tensor]:
+def said(model: TransformersModel, heard: Sequence[Heard]) -> list[Tensor]:
     """What a group says in training under the row before the last of each text, [texts][masks, :]. The texts
     are the beginnings of the last one; what a mask is told is what the one before it said."""
     assert model.adapter is not None
@@ -139,7 +139,7 @@ def said(model: HfModel, heard: Sequence[Heard]) -> list[Tensor]:
     return found
 
 
-# How many sessions live, at most, when one joins; does it start from another's cache?
+# How many requests live, at most, when one joins; does it start from another's cache?
 JOINS = [
     (9, False),
     (9, False),
@@ -153,34 +153,34 @@ JOINS = [
 ]
 
 
-def crowd(adapted: HfModel, sampler: Sampler) -> None:
-    """Sessions that join and leave, some from another's cache: their texts are the base's, and what the masks
+def crowd(adapted: TransformersModel, sampler: Sampler) -> None:
+    """Requests that join and leave, some from another's cache: their texts are the base's, and what the masks
     say, at rows anywhere in a tree, is what a group under that text says in training."""
     base, dice = adapted.base, random.Random(1)
-    engine, sessions, copies = Engine(adapted), list[tuple[Session, Knowing, Sequence[int]]](), 0
+    engine, requests, copies = Engine(adapted), list[tuple[Request, Knowing, Sequence[int]]](), 0
     for seed, (live, copied) in enumerate(JOINS):
-        while len(engine.sessions) > live:
+        while len(engine.requests) > live:
             engine.step()
         prompt, start = random_prompt(dice.randint(2, 50), seed), None
         if copied:
-            start = engine.sessions[0]
+            start = engine.requests[0]
             prompt = [*start.tokens, *prompt[:2]]
             copies += start.cache.length > 0
         limits = Limits(dice.randint(14, 24))
         plain = run(base, Plain(), prompt, sampler, limits).emitted
         knowing = Knowing(plain)
-        sessions.append((engine.submit(prompt, knowing, sampler, limits, start=start), knowing, plain))
+        requests.append((engine.submit(prompt, knowing, sampler, limits, start=start), knowing, plain))
         engine.step()
-    while engine.sessions:
+    while engine.requests:
         engine.step()
     assert copies > 2
-    for session, knowing, plain in sessions:
-        assert session.emitted == plain
+    for request, knowing, plain in requests:
+        assert request.emitted == plain
         assert knowing.heard[-1].step.ahead is None, "the text has ended"
         compare(adapted, knowing.heard[:-1], sampler)
 
 
-def compare(adapted: HfModel, heard: Sequence[Heard], sampler: Sampler) -> None:
+def compare(adapted: TransformersModel, heard: Sequence[Heard], sampler: Sampler) -> None:
     noise = Noise(sampler.seed, sampler.sample)
     for one in heard:
         assert (0 if one.step.ahead is None else len(one.step.ahead)) == one.group
@@ -193,20 +193,22 @@ def compare(adapted: HfModel, heard: Sequence[Heard], sampler: Sampler) -> None:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_decoding_sees_what_training_saw(double: HfModel, parts: tuple[int, ...], sampler: str) -> None:
+def test_decoding_sees_what_training_saw(
+    double: TransformersModel, parts: tuple[int, ...], sampler: str
+) -> None:
     crowd(double.adapted(adapter(double, 3, *parts)), SAMPLERS[sampler])
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
 def test_windows_hide_the_text_but_not_the_prefix(kind: str) -> None:
-    model = HfModel(build(kind, WORKING[kind]), "fast")
+    model = TransformersModel(build(kind, WORKING[kind]), "fast")
     crowd(model.adapted(adapter(model, 3, *PARTS[-1])), Sampler())
 
 
 def trained(kind: str, *parts: int, distinct: bool = True) -> None:
     """What a group says in training is what the definitions say, at any row of a text in a batch; what it
     learns from is what the model itself says at the rows after that."""
-    model, plain = HfModel(build(kind, WORKING[kind]), "fast"), build(kind, WORKING[kind])
+    model, plain = TransformersModel(build(kind, WORKING[kind]), "fast"), build(kind, WORKING[kind])
     own = adapter(model, 3, *parts, distinct=distinct)
     texts = torch.tensor([random_prompt(30, seed) for seed in range(2)])
     anchors = torch.tensor([[2, 26, 11], [20, 0, 15]])
@@ -238,7 +240,7 @@ AFTER = Tree.chain(random_prompt(4, seed=4))
 
 
 @torch.inference_mode()
-def ordinary(model: HfModel) -> list[Tensor]:
+def ordinary(model: TransformersModel) -> list[Tensor]:
     """Logits of ordinary rows, step after step, in a batch; with an adapter's masks beside them."""
     pool, found = model.pool(), []
     caches = [pool.open() for _ in range(3)]
@@ -264,7 +266,7 @@ def poisoned(own: Adapter, poison: str) -> Adapter:
 
 
 @pytest.mark.parametrize("poison", ["masks", "keys", "lora", "sampler"])
-def test_an_adapter_gone_wrong_changes_no_text(double: HfModel, poison: str) -> None:
+def test_an_adapter_gone_wrong_changes_no_text(double: TransformersModel, poison: str) -> None:
     adapted = double.adapted(poisoned(adapter(double, 3, *PARTS[-1]), poison))
     for sampler in SAMPLERS.values():
         plain = run(double, Plain(), PROMPT, sampler, SHORT).emitted
@@ -274,7 +276,7 @@ def test_an_adapter_gone_wrong_changes_no_text(double: HfModel, poison: str) -> 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 @pytest.mark.parametrize("poison", ["", "masks", "keys", "values", "lora"])
-def test_ordinary_rows_keep_their_bits(exact: HfModel, parts: tuple[int, ...], poison: str) -> None:
+def test_ordinary_rows_keep_their_bits(exact: TransformersModel, parts: tuple[int, ...], poison: str) -> None:
     own = poisoned(adapter(exact, 3, *parts), poison)
     for training in (False, True):  # an adapter can be drafted with while it is trained
         adapted = exact.adapted(own.requires_grad_(training))
@@ -291,7 +293,9 @@ LEAKS = [
 
 
 @pytest.mark.parametrize("fault", LEAKS)
-def test_a_leak_is_seen(fault: faults.Patch, exact: HfModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_is_seen(
+    fault: faults.Patch, exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         test_ordinary_rows_keep_their_bits(exact, PARTS[-1], "lora")
@@ -315,7 +319,7 @@ DRIFTS = [
 
 @pytest.mark.parametrize("fault", DRIFTS)
 def test_a_drift_of_decoding_is_seen(
-    fault: faults.Patch, double: HfModel, monkeypatch: pytest.MonkeyPatch
+    fault: faults.Patch, double: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
@@ -339,45 +343,47 @@ def test_a_wrong_mask_row_is_seen(fault: faults.Patch, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("parts", [(16, 4, 0), (16, 4, 32)], ids=str)
 def test_the_head_runs_for_the_rows_that_are_looked_at(
-    double: HfModel, parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    double: TransformersModel, parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First for the rows of ordinary tokens, then for one group of each session that goes on."""
+    """First for the rows of ordinary tokens, then for one group of each request that goes on."""
     adapted = double.adapted(adapter(double, 3, *parts))
     asked: list[list[list[int]]] = []
     ran: list[int] = []
-    head, ahead, logits = HfModel.head, HfModel.ahead, HfModel.logits
+    head, ahead, logits = TransformersModel.head, TransformersModel.ahead, TransformersModel.logits
 
-    def spy(self: HfModel, rows: Any, index: Sequence[Sequence[int]]) -> list[Tensor]:
+    def spy(self: TransformersModel, rows: Any, index: Sequence[Sequence[int]]) -> list[Tensor]:
         asked.append([list(own) for own in index])
         return head(self, rows, index)
 
-    def spy_ahead(self: HfModel, rows: Any, index: Sequence[Sequence[int]], *given: Any) -> list[Tensor]:
+    def spy_ahead(
+        self: TransformersModel, rows: Any, index: Sequence[Sequence[int]], *given: Any
+    ) -> list[Tensor]:
         try:
             return ahead(self, rows, index, *given)
         finally:
             asked[1:] = [[list(own) for own in index]]
 
-    def spy_rows(self: HfModel, hidden: Tensor) -> Tensor:
+    def spy_rows(self: TransformersModel, hidden: Tensor) -> Tensor:
         ran.append(len(hidden))
         return logits(self, hidden)
 
     plain = [run(double, Plain(), random_prompt(9, i), limits=Limits(6 + 6 * i)).emitted for i in range(3)]
     methods = [Knowing(answer) for answer in plain]
     engine = Engine(adapted)
-    sessions = [
+    requests = [
         engine.submit(random_prompt(9, i), method, limits=Limits(6 + 6 * i))
         for i, method in enumerate(methods)
     ]
-    while any(not session.ready for session in sessions):
+    while any(not request.ready for request in requests):
         engine._prefill()
-    monkeypatch.setattr(HfModel, "head", spy)
-    monkeypatch.setattr(HfModel, "ahead", spy_ahead)
-    monkeypatch.setattr(HfModel, "logits", spy_rows)
+    monkeypatch.setattr(TransformersModel, "head", spy)
+    monkeypatch.setattr(TransformersModel, "ahead", spy_ahead)
+    monkeypatch.setattr(TransformersModel, "logits", spy_rows)
     groups = 0
-    while live := list(engine.sessions):
+    while live := list(engine.requests):
         asked.clear()
         engine.step()
-        steps = [method.heard[-1] for s, method in zip(sessions, methods, strict=True) if s in live]
+        steps = [method.heard[-1] for s, method in zip(requests, methods, strict=True) if s in live]
         assert asked[0] == [list(range(len(one.step.picks))) for one in steps]
         counts = [one.group if s.finish_reason is None else 0 for s, one in zip(live, steps, strict=True)]
         assert [[len(own) for own in index] for index in asked[1:]] == ([counts] if any(counts) else [])
@@ -391,11 +397,11 @@ def test_the_head_runs_for_the_rows_that_are_looked_at(
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(50.0, seed=1)])
-def test_mask_tokens_are_never_emitted(exact: HfModel, sampler: Sampler) -> None:
+def test_mask_tokens_are_never_emitted(exact: TransformersModel, sampler: Sampler) -> None:
     """Not where everything is as likely, nor where a mask hangs under each row."""
     adapted = exact.adapted(adapter(exact, 3, *PARTS[-1]))
-    session = run(adapted, Bita(faithful=True), PROMPT, sampler, Limits(40))
-    assert max(session.emitted) < VOCABULARY
+    request = run(adapted, Bita(faithful=True), PROMPT, sampler, Limits(40))
+    assert max(request.emitted) < VOCABULARY
     rows = adapted.forward([Tree.chain([5]).hang(0, [VOCABULARY])], [adapted.pool().open()])
     assert all(len(row) == VOCABULARY for row in adapted.head(rows, [[0, 1]])[0])
 
@@ -407,7 +413,7 @@ class Rogue:
     rows: Sequence[int]
     parents: Sequence[int]
 
-    def drafter(self, request: object) -> Rogue:
+    def drafter(self, context: object) -> Rogue:
         return self
 
     def propose(self, tokens: Sequence[int]) -> Tree:
@@ -429,7 +435,7 @@ class Rogue:
     ids=["no adapter", "beyond the masks", "below zero", "before ordinary ones", "under a mask"],
 )
 def test_mask_tokens_out_of_place_are_refused(
-    double: HfModel, adapted: bool, rows: Sequence[int], parents: Sequence[int]
+    double: TransformersModel, adapted: bool, rows: Sequence[int], parents: Sequence[int]
 ) -> None:
     engine = Engine(double.adapted(adapter(double, 3)) if adapted else double)
     engine.submit(PROMPT, Rogue(rows, parents))
@@ -437,7 +443,7 @@ def test_mask_tokens_out_of_place_are_refused(
         engine.step()
 
 
-def test_prompts_of_mask_tokens_are_refused(double: HfModel) -> None:
+def test_prompts_of_mask_tokens_are_refused(double: TransformersModel) -> None:
     adapted = double.adapted(adapter(double, 3))
     with pytest.raises(InvalidPrompt):
         Engine(adapted).submit([5, VOCABULARY], Plain())
@@ -447,7 +453,7 @@ def test_prompts_of_mask_tokens_are_refused(double: HfModel) -> None:
 
 def test_the_users_model_is_untouched_and_adapters_work_side_by_side() -> None:
     own = tiny_llama(torch.float64)
-    base = HfModel(own, "fast")
+    base = TransformersModel(own, "fast")
     modules, keys, config = dict(own.named_modules()), list(own.state_dict()), own.config.to_dict()
     ids = torch.tensor([PROMPT])
     logits = own(ids).logits
@@ -455,13 +461,13 @@ def test_the_users_model_is_untouched_and_adapters_work_side_by_side() -> None:
     engines = [Engine(one), Engine(other)]
     plain = run(base, Plain(), PROMPT, limits=SHORT).emitted
     methods = [Knowing(plain), Knowing(plain)]
-    sessions = [e.submit(PROMPT, m, limits=SHORT) for e, m in zip(engines, methods, strict=True)]
-    while any(engine.sessions for engine in engines):
+    requests = [e.submit(PROMPT, m, limits=SHORT) for e, m in zip(engines, methods, strict=True)]
+    while any(engine.requests for engine in engines):
         for engine in engines:
             engine.step()
         assert torch.equal(own(ids).logits, logits)
-    for adapted, method, session in zip((one, other), methods, sessions, strict=True):
-        assert session.emitted == plain
+    for adapted, method, request in zip((one, other), methods, requests, strict=True):
+        assert request.emitted == plain
         compare(adapted, method.heard[:-1], Sampler())
     assert dict(own.named_modules()) == modules
     assert list(own.state_dict()) == keys
@@ -498,7 +504,7 @@ def test_lora_on_experts_is_refused() -> None:
     )
     with pytest.raises(AdapterError, match="1 does not run on the rows of a text"):
         linear_layers(own, ["q_proj", "1"])
-    model = HfModel(own, "fast")
+    model = TransformersModel(own, "fast")
     crowd(model.adapted(adapter(model, 3, *PARTS[-1])), Sampler())
 
 

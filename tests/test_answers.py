@@ -1,4 +1,4 @@
-"""What a request may ask for, end to end: stops, ends, samples, logprobs, chats and kept sessions."""
+"""What a request may ask for, end to end: stops, ends, samples, logprobs, chats and kept requests."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 import torch
 
 import selfdraft
-from selfdraft import Conversation, Engine, Limits, TextGenerator, errors
+from selfdraft import LLM, Conversation, Engine, Limits, errors
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> TextGenerator:
+def generator(folder: Path) -> LLM:
     return selfdraft.load(str(folder), "jacobi")
 
 
 @pytest.fixture
-def chatty(folder: Path) -> TextGenerator:
+def chatty(folder: Path) -> LLM:
     generator = selfdraft.load(str(folder), "llma")
     generator.tokenizer.chat_template = TEMPLATE
     return generator
@@ -27,9 +27,7 @@ def chatty(folder: Path) -> TextGenerator:
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}])
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_a_stop_string_cuts_text_and_tokens(
-    generator: TextGenerator, sampling: dict[str, float], width: int
-) -> None:
+def test_a_stop_string_cuts_text_and_tokens(generator: LLM, sampling: dict[str, float], width: int) -> None:
     """Tokens up to the one that completes it, text up to where it begins, streamed or not."""
     free = generator.generate("def add", max_new_tokens=30, **sampling)
     for start in range(0, len(free.text) - width, 7):
@@ -47,7 +45,7 @@ def test_a_stop_string_cuts_text_and_tokens(
         assert "".join(chunk.text for chunk in stream) == stream.result.text == cut.text
 
 
-def test_text_that_only_began_a_stop_string_is_shown(generator: TextGenerator) -> None:
+def test_text_that_only_began_a_stop_string_is_shown(generator: LLM) -> None:
     free = generator.generate("def add", max_new_tokens=30)
     nearly = [free.text[i : i + 3] + "\N{BELL SYMBOL}" for i in range(len(free.text) - 3)]
     stream = generator.stream("def add", stop=nearly, max_new_tokens=30)
@@ -55,7 +53,7 @@ def test_text_that_only_began_a_stop_string_is_shown(generator: TextGenerator) -
     assert stream.result.finish_reason == "length"
 
 
-def test_ends(generator: TextGenerator) -> None:
+def test_ends(generator: LLM) -> None:
     free = generator.generate("class", max_new_tokens=30)
     first, later = free.ids[4], free.ids[11]
     assert generator.generate("class", eos=[first, later]).ids == free.ids[: free.ids.index(first) + 1]
@@ -75,7 +73,7 @@ def test_ends(generator: TextGenerator) -> None:
     assert stop in waits.text, "a stop string before min_new_tokens is text"
 
 
-def test_samples_of_one_prompt_read_it_once(generator: TextGenerator) -> None:
+def test_samples_of_one_prompt_read_it_once(generator: LLM) -> None:
     samples = generator.generate("def add(a, b)", n=3, temperature=1.0, seed=5, max_new_tokens=20)
     assert [s.sample for s in samples] == [0, 1, 2]
     assert len({s.text for s in samples}) == 3
@@ -90,7 +88,7 @@ def test_samples_of_one_prompt_read_it_once(generator: TextGenerator) -> None:
     assert [s.tokens for s in short] == [1, 1]
 
 
-def test_logprobs_are_the_models_own(generator: TextGenerator) -> None:
+def test_logprobs_are_the_models_own(generator: LLM) -> None:
     result = generator.generate(
         "def add", logprobs=3, temperature=0.7, repetition_penalty=1.5, seed=2, max_new_tokens=15
     )
@@ -111,7 +109,7 @@ def test_logprobs_are_the_models_own(generator: TextGenerator) -> None:
     assert generator.generate("def add", max_new_tokens=2).logprobs is None
 
 
-def test_messages_take_the_chat_template(chatty: TextGenerator) -> None:
+def test_messages_take_the_chat_template(chatty: LLM) -> None:
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "add"}]
     told = chatty.generate(messages=messages, max_new_tokens=12)
     text = "<system>be brief\n<user>add\n<assistant>"
@@ -119,7 +117,7 @@ def test_messages_take_the_chat_template(chatty: TextGenerator) -> None:
     assert chatty.stream(messages=messages, max_new_tokens=12).result.prompt_tokens == told.prompt_tokens
 
 
-def test_a_kept_session_is_a_fresh_one(chatty: TextGenerator) -> None:
+def test_a_kept_session_is_a_fresh_one(chatty: LLM) -> None:
     """Turn by turn: the same ids as without a cache; only what is new is read."""
     with Conversation(chatty, [{"role": "system", "content": "be brief"}]) as talk:
         for turn, text in enumerate(["def add(a, b)", "class Stack", "return"]):
@@ -135,7 +133,7 @@ def test_a_kept_session_is_a_fresh_one(chatty: TextGenerator) -> None:
         assert talk.generate("class Stack:", max_new_tokens=6).reused == 1, "only the first token is shared"
 
 
-def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: TextGenerator) -> None:
+def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: LLM) -> None:
     talk = Conversation(chatty)
     prompt = "def add(a, b):\n"
     for chunk in talk.stream(prompt, max_new_tokens=30):
@@ -153,7 +151,7 @@ def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: TextGenerator) -> N
     assert talk.generate(prompt, max_new_tokens=3).reused == 0
 
 
-def test_the_answer_goes_on_where_the_prompt_stops(generator: TextGenerator) -> None:
+def test_the_answer_goes_on_where_the_prompt_stops(generator: LLM) -> None:
     """Prompt and text together are the decoded whole, whatever the tokenizer does to first tokens."""
     result = generator.generate("def add(a", max_new_tokens=20)
     ids = [*generator.encode("def add(a"), *result.ids]
@@ -179,42 +177,40 @@ def test_the_answer_goes_on_where_the_prompt_stops(generator: TextGenerator) -> 
         ({"beams": 4}, "beams"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(
-    generator: TextGenerator, options: dict[str, object], says: str
-) -> None:
+def test_what_cannot_be_honoured_is_refused(generator: LLM, options: dict[str, object], says: str) -> None:
     with pytest.raises(errors.InvalidOption, match=says):
         generator.generate("def", **options)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("references", ["text", None, [5, 6], [None], [["a"]], [[2**40]], [[-1]], [[320]]])
-def test_bad_references(generator: TextGenerator, references: object) -> None:
+def test_bad_references(generator: LLM, references: object) -> None:
     with pytest.raises(errors.InvalidReference, match="reference"):
         generator.generate("def", references=references)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("prompt", [3, ["a", 3], [1.5]])
-def test_bad_prompts(generator: TextGenerator, prompt: object) -> None:
+def test_bad_prompts(generator: LLM, prompt: object) -> None:
     with pytest.raises(errors.InvalidPrompt):
         generator.generate(prompt)  # type: ignore[call-overload]
 
 
-def test_sessions_start_from_their_own_engine_only(generator: TextGenerator) -> None:
+def test_requests_start_from_their_own_engine_only(generator: LLM) -> None:
     one, other = Engine(generator.model), Engine(generator.model)
     method = generator.method
     kept = one.submit([5, 6, 7], method, limits=Limits(3), keep=True)
     gone = one.submit([5, 6, 7], method, limits=Limits(3))
-    while one.sessions:
+    while one.requests:
         one.step()
-    for engine, session in ((other, kept), (one, gone)):
+    for engine, request in ((other, kept), (one, gone)):
         with pytest.raises(errors.InvalidOption, match="start"):
-            engine.submit([5, 6, 7, 8], method, start=session)
+            engine.submit([5, 6, 7, 8], method, start=request)
     again = one.submit([5, 6, 7, 8], method, limits=Limits(3), start=kept)
     assert again.reused == 3
     with pytest.raises(errors.InvalidOption, match="start"):
         one.submit([5, 6, 7, 8], method, start=kept)
 
 
-def test_a_closed_conversation_holds_no_memory(generator: TextGenerator) -> None:
+def test_a_closed_conversation_holds_no_memory(generator: LLM) -> None:
     talk = Conversation(generator)
     talk.generate("def", max_new_tokens=4)
     pool = talk._engine.pool
@@ -223,7 +219,7 @@ def test_a_closed_conversation_holds_no_memory(generator: TextGenerator) -> None
     assert not pool._buffers()  # type: ignore[attr-defined]
 
 
-def test_bad_conversations(generator: TextGenerator, chatty: TextGenerator) -> None:
+def test_bad_conversations(generator: LLM, chatty: LLM) -> None:
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(errors.InvalidOption, match="chat template"):
         generator.generate(messages=messages)
@@ -236,7 +232,7 @@ def test_bad_conversations(generator: TextGenerator, chatty: TextGenerator) -> N
         chatty.generate(messages=messages)
 
 
-def test_a_seed_keeps_its_text_when_samples_are_added(generator: TextGenerator) -> None:
+def test_a_seed_keeps_its_text_when_samples_are_added(generator: LLM) -> None:
     one = generator.generate("return", temperature=1.2, seed=9, max_new_tokens=10)
     two = generator.generate("return", temperature=1.2, seed=9, max_new_tokens=10, n=2)
     assert two[0].ids == one.ids

@@ -101,7 +101,7 @@ def test_public_surface() -> None:
         "Result",
         "Sampler",
         "SelfdraftError",
-        "Session",
+        "Request",
         "Step",
         "Stream",
         "TextGenerator",

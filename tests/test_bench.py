@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfdraft
-from selfdraft import Sampler, TextGenerator
+from selfdraft import LLM, Sampler
 from selfdraft._common import machine
 from selfdraft._common.repetition import fresh
 from selfdraft.bench import arm, interval, journal, metrics, report, source, suite
@@ -37,17 +37,17 @@ LENGTH = 12
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> TextGenerator:
+def generator(folder: Path) -> LLM:
     return selfdraft.load(str(folder), dtype="float64")
 
 
 @pytest.fixture(scope="module")
-def arms(generator: TextGenerator, folder: Path) -> list[Arm]:
+def arms(generator: LLM, folder: Path) -> list[Arm]:
     """Methods and baselines, in float64, where all of them give one text."""
     return make_arms(generator, folder, generator.eos)
 
 
-def make_arms(generator: TextGenerator, folder: Path, eos: frozenset[int]) -> list[Arm]:
+def make_arms(generator: LLM, folder: Path, eos: frozenset[int]) -> list[Arm]:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
     drafted = [
         arm.Drafted(name, arm.method(name), generator.model, Sampler(), eos)
@@ -70,7 +70,7 @@ def write(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
-def make(generator: TextGenerator, arms: Sequence[Arm], mine: Path, out: Path, repeats: int = 2) -> Bench:
+def make(generator: LLM, arms: Sequence[Arm], mine: Path, out: Path, repeats: int = 2) -> Bench:
     work = plan(source.from_files(suite.own(mine), [mine]), generator, 100, LENGTH)
     return Bench(generator, arms, [work], repeats, Journal(out, {"what": "a test"}))
 
@@ -256,9 +256,7 @@ def test_each_fault_changes_a_figure(mutant: str, monkeypatch: pytest.MonkeyPatc
 # Arms
 
 
-def test_counts_are_equal_across_arms(
-    generator: TextGenerator, folder: Path, arms: list[Arm], mine: Path
-) -> None:
+def test_counts_are_equal_across_arms(generator: LLM, folder: Path, arms: list[Arm], mine: Path) -> None:
     """One text for all, also where it ends within a draft; each token is in one step, with its time."""
     prompt = generator.encode(TEXT)
     whole = arms[0].answer(prompt, [], 40).ids
@@ -279,7 +277,7 @@ def test_counts_are_equal_across_arms(
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return"
 
 
-def test_sampled_arms_of_the_package_give_one_text(generator: TextGenerator) -> None:
+def test_sampled_arms_of_the_package_give_one_text(generator: LLM) -> None:
     prompt = generator.encode(TEXT)
     drafted = arm.drafted(["plain", "llma", "jacobi"], generator, Sampler(0.9, seed=3))
     texts = [one.answer(prompt, [], 20).ids for one in drafted]
@@ -311,7 +309,7 @@ def told(bench: Bench) -> list[tuple[Any, ...]]:
 
 
 def test_interrupted_and_resumed_is_as_if_never_stopped(
-    generator: TextGenerator, arms: list[Arm], mine: Path, tmp_path: Path
+    generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path
 ) -> None:
     whole = make(generator, arms, mine, tmp_path / "whole")
     whole.run()
@@ -340,7 +338,7 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(
 
 
 def test_all_arms_see_the_same_first_turn(
-    generator: TextGenerator, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain decoding's, also where an arm said something else."""
     asked: list[Sequence[int]] = []
@@ -368,7 +366,7 @@ def test_all_arms_see_the_same_first_turn(
 
 
 def test_a_full_disk_keeps_what_is_finished(
-    generator: TextGenerator, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = make(generator, arms, mine, tmp_path / "out")
     write_all = journal.write_all
@@ -411,7 +409,7 @@ def test_another_run_has_another_folder(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "out", {})
 
 
-def test_prompts_are_spread_and_fit(generator: TextGenerator, tmp_path: Path) -> None:
+def test_prompts_are_spread_and_fit(generator: LLM, tmp_path: Path) -> None:
     rows = [{"id": str(i), "prompt": "x " * (200 if i == 3 else 2)} for i in range(10)]
     path = write(tmp_path / "many.jsonl", rows)
     work = plan(source.from_files(suite.own(path), [path]), generator, 3, 20)

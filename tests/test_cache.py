@@ -7,7 +7,7 @@ import torch
 
 from selfdraft import Tree
 from selfdraft.models.kv_cache import Lane, Lanes
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 from conftest import tiny_llama
 from drafting import random_prompt
@@ -26,7 +26,7 @@ def write(lanes: Lanes, which: list[Lane], rows: int, value: float) -> torch.Ten
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_kept_is_fresh(exact: HfModel, path: list[int]) -> None:
+def test_kept_is_fresh(exact: TransformersModel, path: list[int]) -> None:
     """What follows a kept path == what follows the same tokens read as a prompt."""
     history, after = random_prompt(11, seed=1), random_prompt(3, seed=3)
     pool = exact.pool()
@@ -56,7 +56,7 @@ def test_lanes_move_into_the_place_of_those_that_leave() -> None:
     assert fresh.length == 0
     buffer = lanes.own[0].keys
     assert buffer is not None
-    assert not buffer[2].any(), "what an earlier session left is gone"
+    assert not buffer[2].any(), "what an earlier request left is gone"
     assert write(lanes, [c, fresh], 1, 8.0)[[0, 1], 0, [4, 0], 0].tolist() == [8, 1008]
 
 
@@ -86,7 +86,7 @@ def test_buffers_grow_and_start_as_zeros() -> None:
 
 
 def test_only_the_rows_asked_for_run_through_the_head() -> None:
-    model = HfModel(tiny_llama(), "fast")
+    model = TransformersModel(tiny_llama(), "fast")
     seen: list[int] = []
     model._head.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     cache = model.pool().open()

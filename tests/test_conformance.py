@@ -1,7 +1,7 @@
 """Every type of model that works gives, for every branch of a tree, the logits of its own forward.
 
 The reference is transformers' own forward without cache, mask or attention of ours. Histories are longer
-than two and a half windows and read in pieces, two sessions of different lengths run together, and the
+than two and a half windows and read in pieces, two requests of different lengths run together, and the
 rows of an accepted branch are kept and built upon. Each planted fault is refused at load, by the probe.
 
 `python tests/test_conformance.py` writes docs/models.md from the same tables.
@@ -30,7 +30,7 @@ from selfdraft.models import attention_masks as masks
 from selfdraft.models.adapters.adapter import AdapterConfig, all_targets
 from selfdraft.models.drive import drive
 from selfdraft.models.head import Tail
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.student import Loss, Student, fresh
 from selfdraft.verify.adversaries import Oracle
 
@@ -87,8 +87,8 @@ def reference(model: PreTrainedModel, history: list[int], tree: Tree, kept: Sequ
 
 
 @torch.inference_mode()
-def ours(model: HfModel) -> list[Tensor]:
-    """The same of both sessions, run together."""
+def ours(model: TransformersModel) -> list[Tensor]:
+    """The same of both requests, run together."""
     pool = model.pool()
     caches = [pool.open(), pool.open()]
     for cache, history in zip(caches, HISTORIES, strict=True):
@@ -127,10 +127,10 @@ def test_trees_have_the_logits_of_the_models_own_forward(kind: str) -> None:
 def test_what_cannot_verify_a_tree_is_refused_by_name(kind: str) -> None:
     reason, extra = REFUSED[kind]
     with pytest.raises(ModelUnsupported, match=f"model type '{kind}'.*{reason}"):
-        HfModel(build(kind, extra), "fast")
+        TransformersModel(build(kind, extra), "fast")
 
 
-def ahead(model: HfModel, text: Sequence[int], masks: int) -> Tensor:
+def ahead(model: TransformersModel, text: Sequence[int], masks: int) -> Tensor:
     """Hidden states of a group of masks under the last row of a text, as decoding comes to them."""
     ids, cache = range(model.vocab_size, model.vocab_size + masks), model.pool().open()
     model.forward([Tree.chain(text[:-1])], [cache])
@@ -175,7 +175,7 @@ def test_adapters_learn_and_draft(kind: str) -> None:
 @types(["llama4_text", "phimoe", "longcat_flash"])
 def test_lora_on_routers_of_their_own_kind_is_refused(kind: str) -> None:
     name = {"longcat_flash": "classifier"}.get(kind, "router")
-    model = HfModel(build(kind, WORKING[kind]), "fast")
+    model = TransformersModel(build(kind, WORKING[kind]), "fast")
     with pytest.raises(AdapterError, match=f"{name} does not run on the rows of a text"):
         fresh(model, AdapterConfig(rank=4, targets=(name,)))
 
@@ -206,7 +206,7 @@ def test_wrong_windows_are_seen_at_load(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(ModelUnsupported, match="does not verify a tree"):
-        HfModel(build(kind, WORKING[kind]), "fast")
+        TransformersModel(build(kind, WORKING[kind]), "fast")
 
 
 @types(SAMPLE)
@@ -217,14 +217,14 @@ def test_wrong_trees_are_seen_at_load(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(ModelUnsupported, match="does not verify a tree"):
-        HfModel(build(kind, WORKING[kind], dtype), "fast")
+        TransformersModel(build(kind, WORKING[kind], dtype), "fast")
 
 
 @types(["cohere2", "gemma2", "mistral", "gpt_oss"])
 def test_exact_texts_over_windows(kind: str) -> None:
     """The drafted text is the plain one to the bit, far behind the first window."""
     try:
-        model = HfModel(build(kind, WORKING[kind], torch.bfloat16), "exact")
+        model = TransformersModel(build(kind, WORKING[kind], torch.bfloat16), "exact")
     except ModelUnsupported as error:
         pytest.skip(str(error))  # of this machine's kernels, not of the windows
     plain = run(model, Plain(), HISTORIES[0]).emitted
@@ -249,7 +249,7 @@ def features(kind: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_scores", spy_scores)
         patch.setattr(attention, "_read", spy_read)
-        model = HfModel(build(kind, WORKING[kind]), "fast")
+        model = TransformersModel(build(kind, WORKING[kind]), "fast")
     kinds = {name.split("_")[0] or "sliding" if k.size else "full" for name, k in model.kinds.items()}
     head = "whole forward" if model._base is model.model else "output layer"
     if isinstance(model._head, Tail):
@@ -261,7 +261,7 @@ def features(kind: str) -> str:
 
 def wide(kind: str) -> str:
     """Do its layers take keys in float64, as exact numerics need it?"""
-    model = HfModel(build(kind, WORKING[kind], torch.float32), "fast")
+    model = TransformersModel(build(kind, WORKING[kind], torch.float32), "fast")
     model.numerics = "exact"
     try:
         model.forward([AFTER], [model.pool().open()])
@@ -298,7 +298,7 @@ Whether a model can be used is measured when it is loaded, not looked up: the lo
 are compared with the model's own forward of its branches, and what differs is refused with the reason.
 So a type that is missing here may well work. The {count} types of the first table were tried as tiny
 random models, every weight moved, windows of {window} tokens, in float64: trees behind histories of
-several windows, two sessions together, branches kept and built upon, and a text.
+several windows, two requests together, branches kept and built upon, and a text.
 
 - layers: whether they see all of the text (full), a sliding window or a chunk. Mixed types get one mask each.
 - scores: capped (Gemma 2), and attention sinks (GPT-OSS).

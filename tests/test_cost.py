@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Engine, Limits
-from selfdraft.drafting.method import Request
+from selfdraft.drafting.method import DraftContext
 from selfdraft.drafting.plain import Plain, PlainDrafter
 from selfdraft.models import step_cost as cost
 from selfdraft.models.step_cost import StepTimes
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 from drafting import random_prompt
 
@@ -34,27 +34,27 @@ def test_more_rows_never_cost_less(seconds: dict[int, float], one: float) -> Non
 class Curious(Plain):
     """Plain decoding that asks what steps cost."""
 
-    def drafter(self, request: Request) -> PlainDrafter:
-        self.cost = request.cost
+    def drafter(self, context: DraftContext) -> PlainDrafter:
+        self.cost = context.cost
         return PlainDrafter()
 
 
 def test_drafters_are_told_the_cost_for_those_who_run(
-    exact: HfModel, monkeypatch: pytest.MonkeyPatch
+    exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With three sessions, a row more of each is three rows more; measured once per model."""
+    """With three requests, a row more of each is three rows more; measured once per model."""
     calls = []
 
-    def measured(model: HfModel) -> StepTimes:
+    def measured(model: TransformersModel) -> StepTimes:
         calls.append(model)
         return StepTimes({1: 1.0, 2: 2.0, 100: 100.0})
 
     monkeypatch.setattr("selfdraft.models.transformers.step_times", measured)
     monkeypatch.setattr(exact, "_times", None)
     engine, method = Engine(exact), Curious()
-    sessions = [engine.submit(random_prompt(9, i), method, limits=Limits(9)) for i in range(3)]
+    requests = [engine.submit(random_prompt(9, i), method, limits=Limits(9)) for i in range(3)]
     assert method.cost(4) == pytest.approx(4.0)
-    while not all(session.ready for session in sessions):
+    while not all(request.ready for request in requests):
         engine.step()
     assert method.cost(4) == pytest.approx(4.0)
     monkeypatch.setattr(exact, "_times", StepTimes({1: 1.0, 3: 1.0, 12: 7.0}))
@@ -62,7 +62,7 @@ def test_drafters_are_told_the_cost_for_those_who_run(
     assert calls == [exact]
 
 
-def test_a_real_model_is_measured(exact: HfModel) -> None:
+def test_a_real_model_is_measured(exact: TransformersModel) -> None:
     times = cost.step_times(exact)
     assert times.costs[0] == 1.0
     assert times.rows[0] == 1

@@ -9,7 +9,7 @@ from selfdraft import Sampler
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import gumbel, philox
 from selfdraft.verify.adversaries import Garbage, Oracle
 
@@ -35,7 +35,7 @@ def test_noise_is_the_same_on_every_device(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafted_is_plain_in_float64(device: str, temperature: float) -> None:
-    model = HfModel(tiny_llama(torch.float64).to(device), "fast")
+    model = TransformersModel(tiny_llama(torch.float64).to(device), "fast")
     prompt, sampler = random_prompt(30, 1), Sampler(temperature, seed=2)
     plain = run(model, Plain(), prompt, sampler).emitted
     for method in (Garbage(), Oracle(plain)):

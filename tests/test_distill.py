@@ -17,10 +17,10 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft import Sampler, TextGenerator
+from selfdraft import LLM, Sampler
 from selfdraft._common.repetition import fresh
 from selfdraft.errors import InvalidOption, TrainingDataError
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import shards
 from selfdraft.train.distill import Distillation, Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts
@@ -39,8 +39,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def generator(exact: HfModel, tokenizer: PreTrainedTokenizerFast) -> TextGenerator:
-    return TextGenerator(exact, tokenizer, "plain", name="tiny")
+def generator(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return LLM(exact, tokenizer, "plain", name="tiny")
 
 
 def lines(path: Path, *rows: object) -> str:
@@ -57,7 +57,7 @@ Tell = Callable[[Progress], None]
 
 
 def distil(
-    generator: TextGenerator,
+    generator: LLM,
     file: str,
     out: Path,
     recipe: Recipe = RECIPE,
@@ -87,9 +87,7 @@ def after(count: int, error: BaseException) -> Tell:
     return tell
 
 
-def test_rows_do_not_depend_on_what_runs_beside_them(
-    generator: TextGenerator, file: str, tmp_path: Path
-) -> None:
+def test_rows_do_not_depend_on_what_runs_beside_them(generator: LLM, file: str, tmp_path: Path) -> None:
     alone = distil(generator, file, tmp_path / "alone", batch=1)
     assert [row["index"] for row in alone] == list(range(9))
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
@@ -100,7 +98,7 @@ def test_rows_do_not_depend_on_what_runs_beside_them(
     assert [len(path.read_text().splitlines()) for path in shards.shards(tmp_path / "batch")] == [4, 4, 1]
 
 
-def test_rows_are_what_generate_says(generator: TextGenerator, file: str, tmp_path: Path) -> None:
+def test_rows_are_what_generate_says(generator: LLM, file: str, tmp_path: Path) -> None:
     for row in distil(generator, file, tmp_path / "out", replace(RECIPE, cut_loops=False)):
         options = {"temperature": row["temperature"], "seed": row["seed"], "max_new_tokens": 40}
         result = generator.generate(TEXTS[row["index"]], **options)
@@ -115,7 +113,7 @@ class Looping(Recipe):
         return replace(super().sampler(index), logit_bias={5: 30.0, 6: 30.0} if index % 2 else {})
 
 
-def test_answers_end_where_they_loop(generator: TextGenerator, file: str, tmp_path: Path) -> None:
+def test_answers_end_where_they_loop(generator: LLM, file: str, tmp_path: Path) -> None:
     recipe = Looping(max_new_tokens=150)
     whole = distil(generator, file, tmp_path / "whole", replace(recipe, cut_loops=False))
     seen: list[int] = []
@@ -132,7 +130,7 @@ def test_answers_end_where_they_loop(generator: TextGenerator, file: str, tmp_pa
 
 @pytest.mark.parametrize("at", [1, 4, 6])
 def test_interrupted_and_resumed_is_as_if_never_stopped(
-    generator: TextGenerator, file: str, tmp_path: Path, at: int
+    generator: LLM, file: str, tmp_path: Path, at: int
 ) -> None:
     whole = distil(generator, file, tmp_path / "whole")
     out = tmp_path / "parts"
@@ -154,7 +152,7 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(
     assert again == whole
 
 
-def test_a_limit_can_be_raised(generator: TextGenerator, file: str, tmp_path: Path) -> None:
+def test_a_limit_can_be_raised(generator: LLM, file: str, tmp_path: Path) -> None:
     whole = distil(generator, file, tmp_path / "whole")
     out, summaries = tmp_path / "out", []
     assert distil(generator, file, out, limit=3) == whole[:3]
@@ -173,7 +171,7 @@ def test_the_share_of_greedy_answers() -> None:
         assert {sampler.temperature for sampler in samplers} <= {0.0, 0.8}
 
 
-def test_drafters_get_the_references(generator: TextGenerator, tmp_path: Path) -> None:
+def test_drafters_get_the_references(generator: LLM, tmp_path: Path) -> None:
     quoted = generator.generate(TEXTS[0], max_new_tokens=40).text
     file = lines(tmp_path / "quoting.jsonl", {"prompt": TEXTS[0], "references": [quoted]})
     recipe = Recipe(max_new_tokens=40, greedy_share=1)
@@ -181,14 +179,14 @@ def test_drafters_get_the_references(generator: TextGenerator, tmp_path: Path) -
     assert shards.manifest(tmp_path / "out")["summary"]["tokens_per_forward"] > 1.5
 
 
-def test_prompts_that_do_not_fit_are_left_out(generator: TextGenerator, tmp_path: Path) -> None:
+def test_prompts_that_do_not_fit_are_left_out(generator: LLM, tmp_path: Path) -> None:
     file = lines(tmp_path / "long.jsonl", {"prompt": "x " * 300}, {"prompt": "x"})
     assert [row["index"] for row in distil(generator, file, tmp_path / "out")] == [1]
     assert shards.manifest(tmp_path / "out")["summary"]["too_long"] == 1
 
 
 def test_a_full_disk_loses_nothing(
-    generator: TextGenerator, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: LLM, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_all, out = shards.write_all, tmp_path / "out"
 
@@ -226,7 +224,7 @@ def test_a_full_disk_loses_nothing(
     ],
 )
 def test_another_runs_folder_is_refused(
-    generator: TextGenerator, file: str, tmp_path: Path, change: dict[str, Any], says: str
+    generator: LLM, file: str, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
     distil(generator, file, tmp_path / "out", limit=1)
     if not change:
@@ -236,15 +234,15 @@ def test_another_runs_folder_is_refused(
 
 
 def test_another_models_folder_is_refused(
-    generator: TextGenerator, double: HfModel, file: str, tmp_path: Path
+    generator: LLM, double: TransformersModel, file: str, tmp_path: Path
 ) -> None:
     distil(generator, file, tmp_path / "out", limit=1)
-    other = TextGenerator(double, generator.tokenizer, name="tiny")
+    other = LLM(double, generator.tokenizer, name="tiny")
     with pytest.raises(TrainingDataError, match=r"dtype: .*bfloat16.* there.*; numerics"):
         distil(other, file, tmp_path / "out")
 
 
-def test_one_process_writes_at_a_time(generator: TextGenerator, file: str, tmp_path: Path) -> None:
+def test_one_process_writes_at_a_time(generator: LLM, file: str, tmp_path: Path) -> None:
     held = Shards(tmp_path / "out", asked(generator, Prompts([file]), RECIPE), 4)
     with pytest.raises(TrainingDataError, match="another process"):
         distil(generator, file, tmp_path / "out")
@@ -318,9 +316,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Prompts([str(tmp_path / "broken.jsonl")])
 
 
-def test_trainers_read_rows_in_the_order_of_prompts(
-    generator: TextGenerator, file: str, tmp_path: Path
-) -> None:
+def test_trainers_read_rows_in_the_order_of_prompts(generator: LLM, file: str, tmp_path: Path) -> None:
     made = distil(generator, file, tmp_path / "out", batch=4)
     read = shards.read(tmp_path / "out")
     assert read.rows.column_names == ["prompt", "answer", "temperature"]
@@ -377,7 +373,7 @@ def damage(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
     ],
 )
 def test_damaged_folders_are_not_trained_on(
-    generator: TextGenerator, file: str, tmp_path: Path, act: Callable[[Path], object], says: str
+    generator: LLM, file: str, tmp_path: Path, act: Callable[[Path], object], says: str
 ) -> None:
     distil(generator, file, tmp_path / "out", replace(RECIPE, max_new_tokens=3))
     act(tmp_path / "out")

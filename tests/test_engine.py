@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfdraft import Engine, Limits, Method, Sampler, Session, Tree
+from selfdraft import Engine, Limits, Method, Request, Sampler, Tree
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, InvalidPrompt, InvalidTree
 from selfdraft.models import attention
 from selfdraft.models.conformance import RowRange
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from conftest import tiny_llama
@@ -45,7 +45,7 @@ def test_drafted_is_plain(model: str, sampler: Sampler, request: pytest.FixtureR
 
 @pytest.mark.parametrize("model", ["exact", "exact32", "double"])
 def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
-    """Sessions of all methods, lengths and samplers, joining and leaving as others run."""
+    """Requests of all methods, lengths and samplers, joining and leaving as others run."""
     target = request.getfixturevalue(model)
     dice = random.Random(0)
     cases = []
@@ -59,42 +59,42 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
         joined.append(engine.submit(prompt, method, sampler, limits))
         for _ in range(dice.randint(0, 4)):
             engine.step()
-    while engine.sessions:
+    while engine.requests:
         engine.step()
     assert [s.emitted for s in joined] == [alone for *_, alone in cases]
 
 
 @pytest.mark.parametrize("rows", [RowRange(8, 8), RowRange(16, 16), RowRange(4, 16)])
 def test_batch_is_single_in_narrow_calls(
-    exact32: HfModel, rows: RowRange, monkeypatch: pytest.MonkeyPatch
+    exact32: TransformersModel, rows: RowRange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sessions that do not all go into one call, in pieces that do not divide their rows."""
+    """Requests that do not all go into one call, in pieces that do not divide their rows."""
     monkeypatch.setattr(exact32, "rows", rows)
     answers = [run(exact32, Plain(), random_prompt(9 + i, i)).emitted for i in range(7)]
     engine = Engine(exact32)
-    sessions = [
+    requests = [
         engine.submit(random_prompt(9 + i, i), Oracle(answers[i], depth=4 + i), limits=Limits(40))
         for i in range(7)
     ]
-    while engine.sessions:
+    while engine.requests:
         engine.step()
-    assert [session.emitted for session in sessions] == answers
+    assert [request.emitted for request in requests] == answers
 
 
-def test_two_readers_of_one_engine_miss_nothing(exact: HfModel) -> None:
+def test_two_readers_of_one_engine_miss_nothing(exact: TransformersModel) -> None:
     engine = Engine(exact)
-    sessions = [engine.submit(random_prompt(9, i), Jacobi(4), limits=Limits(20)) for i in range(2)]
-    readers = [engine.run(session) for session in sessions]
+    requests = [engine.submit(random_prompt(9, i), Jacobi(4), limits=Limits(20)) for i in range(2)]
+    readers = [engine.run(request) for request in requests]
     seen: list[list[int]] = [[], []]
     for _ in range(30):
         for reader, got in zip(readers, seen, strict=True):
             got += next(reader, [])
-    assert seen == [session.emitted for session in sessions]
+    assert seen == [request.emitted for request in requests]
 
 
-def test_a_drafter_that_fails_harms_nobody_else(exact: HfModel) -> None:
+def test_a_drafter_that_fails_harms_nobody_else(exact: TransformersModel) -> None:
     class Fragile(Plain):
-        def drafter(self, request: object) -> Fragile:  # type: ignore[override]
+        def drafter(self, context: object) -> Fragile:  # type: ignore[override]
             return self
 
         def propose(self, tokens: Sequence[int]) -> Tree:
@@ -113,12 +113,12 @@ def test_a_drafter_that_fails_harms_nobody_else(exact: HfModel) -> None:
     fragile = engine.submit(prompts[1], Fragile(), limits=Limits(10))
     other = engine.submit(prompts[2], Plain(), limits=Limits(10))
     failures = 0
-    while engine.sessions:
+    while engine.requests:
         try:
             engine.step()
         except KeyError:
             failures += 1
-        assert all(s.ready for s in engine.sessions if s.runs), "the root rule holds after a failure"
+        assert all(s.ready for s in engine.requests if s.runs), "the root rule holds after a failure"
         if failures == 4:
             engine.cancel(fragile)
     assert [short.emitted, other.emitted] == [right[0], right[2]]
@@ -126,19 +126,19 @@ def test_a_drafter_that_fails_harms_nobody_else(exact: HfModel) -> None:
     engine.cancel(fragile)  # a second time is no error
 
 
-def test_leaving_early_disturbs_nobody(exact: HfModel) -> None:
+def test_leaving_early_disturbs_nobody(exact: TransformersModel) -> None:
     engine = Engine(exact)
-    sessions = [engine.submit(random_prompt(9, i), Jacobi(4), limits=Limits(30)) for i in range(4)]
+    requests = [engine.submit(random_prompt(9, i), Jacobi(4), limits=Limits(30)) for i in range(4)]
     for _ in range(5):
         engine.step()
-    engine.cancel(sessions[1])
-    engine.cancel(sessions[0])
-    while engine.sessions:
+    engine.cancel(requests[1])
+    engine.cancel(requests[0])
+    while engine.requests:
         engine.step()
     for i in (2, 3):
-        assert sessions[i].emitted == run(exact, Plain(), random_prompt(9, i), limits=Limits(30)).emitted
-    assert sessions[0].finish_reason == "cancelled"
-    assert sessions[0].emitted
+        assert requests[i].emitted == run(exact, Plain(), random_prompt(9, i), limits=Limits(30)).emitted
+    assert requests[0].finish_reason == "cancelled"
+    assert requests[0].emitted
 
 
 def test_plain_is_generate() -> None:
@@ -146,11 +146,13 @@ def test_plain_is_generate() -> None:
     prompt = torch.tensor([PROMPT])
     mask = torch.ones_like(prompt)
     theirs = model.generate(prompt, attention_mask=mask, max_new_tokens=60, do_sample=False)[0]
-    ours = run(HfModel(model, "fast"), Plain(), PROMPT, limits=Limits(60, frozenset([1])))
+    ours = run(TransformersModel(model, "fast"), Plain(), PROMPT, limits=Limits(60, frozenset([1])))
     assert ours.tokens == theirs.tolist()
 
 
-def test_prefill_in_pieces_is_prefill_at_once(exact32: HfModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_in_pieces_is_prefill_at_once(
+    exact32: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = run(exact32, Plain(), PROMPT)
     assert whole.prefills == 1
     monkeypatch.setattr("selfdraft.engine.request.PREFILL", 7)
@@ -159,49 +161,49 @@ def test_prefill_in_pieces_is_prefill_at_once(exact32: HfModel, monkeypatch: pyt
     assert pieces.emitted == whole.emitted
 
 
-def test_root_rule(exact: HfModel) -> None:
+def test_root_rule(exact: TransformersModel) -> None:
     engine = Engine(exact)
-    session = engine.submit(PROMPT, Garbage(), limits=Limits(20))
+    request = engine.submit(PROMPT, Garbage(), limits=Limits(20))
     engine.step()
-    while session.finish_reason is None:
-        assert session.cache.length == len(session.tokens) - 1
+    while request.finish_reason is None:
+        assert request.cache.length == len(request.tokens) - 1
         engine.step()
-    assert session.cache.length == len(session.tokens) - 1
+    assert request.cache.length == len(request.tokens) - 1
 
 
 def ends(
-    model: HfModel, answer: Sequence[int], limits: Limits, prompt: Sequence[int] = PROMPT
-) -> list[Session]:
+    model: TransformersModel, answer: Sequence[int], limits: Limits, prompt: Sequence[int] = PROMPT
+) -> list[Request]:
     return [run(model, method, prompt, limits=limits) for method in (Plain(), *drafts(answer))]
 
 
-def test_eos_inside_a_draft(exact: HfModel) -> None:
+def test_eos_inside_a_draft(exact: TransformersModel) -> None:
     answer = run(exact, Plain(), PROMPT).emitted
     for eos in (answer[0], answer[11], answer[25]):
         first = answer.index(eos) + 1
-        for session in ends(exact, answer, Limits(40, frozenset([eos]))):
-            assert session.emitted == answer[:first]
-            assert session.finish_reason == "eos"
+        for request in ends(exact, answer, Limits(40, frozenset([eos]))):
+            assert request.emitted == answer[:first]
+            assert request.finish_reason == "eos"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 17])
-def test_max_new_tokens(exact: HfModel, count: int) -> None:
+def test_max_new_tokens(exact: TransformersModel, count: int) -> None:
     answer = run(exact, Plain(), PROMPT).emitted
-    for session in ends(exact, answer, Limits(count)):
-        assert session.emitted == answer[:count]
-        assert session.finish_reason == "length"
+    for request in ends(exact, answer, Limits(count)):
+        assert request.emitted == answer[:count]
+        assert request.finish_reason == "length"
 
 
-def test_end_of_context(exact: HfModel) -> None:
+def test_end_of_context(exact: TransformersModel) -> None:
     prompt = random_prompt(245, seed=5)
     plain = run(exact, Plain(), prompt)
     assert len(plain.tokens) == 256
-    for session in ends(exact, plain.emitted, Limits(40), prompt):
-        assert session.tokens == plain.tokens
-        assert session.finish_reason == "context"
+    for request in ends(exact, plain.emitted, Limits(40), prompt):
+        assert request.tokens == plain.tokens
+        assert request.finish_reason == "context"
 
 
-def test_bad_prompts(exact: HfModel) -> None:
+def test_bad_prompts(exact: TransformersModel) -> None:
     for prompt in ([], random_prompt(256, 0), [3, 320], [-1]):
         with pytest.raises(InvalidPrompt):
             Engine(exact).submit(prompt, Plain())
@@ -212,9 +214,9 @@ def test_bad_prompts(exact: HfModel) -> None:
 @pytest.mark.parametrize(
     "tree", [Tree.chain([5]), Tree.chain([PROMPT[-1], 320]), Tree.chain([PROMPT[-1], -1])]
 )
-def test_a_drafter_that_breaks_the_rules_is_named(exact: HfModel, tree: Tree) -> None:
+def test_a_drafter_that_breaks_the_rules_is_named(exact: TransformersModel, tree: Tree) -> None:
     class Rogue:
-        def drafter(self, request: object) -> Rogue:
+        def drafter(self, context: object) -> Rogue:
             return self
 
         def propose(self, tokens: object) -> Tree:
@@ -252,17 +254,17 @@ class Work(TorchDispatchMode):
 def test_no_work_grows_with_the_text(method: Method) -> None:
     """Apart from attention and the one mask it reads (rows x slots), a step at 1,900 tokens does what a
     step at 200 does."""
-    model = HfModel(tiny_llama(context=2048), "fast")
+    model = TransformersModel(tiny_llama(context=2048), "fast")
 
     def work(length: int) -> int:
         engine = Engine(model)
-        session = engine.submit(random_prompt(length, 0), method, limits=Limits(100))
-        while not session.runs:
+        request = engine.submit(random_prompt(length, 0), method, limits=Limits(100))
+        while not request.runs:
             engine.step()
-        before = session.rows
+        before = request.rows
         with Work() as count:
             engine.step()
-        rows = session.rows - before
+        rows = request.rows - before
         # The mask is made once, and tiled over grouped heads in each layer where there are several rows.
         masks = 1 if rows == 1 else 1 + 2 * 2
         return (count.elements - engine.pool.reach * rows * masks) // rows

@@ -16,11 +16,11 @@ from selfdraft.drafting.jacobi import Jacobi
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> selfdraft.TextGenerator:
+def generator(folder: Path) -> selfdraft.LLM:
     return selfdraft.load(str(folder))
 
 
-def test_methods_agree_and_are_counted(generator: selfdraft.TextGenerator) -> None:
+def test_methods_agree_and_are_counted(generator: selfdraft.LLM) -> None:
     plain = generator.generate("def add", max_new_tokens=30)
     assert plain.method == "plain"
     assert plain.tokens == plain.forwards == len(plain.ids) == 30
@@ -36,7 +36,7 @@ def test_methods_agree_and_are_counted(generator: selfdraft.TextGenerator) -> No
     assert drafted.tokens_per_forward == 30 / drafted.forwards
 
 
-def test_same_seed_same_text(generator: selfdraft.TextGenerator) -> None:
+def test_same_seed_same_text(generator: selfdraft.LLM) -> None:
     first = generator.generate("class", temperature=1.0, max_new_tokens=20)
     again = generator.using(Jacobi(5)).generate("class", temperature=1.0, max_new_tokens=20, seed=first.seed)
     assert again.ids == first.ids
@@ -44,13 +44,13 @@ def test_same_seed_same_text(generator: selfdraft.TextGenerator) -> None:
     assert generator.generate("class", temperature=1.0, max_new_tokens=20).seed != first.seed
 
 
-def test_several_prompts_run_as_a_batch(generator: selfdraft.TextGenerator) -> None:
+def test_several_prompts_run_as_a_batch(generator: selfdraft.LLM) -> None:
     prompts = ["def add", "class Stack:\n", "return"]
     together = generator.using("jacobi").generate(prompts, max_new_tokens=25)
     assert [r.ids for r in together] == [generator.generate(p, max_new_tokens=25).ids for p in prompts]
 
 
-def test_stream_is_generate(generator: selfdraft.TextGenerator) -> None:
+def test_stream_is_generate(generator: selfdraft.LLM) -> None:
     stream = generator.using("jacobi").stream("def add", max_new_tokens=30)
     chunks = list(stream)
     whole = generator.generate("def add", max_new_tokens=30)
@@ -58,7 +58,7 @@ def test_stream_is_generate(generator: selfdraft.TextGenerator) -> None:
     assert [token for chunk in chunks for token in chunk.ids] == whole.ids
 
 
-def test_a_stream_that_is_left_keeps_what_there_is(generator: selfdraft.TextGenerator) -> None:
+def test_a_stream_that_is_left_keeps_what_there_is(generator: selfdraft.LLM) -> None:
     stream = generator.stream("def add", max_new_tokens=30)
     for count, _ in enumerate(stream, start=1):
         if count == 4:
@@ -67,14 +67,14 @@ def test_a_stream_that_is_left_keeps_what_there_is(generator: selfdraft.TextGene
     assert stream.result.tokens == 4
 
 
-def test_a_stream_that_was_left_stays_left(generator: selfdraft.TextGenerator) -> None:
+def test_a_stream_that_was_left_stays_left(generator: selfdraft.LLM) -> None:
     stream = generator.stream("def add", max_new_tokens=30)
     next(iter(stream))
     assert [chunk for chunk in stream if chunk.ids][1:] == []
     assert stream.result.seconds == stream.result.seconds
 
 
-def test_bad_requests(generator: selfdraft.TextGenerator) -> None:
+def test_bad_requests(generator: selfdraft.LLM) -> None:
     for prompt, options in (
         ("", {}),
         ([], {}),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import Request, Step, Tree
+from selfdraft import DraftContext, Step, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.draft_tree import Budget
 from selfdraft.drafting.mask_tree import HAZARDS, GroupDrafter, Node, Plan, guesses
@@ -147,7 +147,7 @@ def test_a_hazard_is_the_share_of_what_is_left() -> None:
 def test_layouts_have_the_published_size(method: Bita | Space, masks: int, nodes: int) -> None:
     """N candidates and N + 1 groups: BiTA's 12 + 3 * 13 = 51 rows beside the root, SPACE's k (k + 2) = 35."""
     look = Lookahead(tuple(range(50, 50 + masks)))
-    drafter = method.drafter(Request([1], lookahead=look))
+    drafter = method.drafter(DraftContext([1], lookahead=look))
     first = drafter.propose([1])
     assert first.tokens == (1, *look.ids)  # nothing to verify yet
     drafter.observe(Step(first, torch.empty(0), [2], [0], [], torch.rand(masks, VOCABULARY)))
@@ -163,7 +163,7 @@ def test_layouts_have_the_published_size(method: Bita | Space, masks: int, nodes
 
 def test_the_trunk_holds_the_first_guesses() -> None:
     """Upper triangle: under the first guess of each offset stand the next offset's; the others are leaves."""
-    drafter = Bita(faithful=True).drafter(Request([1], lookahead=LOOK))
+    drafter = Bita(faithful=True).drafter(DraftContext([1], lookahead=LOOK))
     drafter.observe(Step(Tree.chain([1]), torch.empty(0), [2], [0], [], sure([10, 20, 30])))
     tree = drafter.propose([1, 2])
     by_depth = {d: [i for i in range(13) if tree.depth[i] == d] for d in range(4)}
@@ -176,4 +176,4 @@ def test_the_trunk_holds_the_first_guesses() -> None:
 @pytest.mark.parametrize("method", [Bita(), Space(), Bita(faithful=True), Space(faithful=True)])
 def test_without_an_adapter_it_says_what_to_do(method: Bita | Space) -> None:
     with pytest.raises(AdapterError, match="train"):
-        method.drafter(Request([1]))
+        method.drafter(DraftContext([1]))

@@ -13,7 +13,7 @@ import selfdraft
 from selfdraft import Limits
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, ModelUnsupported
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Oracle
 
 from architectures import WORKING, build
@@ -32,7 +32,7 @@ def generated(model: torch.nn.Module, new: int = 12) -> list[int]:
     return text[len(PROMPT) :]
 
 
-def drafted(model: HfModel, answer: Sequence[int]) -> list[int]:
+def drafted(model: TransformersModel, answer: Sequence[int]) -> list[int]:
     """The text when its own continuation is proposed, among wrong ones."""
     return list(run(model, Oracle(answer), PROMPT, limits=Limits(len(answer))).emitted)
 
@@ -58,10 +58,10 @@ def test_the_model_stays_the_users(kind: str) -> None:
     """`generate` gives the same before and after, a second load too; and so do we."""
     model = build(kind, WORKING[kind])
     before = generated(model)
-    ours = HfModel(model, "fast")
+    ours = TransformersModel(model, "fast")
     assert drafted(ours, before) == before
     assert generated(model) == before
-    assert drafted(HfModel(model, "fast"), before) == before
+    assert drafted(TransformersModel(model, "fast"), before) == before
 
 
 def lora(model: PreTrainedModel) -> torch.nn.Module:
@@ -77,8 +77,8 @@ def test_an_adapter_of_peft_is_at_work() -> None:
     model = lora(tiny_llama(torch.float64))
     adapted = generated(model)
     assert adapted != plain
-    assert drafted(HfModel(model), adapted) == adapted
-    exact = HfModel(lora(tiny_llama(torch.bfloat16)), "exact")
+    assert drafted(TransformersModel(model), adapted) == adapted
+    exact = TransformersModel(lora(tiny_llama(torch.bfloat16)), "exact")
     text = list(run(exact, Plain(), PROMPT, limits=Limits(12)).emitted)
     assert drafted(exact, text) == text
 
@@ -89,7 +89,7 @@ def test_prompts_of_peft_are_refused() -> None:
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ModelUnsupported, match="llama"):
-        HfModel(peft.get_peft_model(tiny_llama(), config))
+        TransformersModel(peft.get_peft_model(tiny_llama(), config))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -99,4 +99,4 @@ def test_rows_that_are_quantised_together_are_refused() -> None:
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     for numerics in ("exact", "fast", None):
         with pytest.raises(ModelUnsupported, match="does not verify a tree"):
-            HfModel(quantised, numerics)  # type: ignore[arg-type]
+            TransformersModel(quantised, numerics)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from selfdraft.models.drive import drive
 from selfdraft.models.loading import EMBEDDED, load_pretrained
 from selfdraft.models.looped.decoder import LoopedConfig, OuroForCausalLM, exit_weights
 from selfdraft.models.looped.stages import StagedModel
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 from conftest import VOCABULARY
 from drafting import random_prompt, run
@@ -184,7 +184,7 @@ def test_checkpoints_of_another_shape_are_refused(
 
 def test_one_pass_is_an_ordinary_model() -> None:
     driven = drive(tiny_looped(loops=1))
-    assert type(driven) is HfModel
+    assert type(driven) is TransformersModel
     assert driven.loops is None
     assert driven.vocab_size == VOCABULARY
 

@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import Drafter, Engine, Limits, Method, Request, Sampler, Step
+from selfdraft import DraftContext, Drafter, Engine, Limits, Method, Sampler, Step
 from selfdraft.drafting import available, create
-from selfdraft.drafting.draft_tree import Budget, Odds
+from selfdraft.drafting.draft_tree import AcceptanceStats, Budget
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption, UnknownMethod
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 from drafting import random_prompt, run
 
@@ -43,24 +43,24 @@ def published_llma(
 @given(st.lists(ids, min_size=1, max_size=3), ids, st.integers(1, 3), st.integers(1, 8))
 def test_llma_copies_as_published(references: list[list[int]], generated: list[int], n: int, k: int) -> None:
     prompt = [9, 9]
-    drafter = Llma(trigger=n, block=k, faithful=True).drafter(Request(prompt, references))
+    drafter = Llma(trigger=n, block=k, faithful=True).drafter(DraftContext(prompt, references))
     tree = drafter.propose([*prompt, *generated])
     assert list(tree.tokens[1:]) == published_llma(references, generated, n, k)
 
 
 def test_llma_takes_the_prompt_where_there_is_no_reference() -> None:
-    drafter = Llma(block=3, faithful=True).drafter(Request([4, 5, 6, 7]))
+    drafter = Llma(block=3, faithful=True).drafter(DraftContext([4, 5, 6, 7]))
     assert drafter.propose([4, 5, 6, 7]).tokens == (7,), "the prompt's own tail does not trigger"
     assert drafter.propose([4, 5, 6, 7, 5]).tokens == (5, 6, 7)
 
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, seed=2)])
-def test_jacobi_converges_as_published(exact: HfModel, sampler: Sampler) -> None:
+def test_jacobi_converges_as_published(exact: TransformersModel, sampler: Sampler) -> None:
     """The published block, iterated by plain calls of `pick`, needs as many passes and settles as many
     tokens in each."""
     prompt, block = random_prompt(12, seed=6), 5
     answer = run(exact, Plain(), prompt, sampler).emitted
-    session = run(exact, Jacobi(block, faithful=True), prompt, sampler)
+    request = run(exact, Jacobi(block, faithful=True), prompt, sampler)
 
     def pick(text: Sequence[int]) -> int:
         return run(exact, Plain(), [*prompt, *text], sampler).emitted[0]
@@ -77,7 +77,7 @@ def test_jacobi_converges_as_published(exact: HfModel, sampler: Sampler) -> None
             runs.append(settled)
             guess = [None, *after[settled:-1]] if settled < len(guess) else []
     assert text == answer[: len(text)]
-    assert session.runs[: len(runs)] == runs
+    assert request.runs[: len(runs)] == runs
 
 
 def cost(rows: int) -> float:
@@ -98,8 +98,8 @@ def replay(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], right
             on.append(on[parent] and token == todo[depth - 1])
         guessed = [on[row] or dice.random() < right for row in range(len(tree))]
         picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=True)]
-        path, flight = accept(tree, picks, [True] * len(tree))
-        step = Step(tree, torch.empty(0), picks, path, flight)
+        path, in_flight = accept(tree, picks, [True] * len(tree))
+        step = Step(tree, torch.empty(0), picks, path, in_flight)
         drafter.observe(step)
         text += step.emitted
         out.runs.append(len(path))
@@ -131,9 +131,9 @@ def test_llma_copies_more_the_longer_the_match_and_the_better_it_went() -> None:
 
     def rows(learned: Sequence[int], match: int) -> int:
         """After a text that drafts were tried on, and a match of that length."""
-        drafter = Llma().drafter(Request(prompt, [reference], cost=cost))
+        drafter = Llma().drafter(DraftContext(prompt, [reference], cost=cost))
         replay(drafter, prompt, learned)
-        drafter.growth.budget.credit = math.inf  # type: ignore[attr-defined]
+        drafter.builder.budget.credit = math.inf  # type: ignore[attr-defined]
         return len(drafter.propose([*prompt, *learned, VOCABULARY + 2, *reference[50 : 50 + match]]))
 
     good, bad = (
@@ -143,21 +143,21 @@ def test_llma_copies_more_the_longer_the_match_and_the_better_it_went() -> None:
     assert rows([], 0) == 1
     assert rows([], 1) < rows([], 3) <= rows([], 20)
     assert rows(bad, 1) < rows([], 1) <= rows(good, 1)
-    drafter = Llma().drafter(Request(prompt, [reference], cost=cost))
+    drafter = Llma().drafter(DraftContext(prompt, [reference], cost=cost))
     assert replay(drafter, prompt, good).speed > 8
 
 
 def test_llma_is_silent_in_vain() -> None:
     """Every token has occurred, and never goes on alike: the published form drafts at each step."""
     few = random.Random(1).choices(range(40), k=700)
-    request = Request(few[:400], cost=cost)
-    assert replay(Llma().drafter(request), few[:400], few[400:]).speed > 0.98
-    assert replay(Llma(faithful=True).drafter(request), few[:400], few[400:]).speed < 0.9
+    context = DraftContext(few[:400], cost=cost)
+    assert replay(Llma().drafter(context), few[:400], few[400:]).speed > 0.98
+    assert replay(Llma(faithful=True).drafter(context), few[:400], few[400:]).speed < 0.9
 
 
 def test_llma_merges_places_into_a_tree() -> None:
     text = [5, 6, 7, 8, 1, 5, 6, 9, 8, 2]
-    tree = Llma().drafter(Request([3], [text, text])).propose([3, 5, 6])
+    tree = Llma().drafter(DraftContext([3], [text, text])).propose([3, 5, 6])
     assert {tree.child(0, 7), tree.child(0, 9)} < set(range(1, len(tree)))
     assert tree.child(tree.child(0, 7) or 0, 8)
 
@@ -169,31 +169,31 @@ def test_llma_takes_the_candidate_that_the_noise_favours() -> None:
         assert position >= 3
         return [3.0 if token == 8 else 0.0 for token in tokens]
 
-    greedy = Llma().drafter(Request([3], [reference], cost=cost))
-    sampled = Llma().drafter(Request([3], [reference], temperature=1.0, noise=noise, cost=cost))
+    greedy = Llma().drafter(DraftContext([3], [reference], cost=cost))
+    sampled = Llma().drafter(DraftContext([3], [reference], temperature=1.0, noise=noise, cost=cost))
     assert greedy.propose([3, 5, 6]).tokens[1:2] in ((7,), ())
     assert sampled.propose([3, 5, 6]).tokens[1] == 8
 
 
 def test_jacobi_does_not_lose_on_ordinary_weights() -> None:
     text = noise_text(600, 2)
-    request = Request(text[:100], cost=cost)
-    assert replay(Jacobi().drafter(request), text[:100], text[100:], right=0.02).speed > 0.96
-    assert replay(Jacobi(faithful=True).drafter(request), text[:100], text[100:], right=0.02).speed < 0.92
+    context = DraftContext(text[:100], cost=cost)
+    assert replay(Jacobi().drafter(context), text[:100], text[100:], right=0.02).speed > 0.96
+    assert replay(Jacobi(faithful=True).drafter(context), text[:100], text[100:], right=0.02).speed < 0.92
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0.5, 4), (0.85, 12), (0.97, 18)])
 def test_jacobi_opens_its_window_as_far_as_guesses_come_true(right: float, rows: int) -> None:
     text = noise_text(600, 3)
-    request = Request(text[:100], cost=cost)
-    mine = replay(Jacobi().drafter(request), text[:100], text[100:], right)
-    published = replay(Jacobi(faithful=True).drafter(request), text[:100], text[100:], right)
+    context = DraftContext(text[:100], cost=cost)
+    mine = replay(Jacobi().drafter(context), text[:100], text[100:], right)
+    published = replay(Jacobi(faithful=True).drafter(context), text[:100], text[100:], right)
     assert statistics.median(mine.rows) >= rows
     assert mine.speed > 0.95 * published.speed if right < 0.9 else mine.speed > 1.1 * published.speed
 
 
 def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Odds, "learn", lambda self, kind, won: None)
+    monkeypatch.setattr(AcceptanceStats, "learn", lambda self, kind, won: None)
     with pytest.raises(AssertionError):
         test_jacobi_opens_its_window_as_far_as_guesses_come_true(0.97, 18)
     monkeypatch.setattr(Budget, "affords", lambda self, rows: True)
@@ -203,17 +203,19 @@ def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, seed=2)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("method", [Llma(), Llma(faithful=True), Jacobi(), Jacobi(faithful=True)], ids=repr)
-def test_drafted_is_plain_alone_and_in_a_batch(exact: HfModel, method: Method, sampler: Sampler) -> None:
+def test_drafted_is_plain_alone_and_in_a_batch(
+    exact: TransformersModel, method: Method, sampler: Sampler
+) -> None:
     prompts = [random_prompt(12, seed) for seed in range(3)]
     plain = [run(exact, Plain(), prompt, sampler).emitted for prompt in prompts]
     given = [plain[0][:20], plain[1][5:]]
     alone = [run(exact, method, prompt, sampler, references=given) for prompt in prompts]
-    assert [session.emitted for session in alone] == plain
+    assert [request.emitted for request in alone] == plain
     engine = Engine(exact)
     batch = [engine.submit(prompt, method, sampler, Limits(40), given) for prompt in prompts]
-    while engine.sessions:
+    while engine.requests:
         engine.step()
-    assert [session.emitted for session in batch] == plain
+    assert [request.emitted for request in batch] == plain
     if isinstance(method, Llma):
         assert len(alone[0].runs) < 40
 

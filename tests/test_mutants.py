@@ -6,7 +6,7 @@ import pytest
 
 from selfdraft import Limits, Sampler
 from selfdraft.drafting.plain import Plain
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Oracle
 
 from drafting import random_prompt, run
@@ -16,7 +16,7 @@ from faults import FAULTS, Patch, penalties
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_each_fault_changes_a_text(
-    fault: Patch, seed: int, exact: HfModel, monkeypatch: pytest.MonkeyPatch
+    fault: Patch, seed: int, exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = Sampler(0.9, top_k=30, seed=seed)
     if fault is penalties:  # a few tokens in turn: a random model hardly repeats one by itself

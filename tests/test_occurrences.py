@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft.drafting import suffix_index as occurrences
-from selfdraft.drafting.suffix_index import BORDER, REACH, Match, Occurrences
+from selfdraft.drafting.suffix_index import BORDER, REACH, Match, SuffixIndex
 
 few = st.integers(0, 2)
 ids = st.lists(few, max_size=40)
@@ -20,7 +20,7 @@ references = st.lists(ids, max_size=3)
 prompts = st.lists(few, min_size=1, max_size=40)
 
 
-def everywhere(index: Occurrences) -> set[Match]:
+def everywhere(index: SuffixIndex) -> set[Match]:
     """All places whose context ends like the text, with the length of what is shared."""
     text, found = index.ids, set()
     for place in range(1, len(text)):
@@ -34,7 +34,7 @@ def everywhere(index: Occurrences) -> set[Match]:
 
 @given(references, prompts, ids)
 def test_finds_what_brute_force_finds(given: list[list[int]], prompt: list[int], text: list[int]) -> None:
-    index = Occurrences(given, prompt)
+    index = SuffixIndex(given, prompt)
     index.extend(text)
     found = index.find(10**6)
     assert len(found) == len(set(found))
@@ -46,7 +46,7 @@ def test_finds_what_brute_force_finds(given: list[list[int]], prompt: list[int],
 def test_with_little_room_the_longest_contexts_stay(
     given: list[list[int]], prompt: list[int], most: int
 ) -> None:
-    index = Occurrences(given, prompt)
+    index = SuffixIndex(given, prompt)
     found, all_of_them = index.find(most), everywhere(index)
     assert len(found) <= most
     assert set(found) <= all_of_them
@@ -57,10 +57,10 @@ def test_long_contexts_and_many_tokens() -> None:
     """Beyond REACH all lengths are equal; 8 bytes a token, whatever the text."""
     dice = np.random.default_rng(0)
     reference = dice.integers(0, 50, 5000).tolist()
-    index = Occurrences([reference], reference[1000:1100])
+    index = SuffixIndex([reference], reference[1000:1100])
     assert index.find(1) == [Match(1101, REACH)]
     assert (len(index.ids) + len(index.order)) * 4 <= 8.1 * 5100
-    same = Occurrences([[7] * 3000], [7] * 100)
+    same = SuffixIndex([[7] * 3000], [7] * 100)
     assert [m.length for m in same.find(4)] == [REACH] * 4
 
 
@@ -79,6 +79,6 @@ def test_contexts_that_cross_a_border_are_seen(monkeypatch: pytest.MonkeyPatch) 
     def careless(self: Any, place: int, length: int) -> int:
         return min(REACH, place)
 
-    monkeypatch.setattr(Occurrences, "_common", careless)
+    monkeypatch.setattr(SuffixIndex, "_common", careless)
     with pytest.raises(AssertionError):
         test_finds_what_brute_force_finds()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import selfdraft
-from selfdraft import TextGenerator
+from selfdraft import LLM
 from selfdraft._common import machine
 from selfdraft.bench import arm, measure, peer, source, suite
 from selfdraft.bench.arm import Answer
@@ -302,7 +302,7 @@ def test_a_process_ends_with_its_bench(fault: bool, house: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> TextGenerator:
+def generator(folder: Path) -> LLM:
     return selfdraft.load(str(folder), dtype="float32")
 
 
@@ -313,22 +313,20 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-def bench(generator: TextGenerator, mine: Path, out: Path, *peers: Peer) -> Bench:
+def bench(generator: LLM, mine: Path, out: Path, *peers: Peer) -> Bench:
     work = plan(source.from_files(suite.own(mine), [mine]), generator, 100, 6)
     plain = arm.drafted([], generator, selfdraft.Sampler())
     return Bench(generator, [*plain, *peers], [work], 2, Journal(out, {"what": "a test"}))
 
 
 @pytest.fixture
-def running(
-    house: Path, made: Callable[..., Peer], generator: TextGenerator, mine: Path, tmp_path: Path
-) -> Bench:
+def running(house: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path) -> Bench:
     """Ready to run, with a peer as its last arm."""
     return bench(generator, mine, tmp_path / "out", made())
 
 
 def test_a_run_goes_on_where_a_process_died(
-    house: Path, made: Callable[..., Peer], generator: TextGenerator, mine: Path, tmp_path: Path
+    house: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path
 ) -> None:
     whole = bench(generator, mine, tmp_path / "whole", made())
     whole.run()
@@ -414,7 +412,7 @@ def test_names_of_peers() -> None:
     assert all((peer.HERE / f"{name}.py").exists() for name in peer.HOUSES)
 
 
-def test_what_peers_cannot_do(generator: TextGenerator, folder: Path, tmp_path: Path) -> None:
+def test_what_peers_cannot_do(generator: LLM, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match=r"vllm can be asked greedily only, and the temperature is 0.7"):
         Job(baselines=["vllm"], temperature=0.7)
     with pytest.raises(InvalidOption, match=r"names 'sglang'; there are llamacpp, vllm"):
@@ -429,14 +427,14 @@ def test_what_peers_cannot_do(generator: TextGenerator, folder: Path, tmp_path: 
         peer.check_model(wanted, "pico-loop", generator)
 
 
-def test_a_peer_on_another_device(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_on_another_device(generator: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator.model, "device", torch.device("meta"))
     with pytest.raises(InvalidOption, match=r"and the bench runs on meta; give --device cpu"):
         peer.check_model(arm.peers(["vllm"]), "pico", generator)
 
 
 def test_what_a_process_is_told(
-    generator: TextGenerator, folder: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    generator: LLM, folder: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many threads and the same dtype as here, and room for the longest answer and a draft behind it."""
     work = plan(source.from_files(suite.own(mine), [mine]), generator, 1, 6)

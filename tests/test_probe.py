@@ -27,7 +27,7 @@ from selfdraft.errors import ModelUnsupported
 from selfdraft.models import conformance as probe
 from selfdraft.models.conformance import RowRange
 from selfdraft.models.head import Tail
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 from conftest import tiny_llama
 
@@ -36,20 +36,20 @@ def test_a_model_that_cannot_verify_a_tree_is_refused_by_name() -> None:
     torch.manual_seed(0)
     config = BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=320)
     with pytest.raises(ModelUnsupported, match="bloom"):
-        HfModel(BloomForCausalLM(config))
+        TransformersModel(BloomForCausalLM(config))
 
 
 def test_a_wrong_tree_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = HfModel.layout
+    layout = TransformersModel.layout
 
-    def blind(self: HfModel, *args: Any) -> Any:
+    def blind(self: TransformersModel, *args: Any) -> Any:
         laid = layout(self, *args)
         return replace(laid, seen=laid.seen.zero_())
 
-    monkeypatch.setattr(HfModel, "layout", blind)
+    monkeypatch.setattr(TransformersModel, "layout", blind)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         with pytest.raises(ModelUnsupported, match="does not verify a tree"):
-            HfModel(tiny_llama(dtype))
+            TransformersModel(tiny_llama(dtype))
 
 
 class Scaled(torch.nn.Module):
@@ -68,18 +68,18 @@ def test_logits_made_outside_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model: PreTrainedModel = tiny_llama()
     head = model.lm_head
     monkeypatch.setattr(type(model), "get_output_embeddings", lambda self: Scaled(head))
-    apart = HfModel(model)
+    apart = TransformersModel(model)
     assert isinstance(apart._head, Tail)
     assert apart._base is model.model
     logits = some_logits(apart)
     monkeypatch.setattr(Tail, "__call__", lambda self, hidden: 2 * head(hidden))
-    whole = HfModel(model)
+    whole = TransformersModel(model)
     assert whole._base is model
     assert whole.vocab_size == 320
     assert torch.equal(some_logits(whole), logits)
 
 
-def some_logits(model: HfModel) -> torch.Tensor:
+def some_logits(model: TransformersModel) -> torch.Tensor:
     rows = model.forward([Tree.chain([3, 4, 5])], [model.pool().open()])
     return model.head(rows, [range(3)])[0]
 
@@ -116,14 +116,14 @@ def keeps_its_window(patch: pytest.MonkeyPatch, size: int) -> None:
 def test_windows_are_probed_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window of thousands costs no more to probe than a short one; the config is as it was."""
     lengths: list[int] = []
-    own = HfModel.reference
+    own = TransformersModel.reference
 
-    def spy(self: HfModel, tokens: Sequence[int], *rest: Any) -> torch.Tensor:
+    def spy(self: TransformersModel, tokens: Sequence[int], *rest: Any) -> torch.Tensor:
         lengths.append(len(tokens))
         return own(self, tokens, *rest)
 
-    monkeypatch.setattr(HfModel, "reference", spy)
-    model = HfModel(mistral(4096), "fast")
+    monkeypatch.setattr(TransformersModel, "reference", spy)
+    model = TransformersModel(mistral(4096), "fast")
     assert max(lengths) < 32
     assert [kind.size for kind in model.kinds.values()] == [4096]
     assert model.model.config.sliding_window == 4096
@@ -131,15 +131,15 @@ def test_windows_are_probed_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_windows_that_cannot_be_made_short_are_probed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     keeps_its_window(monkeypatch, 40)
-    assert [kind.size for kind in HfModel(mistral(40), "fast").kinds.values()] == [40]
+    assert [kind.size for kind in TransformersModel(mistral(40), "fast").kinds.values()] == [40]
     with pytest.raises(ModelUnsupported, match="does not verify a tree"):
-        HfModel(mistral(60), "fast")
+        TransformersModel(mistral(60), "fast")
     with pytest.raises(ModelUnsupported, match="windows of 4096 tokens are too long to probe"):
-        HfModel(mistral(4096), "fast")
+        TransformersModel(mistral(4096), "fast")
 
 
 def test_no_window_no_rule() -> None:
-    assert [kind.size for kind in HfModel(mistral(None), "fast").kinds.values()] == [None]
+    assert [kind.size for kind in TransformersModel(mistral(None), "fast").kinds.values()] == [None]
 
 
 def test_frequencies_that_switch_with_length_bound_the_context() -> None:
@@ -155,7 +155,7 @@ def test_frequencies_that_switch_with_length_bound_the_context() -> None:
         rope_parameters=rope | {"original_max_position_embeddings": 64},
         pad_token_id=0,
     )
-    assert HfModel(AutoModelForCausalLM.from_config(config)).context == 64
+    assert TransformersModel(AutoModelForCausalLM.from_config(config)).context == 64
 
 
 def test_row_ranges() -> None:
@@ -195,13 +195,13 @@ def test_kernels_that_change_bits_with_the_row_count_are_seen(monkeypatch: pytes
         return linear(self, x) * (1 + next(calls) % 7 / 100)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", few_rows_differ)
-    assert HfModel(tiny_llama(torch.bfloat16)).rows == RowRange(8, 32)
+    assert TransformersModel(tiny_llama(torch.bfloat16)).rows == RowRange(8, 32)
     monkeypatch.setattr(probe, "check_tree", lambda model: None)
     monkeypatch.setattr(torch.nn.Linear, "forward", all_differ)
-    assert HfModel(tiny_llama(torch.bfloat16)).rows == RowRange(8, 8)
+    assert TransformersModel(tiny_llama(torch.bfloat16)).rows == RowRange(8, 8)
     monkeypatch.setattr(torch.nn.Linear, "forward", nothing_repeats)
     with pytest.raises(ModelUnsupported, match="numerics"):
-        HfModel(tiny_llama(torch.bfloat16), "exact")
+        TransformersModel(tiny_llama(torch.bfloat16), "exact")
     with pytest.warns(UserWarning, match="exact"):
-        model = HfModel(tiny_llama(torch.bfloat16))
+        model = TransformersModel(tiny_llama(torch.bfloat16))
     assert (model.numerics, model.rows) == ("fast", RowRange())

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from selfdraft import Request
+from selfdraft import DraftContext
 from selfdraft.drafting import references
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.references import spellings
@@ -40,7 +40,7 @@ REFERENCE = "    def push(self, item):\n        self.items.append(item)\n"
 def proposed(encode: Encode, given: Sequence[Sequence[int]], before: str, inside: str) -> int:
     """Tokens of REFERENCE, inside another text, that llma proposes behind `before` and the first of them."""
     text, border = encode(before + inside), len(encode(before)) - 1
-    drafter = Llma().drafter(Request([0], given, cost=lambda rows: 1 + rows / 1000))
+    drafter = Llma().drafter(DraftContext([0], given, cost=lambda rows: 1 + rows / 1000))
     tree = drafter.propose([0, *text[: border + 2]])
     row, right = 0, 0
     for token in text[border + 2 :]:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft import Engine, Limits, Method, Sampler, Session
+from selfdraft import Engine, Limits, Method, Request, Sampler
 from selfdraft.drafting import create
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.detokenizer import StopStrings, StopWatch
 from selfdraft.sampling.processors import Draw
 from selfdraft.verify.adversaries import Garbage, Oracle
@@ -39,7 +39,7 @@ class Asked:
     joins: int
     leaves: int | None
 
-    def submit(self, engine: Engine, method: Method, tokenizer: PreTrainedTokenizerFast) -> Session:
+    def submit(self, engine: Engine, method: Method, tokenizer: PreTrainedTokenizerFast) -> Request:
         stop = self.limits.get("stop")
         limits = Limits(**{**self.limits, "stop": StopStrings(tokenizer, stop) if stop else None})
         return engine.submit(
@@ -87,28 +87,31 @@ def asked() -> st.SearchStrategy[Asked]:
 @pytest.fixture(autouse=True)
 def _free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows cost nothing, whatever this machine is busy with: the same drafts each time, and large ones."""
-    monkeypatch.setattr(HfModel, "cost", lambda self, rows: 1.0)
+    monkeypatch.setattr(TransformersModel, "cost", lambda self, rows: 1.0)
 
 
-def alone(model: HfModel, one: Asked, tokenizer: PreTrainedTokenizerFast) -> Session:
+def alone(model: TransformersModel, one: Asked, tokenizer: PreTrainedTokenizerFast) -> Request:
     engine = Engine(model)
-    session = one.submit(engine, create("plain"), tokenizer)
-    for _ in engine.run(session):
+    request = one.submit(engine, create("plain"), tokenizer)
+    for _ in engine.run(request):
         pass
-    return session
+    return request
 
 
-def drafting(one: Asked, right: Session) -> Method:
+def drafting(one: Asked, right: Request) -> Method:
     """Its method; the oracle knows plain's text, so that drafts are taken."""
     known: dict[str, Method] = {"garbage": Garbage(), "oracle": Oracle(right.emitted)}
     return known[one.method] if one.method in known else create(one.method)
 
 
 def together(
-    model: HfModel, crowd: Sequence[Asked], rights: Sequence[Session], tokenizer: PreTrainedTokenizerFast
-) -> list[Session]:
-    engine, joined, steps = Engine(model), dict[int, Session](), 0
-    while len(joined) < len(crowd) or engine.sessions:
+    model: TransformersModel,
+    crowd: Sequence[Asked],
+    rights: Sequence[Request],
+    tokenizer: PreTrainedTokenizerFast,
+) -> list[Request]:
+    engine, joined, steps = Engine(model), dict[int, Request](), 0
+    while len(joined) < len(crowd) or engine.requests:
         for i, one in enumerate(crowd):
             if i not in joined and one.joins <= steps:
                 joined[i] = one.submit(engine, drafting(one, rights[i]), tokenizer)
@@ -119,7 +122,7 @@ def together(
     return [joined[i] for i in range(len(crowd))]
 
 
-def compare(model: HfModel, tokenizer: PreTrainedTokenizerFast, examples: int = EXAMPLES) -> None:
+def compare(model: TransformersModel, tokenizer: PreTrainedTokenizerFast, examples: int = EXAMPLES) -> None:
     """Crowds of requests against each one alone; stops at the first difference."""
 
     @given(st.lists(asked(), min_size=1, max_size=7))
@@ -133,22 +136,22 @@ def compare(model: HfModel, tokenizer: PreTrainedTokenizerFast, examples: int = 
     )
     def check(crowd: list[Asked]) -> None:
         rights = [alone(model, one, tokenizer) for one in crowd]
-        sessions = together(model, crowd, rights, tokenizer)
-        for right, session in zip(rights, sessions, strict=True):
-            count = len(session.emitted)
-            assert session.emitted == right.emitted[:count]
-            assert [p.token for p in session.logprobs] == list(session.emitted)
-            for ours, theirs in zip(session.logprobs, right.logprobs, strict=False):
+        requests = together(model, crowd, rights, tokenizer)
+        for right, request in zip(rights, requests, strict=True):
+            count = len(request.emitted)
+            assert request.emitted == right.emitted[:count]
+            assert [p.token for p in request.logprobs] == list(request.emitted)
+            for ours, theirs in zip(request.logprobs, right.logprobs, strict=False):
                 assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-9)
-            if session.finish_reason != "cancelled":
-                assert (count, session.finish_reason) == (len(right.emitted), right.finish_reason)
-                assert (session.watch and session.watch.cut) == (right.watch and right.watch.cut)
+            if request.finish_reason != "cancelled":
+                assert (count, request.finish_reason) == (len(right.emitted), right.finish_reason)
+                assert (request.watch and request.watch.cut) == (right.watch and right.watch.cut)
 
     check()
 
 
 def test_requests_do_not_depend_on_method_or_company(
-    double: HfModel, tokenizer: PreTrainedTokenizerFast
+    double: TransformersModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     compare(double, tokenizer)
 
@@ -180,7 +183,10 @@ def early_ends(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fault", [stop_late, early_ends, penalties, rows_kept, noise_key])
 def test_a_fault_is_seen(
-    fault: Patch, double: HfModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    fault: Patch,
+    double: TransformersModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):

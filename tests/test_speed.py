@@ -1,4 +1,4 @@
-"""Tokens at several depths: whatever is in flight, the text is that of the full depth."""
+"""Tokens at several depths: whatever is in in_flight, the text is that of the full depth."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfdraft
-from selfdraft import Engine, Limits, Method, Request, Sampler, Session, Step, Tree
+from selfdraft import DraftContext, Engine, Limits, Method, Request, Sampler, Step, Tree
 from selfdraft.drafting import create
 from selfdraft.drafting.method import Loops
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.speed import Depth, Speed, SpeedDrafter
 from selfdraft.engine.request import FinishReason
 from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
-from selfdraft.llm import TextGenerator
+from selfdraft.llm import LLM
 from selfdraft.models import conformance as probe
 from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.drive import drive
 from selfdraft.models.looped import stages
 from selfdraft.models.looped.stages import StageLane, StageLanes, matches
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.student import fresh
 from selfdraft.verify import verify
 from selfdraft.verify.adversaries import Oracle, Restless
@@ -50,36 +50,36 @@ TEMPERATURES = (0.0, 0.8)
 
 
 @pytest.fixture(scope="module")
-def looped() -> HfModel:
+def looped() -> TransformersModel:
     return drive(tiny_looped(torch.bfloat16))
 
 
 @pytest.fixture(scope="module")
-def looped64() -> HfModel:
+def looped64() -> TransformersModel:
     return drive(tiny_looped(torch.float64))
 
 
 def together(
-    model: HfModel, asked: Sequence[tuple[Method, Sequence[int], Sampler]], length: int = 40
-) -> list[Session]:
+    model: TransformersModel, asked: Sequence[tuple[Method, Sequence[int], Sampler]], length: int = 40
+) -> list[Request]:
     engine = Engine(model)
-    sessions = [engine.submit(prompt, method, sampler, Limits(length)) for method, prompt, sampler in asked]
-    while engine.sessions:
+    requests = [engine.submit(prompt, method, sampler, Limits(length)) for method, prompt, sampler in asked]
+    while engine.requests:
         engine.step()
-    return sessions
+    return requests
 
 
 @pytest.mark.parametrize("method", EACH, ids=str)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_speed_is_plain(looped: HfModel, method: Method, temperature: float) -> None:
+def test_speed_is_plain(looped: TransformersModel, method: Method, temperature: float) -> None:
     """Alone and four at a time, with eight seeds."""
     asked = [(random_prompt(1 + 7 * seed, seed), Sampler(temperature, seed=seed)) for seed in range(8)]
-    plain = [session.emitted for session in together(looped, [(Plain(), *one) for one in asked], 14)]
+    plain = [request.emitted for request in together(looped, [(Plain(), *one) for one in asked], 14)]
     alone = [run(looped, method, *one, Limits(14)).emitted for one in asked]
     assert alone == plain
     for i in (0, 4):
         four = together(looped, [(method, *one) for one in asked[i : i + 4]], 14)
-        assert [session.emitted for session in four] == plain[i : i + 4]
+        assert [request.emitted for request in four] == plain[i : i + 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -96,8 +96,8 @@ def test_speed_is_plain_for_every_kind(dtype: torch.dtype, loops: int, ouro: boo
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_a_mixed_batch_is_its_sessions_alone(looped: HfModel, temperature: float) -> None:
-    """Whole trees of other methods stay in flight beside early drafts, and are done all at once."""
+def test_a_mixed_batch_is_its_requests_alone(looped: TransformersModel, temperature: float) -> None:
+    """Whole trees of other methods stay in in_flight beside early drafts, and are done all at once."""
     oracle = Oracle(run(looped, Plain(), random_prompt(9, 7), Sampler(temperature, seed=7)).emitted)
     methods: list[Method] = [Speed(spawn=1), create("jacobi"), Plain(), create("llma"), oracle]
     asked = [
@@ -106,12 +106,12 @@ def test_a_mixed_batch_is_its_sessions_alone(looped: HfModel, temperature: float
     ]
     alone = [run(looped, *one) for one in asked]
     mixed = together(looped, asked)
-    assert [session.emitted for session in mixed] == [session.emitted for session in alone]
+    assert [request.emitted for request in mixed] == [request.emitted for request in alone]
     plain = run(looped, Plain(), *asked[2][1:])
     assert (mixed[2].forwards, mixed[2].runs) == (plain.forwards, plain.runs), "stages are parts of a forward"
 
 
-def test_sessions_join_and_leave_while_others_are_in_flight(looped: HfModel) -> None:
+def test_requests_join_and_leave_while_others_are_in_flight(looped: TransformersModel) -> None:
     engine = Engine(looped)
     first = engine.submit(random_prompt(30, 1), Speed(spawn=1), limits=Limits(60))
     second = engine.submit(random_prompt(12, 2), Speed(spawn=1), limits=Limits(9))
@@ -124,33 +124,35 @@ def test_sessions_join_and_leave_while_others_are_in_flight(looped: HfModel) -> 
         engine.step()
     told = [*third.prompt, *third.emitted, 9]
     fourth = engine.submit(told, Speed(spawn=1), limits=Limits(20), start=third)
-    while engine.sessions:
+    while engine.requests:
         engine.step()
-    for session in (first, second, third, fourth):
-        limits = Limits(len(session.emitted))
-        assert session.emitted == run(looped, Plain(), session.prompt, limits=limits).emitted
+    for request in (first, second, third, fourth):
+        limits = Limits(len(request.emitted))
+        assert request.emitted == run(looped, Plain(), request.prompt, limits=limits).emitted
     assert third.reused == 24
     assert fourth.reused == len(told) - 2
 
 
 @given(seed=st.integers(0, 2**32), temperature=st.sampled_from(TEMPERATURES), length=st.integers(1, 24))
 @settings(max_examples=10, deadline=None)
-def test_no_drafter_changes_a_text(looped: HfModel, seed: int, temperature: float, length: int) -> None:
+def test_no_drafter_changes_a_text(
+    looped: TransformersModel, seed: int, temperature: float, length: int
+) -> None:
     prompt, sampler = random_prompt(length, seed), Sampler(temperature, seed=seed)
     plain = run(looped, Plain(), prompt, sampler, Limits(24)).emitted
     for answer in ((), plain):
         assert run(looped, Restless(answer), prompt, sampler, Limits(24)).emitted == plain
     asked = [(Restless(plain), prompt, sampler), (Speed(spawn=1), prompt, sampler)]
-    assert [session.emitted for session in together(looped, asked, 24)] == [plain, plain]
+    assert [request.emitted for request in together(looped, asked, 24)] == [plain, plain]
 
 
 def by_index(patch: pytest.MonkeyPatch) -> None:
-    """Rows in flight are taken for what stands at their place now (the prototype's fault)."""
+    """Rows in in_flight are taken for what stands at their place now (the prototype's fault)."""
     patch.setattr(stages, "matches", lambda tree, held: {i: i for i in range(min(len(tree), len(held)))})
 
 
 def by_token(patch: pytest.MonkeyPatch) -> None:
-    """Rows in flight are compared by their own token alone."""
+    """Rows in in_flight are compared by their own token alone."""
 
     def same(tree: Tree, held: Tree) -> dict[int, int]:
         return {
@@ -161,7 +163,7 @@ def by_token(patch: pytest.MonkeyPatch) -> None:
 
 
 def not_moved(patch: pytest.MonkeyPatch) -> None:
-    """Keys and values of rows in flight stay where they were when the rows get another order."""
+    """Keys and values of rows in in_flight stay where they were when the rows get another order."""
     patch.setattr(StageLanes, "rearrange", lambda *_: None)
 
 
@@ -188,7 +190,7 @@ def early_commit(patch: pytest.MonkeyPatch) -> None:
     def hasty(self: stages.StagedModel, trees: Any, caches: Any, passes: int | None = None) -> Any:
         rows = forward(self, trees, caches, passes)
         if passes is not None:
-            held = [[made >= self.loops.count - 1 for made in cache.flight.passes] for cache in caches]
+            held = [[made >= self.loops.count - 1 for made in cache.in_flight.passes] for cache in caches]
             rows = type(rows)(rows.hidden, rows.start, held)
         return rows
 
@@ -196,7 +198,9 @@ def early_commit(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", [by_index, by_token, not_moved, not_kept, wrong_pass, early_commit])
-def test_each_fault_changes_a_text(looped: HfModel, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fault_changes_a_text(
+    looped: TransformersModel, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = dict.fromkeys(range(5, 11), 12.0)  # so that tokens come back, at other places
     asked = [(random_prompt(12, seed), Sampler(0.8, logit_bias=few, seed=seed)) for seed in range(4)]
     plain = [run(looped, Plain(), *one, Limits(24)).emitted for one in asked]
@@ -221,32 +225,32 @@ def test_calls_of_a_stage_keep_within_the_range_of_rows(rows: probe.RowRange) ->
     assert isinstance(model, stages.StagedModel)
     model.rows = rows
     for loops in (2, 3, 6, 40):
-        for sessions in range(1, 14):
-            spans = model._calls(sessions * loops)
-            assert [at for span in spans for at in range(*span)] == list(range(sessions * loops))
+        for requests in range(1, 14):
+            spans = model._calls(requests * loops)
+            assert [at for span in spans for at in range(*span)] == list(range(requests * loops))
             for first, last in spans:
                 for start, stop in rows.pieces(2, last - first):
                     assert rows.least <= (stop - start) * (last - first) <= rows.most
 
 
 @pytest.mark.parametrize("rows", [probe.RowRange(8, 8), probe.RowRange(4, 16)], ids=str)
-def test_more_sheets_than_a_call_may_have(looped64: HfModel, rows: probe.RowRange) -> None:
+def test_more_sheets_than_a_call_may_have(looped64: TransformersModel, rows: probe.RowRange) -> None:
     narrow = copy.copy(looped64)
     narrow.rows = rows
     asked = [(Restless(), random_prompt(9, seed), Sampler(0.8, seed=seed)) for seed in range(7)]
     plain = [run(looped64, Plain(), *one[1:], Limits(12)).emitted for one in asked]
-    assert [session.emitted for session in together(narrow, asked, 12)] == plain
+    assert [request.emitted for request in together(narrow, asked, 12)] == plain
 
 
 class Deaf:
-    """Raises once when it is told of a step; sessions behind it in the list do not hear of theirs either."""
+    """Raises once when it is told of a step; requests behind it in the list do not hear of theirs either."""
 
     early = True
 
     def __init__(self) -> None:
         self.told = 0
 
-    def drafter(self, request: Request) -> Deaf:
+    def drafter(self, context: DraftContext) -> Deaf:
         return self
 
     def propose(self, tokens: Sequence[int]) -> Tree:
@@ -258,22 +262,24 @@ class Deaf:
             raise KeyError("once")
 
 
-def test_a_stage_that_was_not_heard_of_costs_time_only(looped: HfModel) -> None:
+def test_a_stage_that_was_not_heard_of_costs_time_only(looped: TransformersModel) -> None:
     engine = Engine(looped)
     deaf = Deaf()
     engine.submit(random_prompt(5, 1), deaf, limits=Limits(20))
-    session = engine.submit(random_prompt(9, 2), Speed(spawn=1), limits=Limits(30))
+    request = engine.submit(random_prompt(9, 2), Speed(spawn=1), limits=Limits(30))
     while deaf.told < 8:
         with contextlib.suppress(KeyError):
             engine.step()
-    while engine.sessions:
+    while engine.requests:
         engine.step()
-    assert session.emitted == run(looped, Plain(), session.prompt, limits=Limits(30)).emitted
+    assert request.emitted == run(looped, Plain(), request.prompt, limits=Limits(30)).emitted
 
 
-def test_requests_ask_of_early_drafts_what_they_ask_of_others(looped: HfModel, tokenizer: Any) -> None:
+def test_requests_ask_of_early_drafts_what_they_ask_of_others(
+    looped: TransformersModel, tokenizer: Any
+) -> None:
     """Stop strings, a least length, log-probabilities; and what goes on from one that was cancelled."""
-    generator = TextGenerator(looped, tokenizer, Speed(spawn=1))
+    generator = LLM(looped, tokenizer, Speed(spawn=1))
     plain = generator.using("plain")
     text = plain.generate("def add", max_new_tokens=24, ignore_eos=True, temperature=0.7, seed=4).text
     for asked in ({"stop": text[9:11]}, {"min_new_tokens": 9, "logprobs": 2}, {"logprobs": 0, "n": 3}):
@@ -291,12 +297,14 @@ def test_requests_ask_of_early_drafts_what_they_ask_of_others(looped: HfModel, t
         engine.step()
     engine.cancel(begun)
     again = engine.submit([*begun.tokens[:22], 7], Speed(spawn=1), limits=Limits(9), start=begun)
-    while engine.sessions:
+    while engine.requests:
         engine.step()
     assert again.emitted == run(looped, Plain(), again.prompt, limits=Limits(9)).emitted
 
 
-def test_verify_asks_for_flights_where_there_are_any(looped: HfModel, exact: HfModel) -> None:
+def test_verify_asks_for_flights_where_there_are_any(
+    looped: TransformersModel, exact: TransformersModel
+) -> None:
     assert "in flight" in verify._checks(Plain(), looped)
     assert "in flight" not in verify._checks(Plain(), exact)
     adapted = looped.adapted(fresh(looped, AdapterConfig(masks=2)))
@@ -305,7 +313,9 @@ def test_verify_asks_for_flights_where_there_are_any(looped: HfModel, exact: HfM
         Engine(adapted).submit([3, 4], Speed())
 
 
-def test_logits_by_stages_are_those_of_whole_forwards(looped: HfModel, looped64: HfModel) -> None:
+def test_logits_by_stages_are_those_of_whole_forwards(
+    looped: TransformersModel, looped64: TransformersModel
+) -> None:
     text = random_prompt(40, 2)
     for model in (looped, looped64):
         (whole,) = probe._logits(model, [Tree.chain(text[9:])], [text[:9]])
@@ -319,23 +329,23 @@ def test_logits_by_stages_are_those_of_whole_forwards(looped: HfModel, looped64:
 @pytest.mark.parametrize("loops", [2, 3, 5])
 def test_where_all_passes_agree_each_stage_yields_a_token(loops: int) -> None:
     model = drive(agreeing(loops=loops))
-    session = run(model, Speed(spawn=1), random_prompt(6, 1), limits=Limits(30))
-    assert session.runs == [0] * (loops - 1) + [1] * 30, "filled once"
-    assert session.forwards == (30 + loops - 1) / loops
-    assert session.rows == sum(min(i, loops, 31 - max(0, i - loops + 1)) for i in range(1, 30 + loops))
+    request = run(model, Speed(spawn=1), random_prompt(6, 1), limits=Limits(30))
+    assert request.runs == [0] * (loops - 1) + [1] * 30, "filled once"
+    assert request.forwards == (30 + loops - 1) / loops
+    assert request.rows == sum(min(i, loops, 31 - max(0, i - loops + 1)) for i in range(1, 30 + loops))
 
 
 def test_spawning_later_takes_as_many_stages_a_token() -> None:
     model = drive(agreeing(loops=4))
     for spawn in (1, 2, 3, 4):
-        session = run(model, Speed(spawn=spawn), random_prompt(6, 1), limits=Limits(20))
-        assert len(session.runs) == 4 + 19 * spawn
+        request = run(model, Speed(spawn=spawn), random_prompt(6, 1), limits=Limits(20))
+        assert len(request.runs) == 4 + 19 * spawn
     chosen = run(model, Speed(), random_prompt(6, 1), limits=Limits(20))
     assert len(chosen.runs) == 23, "the first pass is as good as the last"
 
 
-def test_streamed_pieces_are_the_text(looped: HfModel, tokenizer: Any) -> None:
-    generator = TextGenerator(looped, tokenizer, Speed(spawn=1))
+def test_streamed_pieces_are_the_text(looped: TransformersModel, tokenizer: Any) -> None:
+    generator = LLM(looped, tokenizer, Speed(spawn=1))
     stream = generator.stream("def add(a, b):", max_new_tokens=24, ignore_eos=True)
     pieces = list(stream)
     assert [token for piece in pieces for token in piece.ids] == list(stream.result.ids)
@@ -353,7 +363,7 @@ def test_the_hook_of_generate_takes_it() -> None:
 
 @pytest.mark.parametrize("method", [Speed(spawn=1), Speed(spawn=1, second=True), Restless()], ids=str)
 @pytest.mark.parametrize("ends", ["length", "context", "eos"])
-def test_ends_while_rows_are_in_flight(looped: HfModel, method: Method, ends: FinishReason) -> None:
+def test_ends_while_rows_are_in_flight(looped: TransformersModel, method: Method, ends: FinishReason) -> None:
     prompt = random_prompt(240 if ends == "context" else 20, 6)
     text = run(looped, Plain(), prompt, limits=Limits(30)).emitted
     eos = frozenset([text[11]]) if ends == "eos" else frozenset()
@@ -362,7 +372,7 @@ def test_ends_while_rows_are_in_flight(looped: HfModel, method: Method, ends: Fi
     assert (fast.emitted, fast.finish_reason) == (plain.emitted, ends)
 
 
-def test_penalties_and_filters(looped: HfModel) -> None:
+def test_penalties_and_filters(looped: TransformersModel) -> None:
     sampler = Sampler(0.9, top_k=20, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.5, seed=3)
     prompt = random_prompt(20, 8)
     plain = run(looped, Plain(), prompt, sampler).emitted
@@ -370,7 +380,7 @@ def test_penalties_and_filters(looped: HfModel) -> None:
         assert run(looped, method, prompt, sampler).emitted == plain
 
 
-def test_a_row_beyond_the_context_is_refused(looped: HfModel) -> None:
+def test_a_row_beyond_the_context_is_refused(looped: TransformersModel) -> None:
     cache = looped.pool().open()
     history = random_prompt(254, 1)
     looped.forward([Tree.chain(history)], [cache])
@@ -381,11 +391,11 @@ def test_a_row_beyond_the_context_is_refused(looped: HfModel) -> None:
         looped.forward([Tree.chain([5, 6, 7])], [cache], 1)
 
 
-def test_a_model_that_shares_no_layers_is_refused(exact: HfModel, tokenizer: Any) -> None:
+def test_a_model_that_shares_no_layers_is_refused(exact: TransformersModel, tokenizer: Any) -> None:
     with pytest.raises(ModelUnsupported, match="shares none: it needs a looped one"):
         Engine(exact).submit([3, 4], Speed())
     with pytest.raises(ModelUnsupported, match="selfdraft train speed"):
-        TextGenerator(exact, tokenizer, "speed")
+        LLM(exact, tokenizer, "speed")
 
 
 @pytest.mark.parametrize("options", [{"spawn": -1}, {"gate": 1.5}, {"block": 0}, {"spawn": "x"}])
@@ -417,7 +427,7 @@ def test_rows_match_where_the_path_of_tokens_is_the_same(
             assert path(new, row) not in paths
 
 
-def test_what_a_lane_holds_in_flight_moves_with_it(looped: HfModel) -> None:
+def test_what_a_lane_holds_in_flight_moves_with_it(looped: TransformersModel) -> None:
     """Another lane that is closed gives its place to the last one, whatever that has under way."""
     text = random_prompt(20, 5)
     (whole,) = probe._logits(looped, [Tree.chain(text[10:])], [text[:10]])
@@ -440,21 +450,21 @@ def test_what_a_lane_holds_in_flight_moves_with_it(looped: HfModel) -> None:
 
 
 def drafter(**options: Any) -> SpeedDrafter:
-    made = Speed(**({"spawn": 1} | options)).drafter(Request([7], loops=Loops(3)))
+    made = Speed(**({"spawn": 1} | options)).drafter(DraftContext([7], loops=Loops(3)))
     assert isinstance(made, SpeedDrafter)
     return made
 
 
 def stage(made: SpeedDrafter, picks: Sequence[int], path: Sequence[int] = (), sure: float = 9.0) -> Tree:
     """Let the drafter see a stage of its tree; what it proposes next. All rows behind the path are in
-    flight."""
+    in_flight."""
     tree = made.propose([made.grown.tokens[0] if made.grown is not None else 7])
     row = path[-1] if path else -1
     top = tree.child(row, picks[row]) if path else 0
-    flight = tree.below(top) if top is not None else []
+    in_flight = tree.below(top) if top is not None else []
     scores = torch.zeros(len(tree), 10)
     scores[range(len(tree)), list(picks)] = sure
-    made.observe(Step(tree, scores, picks, path, flight))
+    made.observe(Step(tree, scores, picks, path, in_flight))
     return made.propose([tree.tokens[0] if not path else picks[path[-1]]])
 
 
@@ -472,7 +482,9 @@ def test_without_revision_the_full_depth_decides() -> None:
     for picks, tree in (([1], [7, 1]), ([4, 2], [7, 1, 2]), ([4, 2, 3], None)):
         if tree is not None:
             assert stage(made, picks) == Tree.chain(tree)
-    assert stage(made, [4, 2, 3], path=[0]) == Tree.chain([4]), "the pick is not in flight: all of it is lost"
+    assert stage(made, [4, 2, 3], path=[0]) == Tree.chain([4]), (
+        "the pick is not in in_flight: all of it is lost"
+    )
 
 
 def test_a_second_proposal_stands_beside_the_first() -> None:

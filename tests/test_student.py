@@ -19,7 +19,7 @@ from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import AdapterConfig
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import calibration, sequences, trainer
 from selfdraft.train.calibration import calibrate
 from selfdraft.train.sequences import Batches, Draws
@@ -35,12 +35,12 @@ WHOLE = AdapterConfig(masks=3, prefix=4, rank=4, targets=("q_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
-def model() -> HfModel:
-    return HfModel(tiny_llama(torch.float64).requires_grad_(False), "fast")
+def model() -> TransformersModel:
+    return TransformersModel(tiny_llama(torch.float64).requires_grad_(False), "fast")
 
 
 @pytest.fixture(scope="module")
-def rows(model: HfModel) -> datasets.Dataset:
+def rows(model: TransformersModel) -> datasets.Dataset:
     """Prompts, and what the model itself says to them."""
     prompts = [random_prompt(8, seed) for seed in range(12)]
     answers = [run(model, Plain(), prompt, limits=Limits(24)).emitted for prompt in prompts]
@@ -167,7 +167,7 @@ def by_hand(student: Student, given: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("kind", ["distill", "tokens"])
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_the_loss_is_that_by_hand(
-    model: HfModel, rows: Any, kind: Literal["distill", "tokens"], decay: float
+    model: TransformersModel, rows: Any, kind: Literal["distill", "tokens"], decay: float
 ) -> None:
     student = Student(model, fresh(model, WHOLE), Loss(kind, decay))
     given = batch(rows, 3)
@@ -179,7 +179,7 @@ def test_the_loss_is_that_by_hand(
     assert torch.equal(out["hits"] == IGNORED, given["labels"] == IGNORED)
 
 
-def test_the_model_says_its_own_answers(model: HfModel, rows: Any) -> None:
+def test_the_model_says_its_own_answers(model: TransformersModel, rows: Any) -> None:
     """At the true positions the model's own picks are the labels, for the texts are its own."""
     student = Student(model, fresh(model, WHOLE), Loss())
     given = batch(rows, 3)
@@ -223,7 +223,9 @@ def flat(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", [aims_late, nothing_ignored, flat])
-def test_a_wrong_loss_is_seen(model: HfModel, rows: Any, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_loss_is_seen(
+    model: TransformersModel, rows: Any, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault(monkeypatch)
 
     def check() -> None:
@@ -240,7 +242,7 @@ def test_it_learns_and_the_model_stays(
     rows: Any, config: AdapterConfig, kind: Literal["distill", "tokens"]
 ) -> None:
     own = tiny_llama()
-    model = HfModel(own, "fast")
+    model = TransformersModel(own, "fast")
     before = {name: part.clone() for name, part in own.state_dict().items()}
     student = Student(model, fresh(model, config), Loss(kind))
     assert {id(part) for part in student.parameters()} == {id(part) for part in student.adapter.parameters()}
@@ -261,16 +263,16 @@ def test_it_learns_and_the_model_stays(
         assert torch.equal(part, before[name]), name
 
 
-def test_nothing_is_stored_for_the_frozen_weights(model: HfModel, rows: Any) -> None:
+def test_nothing_is_stored_for_the_frozen_weights(model: TransformersModel, rows: Any) -> None:
     """Neither the text's forward nor the weights carry gradients, wherever those may come from."""
     own = tiny_llama()  # its weights say that they want gradients
-    student = Student(HfModel(own, "fast"), fresh(model, BITA).float(), Loss())
+    student = Student(TransformersModel(own, "fast"), fresh(model, BITA).float(), Loss())
     text, ahead = student.hidden(torch.tensor([random_prompt(20, 0)]), torch.tensor([[3, 9]]))
     assert not text.requires_grad
     assert ahead.requires_grad
 
 
-def test_a_fresh_adapter_changes_nothing_yet_where_it_adds(model: HfModel) -> None:
+def test_a_fresh_adapter_changes_nothing_yet_where_it_adds(model: TransformersModel) -> None:
     """LoRA and sampler head begin at zero; seeds repeat."""
     one, same, other = (fresh(model, WHOLE, seed) for seed in (0, 0, 1))
     for mine, theirs in zip(one.parameters(), same.parameters(), strict=True):
@@ -303,7 +305,9 @@ class Pulled(TrainerCallback):
 SCHEDULE = Schedule(steps=6, batch=2, length=48, anchors=4, every=2, seed=5)
 
 
-def trained(model: HfModel, rows: Any, folder: Path, *stops: int) -> tuple[dict[str, Tensor], list[Any]]:
+def trained(
+    model: TransformersModel, rows: Any, folder: Path, *stops: int
+) -> tuple[dict[str, Tensor], list[Any]]:
     """A run that is interrupted after some steps and started anew; the adapter and the log of the last."""
     collate = Batches(SCHEDULE.length, SCHEDULE.anchors, WHOLE.masks)
     for stop in stops:
@@ -317,7 +321,7 @@ def trained(model: HfModel, rows: Any, folder: Path, *stops: int) -> tuple[dict[
     return {name: part.detach().clone() for name, part in student.adapter.named_parameters()}, held
 
 
-def compare(model: HfModel, rows: Any, folder: Path) -> None:
+def compare(model: TransformersModel, rows: Any, folder: Path) -> None:
     whole, log = trained(model, rows, folder / "whole")
     parts, resumed = trained(model, rows, folder / "parts", 3, 5)
     for name, part in whole.items():
@@ -332,20 +336,20 @@ def compare(model: HfModel, rows: Any, folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_resumed_run_is_a_run_in_one_go(model: HfModel, rows: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_is_a_run_in_one_go(model: TransformersModel, rows: Any, tmp_path: Path) -> None:
     compare(model, rows, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_dice_with_a_state_of_their_own_are_seen(
-    model: HfModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: TransformersModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sequences, "_dice", lambda draw: torch.default_generator)
     with pytest.raises(AssertionError):
         compare(model, rows, tmp_path)
 
 
-def test_linear_layers_have_a_rate_of_their_own(model: HfModel) -> None:
+def test_linear_layers_have_a_rate_of_their_own(model: TransformersModel) -> None:
     student = Student(model, fresh(model, WHOLE), Loss())
     optimizer = trainer._optimizer(student, Schedule(rate=0.1, lora_rate=0.001))
     rates = {id(part): group["lr"] for group in optimizer.param_groups for part in group["params"]}
@@ -407,12 +411,12 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
 # Going on from an adapter of weights that were trained further
 
 
-def test_an_adapter_is_taken_up_for_the_next_weights(model: HfModel, tmp_path: Path) -> None:
+def test_an_adapter_is_taken_up_for_the_next_weights(model: TransformersModel, tmp_path: Path) -> None:
     before = fresh(model, WHOLE, seed=3)
     adapter_folder.save(tmp_path, before, model, "space", "tiny", {})
     weights = tiny_llama(torch.float64).requires_grad_(False)
     weights.model.layers[0].mlp.up_proj.weight *= 1.01
-    later = HfModel(weights, "fast")
+    later = TransformersModel(weights, "fast")
     with pytest.raises(AdapterError, match="whose weights these are not"):
         adapter_folder.load(str(tmp_path), later)
     begun = started(str(tmp_path), later, replace(WHOLE, masks=1, rank=2))  # its own shape stays
@@ -429,7 +433,7 @@ def test_an_adapter_is_taken_up_for_the_next_weights(model: HfModel, tmp_path: P
 
 @pytest.mark.parametrize("other", [BITA, SPACE, replace(WHOLE, gated=False, prefix=0)])
 def test_an_adapter_of_another_kind_is_not_taken_up(
-    model: HfModel, other: AdapterConfig, tmp_path: Path
+    model: TransformersModel, other: AdapterConfig, tmp_path: Path
 ) -> None:
     adapter_folder.save(tmp_path, fresh(model, other), model, "space", "tiny", {})
     with pytest.raises(AdapterError, match="of another kind"):

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdraft import Limits, Request, Sampler, Step, TextGenerator
+from selfdraft import LLM, DraftContext, Limits, Sampler, Step
 from selfdraft._common.repetition import fresh
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import TrainingDataError
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import shards, trajectories
 from selfdraft.train.distill import Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts
@@ -61,15 +61,15 @@ def written(path: Path, texts: Sequence[str]) -> str:
 
 
 @pytest.fixture
-def generators(double: HfModel, tokenizer: PreTrainedTokenizerFast) -> Callable[[int], TextGenerator]:
-    return lambda block: TextGenerator(double, tokenizer, Recorded(block), name="tiny")
+def generators(double: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> Callable[[int], LLM]:
+    return lambda block: LLM(double, tokenizer, Recorded(block), name="tiny")
 
 
-Generators = Callable[[int], TextGenerator]
+Generators = Callable[[int], LLM]
 
 
 def record(
-    generator: TextGenerator,
+    generator: LLM,
     file: str,
     out: Path,
     recipe: Recipe = RECIPE,
@@ -215,8 +215,8 @@ def dice_not_the_requests(patch: pytest.MonkeyPatch) -> None:
     """All requests draw from the same dice."""
     dice, begin = random.Random(0), Recorder.__init__
 
-    def wrong(self: Recorder, block: int, request: Request) -> None:
-        begin(self, block, request)
+    def wrong(self: Recorder, block: int, context: DraftContext) -> None:
+        begin(self, block, context)
         self.inner.dice = self.dice = dice
 
     patch.setattr(Recorder, "__init__", wrong)
@@ -262,12 +262,12 @@ def test_states_that_do_not_settle_are_seen(
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_rows_do_not_depend_on_what_runs_beside_them(
-    exact: HfModel, tokenizer: PreTrainedTokenizerFast, file: str, tmp_path: Path, augment: bool
+    exact: TransformersModel, tokenizer: PreTrainedTokenizerFast, file: str, tmp_path: Path, augment: bool
 ) -> None:
-    beside(TextGenerator(exact, tokenizer, Recorded(5), name="tiny"), file, tmp_path, augment)
+    beside(LLM(exact, tokenizer, Recorded(5), name="tiny"), file, tmp_path, augment)
 
 
-def beside(generator: TextGenerator, file: str, tmp_path: Path, augment: bool = False) -> None:
+def beside(generator: LLM, file: str, tmp_path: Path, augment: bool = False) -> None:
     alone = record(generator, file, tmp_path / "alone", SHORT, batch=1, augment=augment)
     assert [row["index"] for row in alone] == [*range(7)]
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
@@ -281,7 +281,7 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(
     resumed(generators(5), file, tmp_path, at)
 
 
-def resumed(generator: TextGenerator, file: str, tmp_path: Path, at: int) -> None:
+def resumed(generator: LLM, file: str, tmp_path: Path, at: int) -> None:
     def stop(progress: Progress) -> None:
         if progress.rows == at:
             raise KeyboardInterrupt
@@ -554,7 +554,7 @@ def test_wrong_counts_are_seen(stays: Any, least: int, one: int, monkeypatch: py
         counted()
 
 
-def test_watched_answers_are_recorded_ones(reference: LlamaForCausalLM, double: HfModel) -> None:
+def test_watched_answers_are_recorded_ones(reference: LlamaForCausalLM, double: TransformersModel) -> None:
     prompts = [random_prompt(12, seed) for seed in range(2)]
     for prompt, row in zip(prompts, watch(double, prompts, 5, Limits(37)), strict=True):
         assert row["answer"] == run(double, Plain(), prompt, limits=Limits(37)).emitted

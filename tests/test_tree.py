@@ -47,8 +47,8 @@ def test_prune_keeps_the_shallow_rows(tree: Tree, depth: int) -> None:
 
 @given(trees(), st.lists(st.integers(0, 3), min_size=12, max_size=12))
 def test_accept_walks_the_picks(tree: Tree, picks: list[int]) -> None:
-    path, flight = accept(tree, picks, [True] * len(tree))
-    assert flight == []
+    path, in_flight = accept(tree, picks, [True] * len(tree))
+    assert in_flight == []
     assert path[0] == 0
     for row, child in pairwise(path):
         assert tree.parents[child] == row

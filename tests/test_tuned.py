@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import selfdraft
-from selfdraft import Engine, Limits, Method, Sampler, Session
+from selfdraft import Engine, Limits, Method, Request, Sampler
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
@@ -24,7 +24,7 @@ from selfdraft.errors import AdapterError, InvalidOption
 from selfdraft.models.adapters import adapter as parts
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from selfdraft.models.transformers import MARK, HfModel
+from selfdraft.models.transformers import MARK, TransformersModel
 
 from adapting import LAYERS, Helped, Knowing
 from conftest import Run, tiny_llama
@@ -35,7 +35,9 @@ SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, seed=3)}
 SHORT = Limits(16)
 
 
-def tuner(model: HfModel, masks: int = 0, prefix: int = 0, sampler: int = 0, rank: int = 4) -> Adapter:
+def tuner(
+    model: TransformersModel, masks: int = 0, prefix: int = 0, sampler: int = 0, rank: int = 4
+) -> Adapter:
     """A random adapter that changes the model, in the dtype in which one is loaded."""
     config = AdapterConfig(masks, True, prefix, rank, 1.5 * rank, LAYERS, sampler, gated=False)
     torch.manual_seed(0)
@@ -58,7 +60,7 @@ def methods(answer: Any) -> list[Method]:
 def test_drafted_is_plain_of_the_tuned_weights(
     shape: tuple[int, ...], model: str, sampler: str, request: pytest.FixtureRequest
 ) -> None:
-    base: HfModel = request.getfixturevalue(model)
+    base: TransformersModel = request.getfixturevalue(model)
     before = run(base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted
     tuned = base.adapted(tuner(base, *shape))
     plain = run(tuned.base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted
@@ -70,7 +72,7 @@ def test_drafted_is_plain_of_the_tuned_weights(
 
 @pytest.mark.parametrize("model", ["exact", "double"])
 def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
-    base: HfModel = request.getfixturevalue(model)
+    base: TransformersModel = request.getfixturevalue(model)
     tuned = base.adapted(tuner(base, 3, 4, 16))
     dice = random.Random(0)
     alone, waiting = [], []
@@ -79,15 +81,15 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
         sampler = SAMPLERS["sampled" if seed % 2 else "greedy"]
         alone.append(run(tuned.base, Plain(), prompt, sampler, limits).emitted)
         waiting.append((prompt, methods(alone[-1])[seed], sampler, limits))
-    engine, joined = Engine(tuned), list[Session]()
-    while waiting or engine.sessions:
-        while waiting and len(engine.sessions) < 4:
+    engine, joined = Engine(tuned), list[Request]()
+    while waiting or engine.requests:
+        while waiting and len(engine.requests) < 4:
             joined.append(engine.submit(*waiting.pop(0)))
         engine.step()
-    assert [session.emitted for session in joined] == alone
+    assert [request.emitted for request in joined] == alone
 
 
-def merged_as_peft_does(folder: Path, base: HfModel) -> None:
+def merged_as_peft_does(folder: Path, base: TransformersModel) -> None:
     """The weights of a saved adapter, merged here and by peft, and LoRA left beside them, say the same."""
     adapter_folder.save(folder, tuner(base), base, "cllm", "tiny", {})
     loaded = adapter_folder.load(str(folder), base)
@@ -105,7 +107,7 @@ def merged_as_peft_does(folder: Path, base: HfModel) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments", "ignore:.*is_gradient_checkpointing")
-def test_merged_weights_are_peft_s(double: HfModel, tmp_path: Path) -> None:
+def test_merged_weights_are_peft_s(double: TransformersModel, tmp_path: Path) -> None:
     before = {name: weight.clone() for name, weight in double.model.named_parameters()}
     merged_as_peft_does(tmp_path / "mine", double)
     for name, weight in double.model.named_parameters():
@@ -141,7 +143,7 @@ def in_the_base(patch: pytest.MonkeyPatch) -> None:
 def test_wrong_merges_are_seen(
     fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = HfModel(tiny_llama(torch.float64), "fast")
+    base = TransformersModel(tiny_llama(torch.float64), "fast")
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         merged_as_peft_does(tmp_path / "mine", base)
@@ -174,7 +176,7 @@ def test_the_grade_is_told(folder: Path, saved: Path, tokenizer: PreTrainedToken
     assert selfdraft.load(loaded, tokenizer=tokenizer).model.grade == "tuned"
 
 
-def test_what_does_not_go_together_is_refused(folder: Path, saved: Path, double: HfModel) -> None:
+def test_what_does_not_go_together_is_refused(folder: Path, saved: Path, double: TransformersModel) -> None:
     with pytest.raises(AdapterError, match="no mask tokens, with which method 'space-tuned' drafts"):
         selfdraft.load(str(folder), "space-tuned", adapter=str(saved))
     with pytest.raises(AdapterError, match="drafts with an adapter"):
@@ -186,7 +188,7 @@ def test_what_does_not_go_together_is_refused(folder: Path, saved: Path, double:
     cast(LowRank, adapter.lora[0]).a = torch.nn.Parameter(torch.zeros(4, 5))
     with pytest.raises(AdapterError, match="or of another size"):
         double.adapted(adapter)
-    quantised = HfModel(tiny_llama(torch.float64), "fast")
+    quantised = TransformersModel(tiny_llama(torch.float64), "fast")
     layer = quantised.model.get_submodule(tuner(double).names[0])
     for coarse in (torch.int8, torch.float8_e4m3fn):
         layer.weight = torch.nn.Parameter(layer.weight.to(coarse), requires_grad=False)

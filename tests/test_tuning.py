@@ -28,7 +28,7 @@ from selfdraft.drafting.space import SpaceTuned
 from selfdraft.errors import AdapterError, InvalidOption, TrainingDataError
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import AdapterConfig, LowRank
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import packed, price, shards, tuned
 from selfdraft.train import run as run_
 from selfdraft.train.packed import Masked, NoiseConfig, Noisy
@@ -52,12 +52,12 @@ EOS = frozenset([1])
 
 
 @pytest.fixture(scope="module")
-def model() -> HfModel:
-    return HfModel(tiny_llama(torch.float64).requires_grad_(False), "fast")
+def model() -> TransformersModel:
+    return TransformersModel(tiny_llama(torch.float64).requires_grad_(False), "fast")
 
 
 @pytest.fixture(scope="module")
-def rows(model: HfModel) -> datasets.Dataset:
+def rows(model: TransformersModel) -> datasets.Dataset:
     """Prompts, and how the model itself comes to its answers."""
     prompts = [random_prompt(8, seed) for seed in range(8)]
     found = watch(model, prompts, BLOCK, Limits(23))
@@ -65,7 +65,9 @@ def rows(model: HfModel) -> datasets.Dataset:
     return datasets.Dataset.from_list(made)
 
 
-def student(model: HfModel, config: AdapterConfig, loss: TunedLoss, full: bool = False) -> TunedStudent:
+def student(
+    model: TransformersModel, config: AdapterConfig, loss: TunedLoss, full: bool = False
+) -> TunedStudent:
     """One whose LoRA is at work already."""
     adapter = fresh(model, config)
     torch.manual_seed(1)
@@ -106,7 +108,7 @@ def drawn(rows: datasets.Dataset, *uses: int) -> list[dict[str, Any]]:
     return [every[use] for use in uses]
 
 
-def same_as_alone(model: HfModel, rows: datasets.Dataset, noise: NoiseConfig) -> None:
+def same_as_alone(model: TransformersModel, rows: datasets.Dataset, noise: NoiseConfig) -> None:
     """Each noisy row's logits are those of transformers' own forward over the text before it and its noise,
     LoRA merged; and of the text's rows as well."""
     learner = student(model, LORA, TunedLoss())
@@ -127,12 +129,12 @@ def same_as_alone(model: HfModel, rows: datasets.Dataset, noise: NoiseConfig) ->
 
 @pytest.mark.parametrize("noise", NOISES, ids=str)
 def test_noisy_rows_say_what_they_say_alone(
-    model: HfModel, rows: datasets.Dataset, noise: NoiseConfig
+    model: TransformersModel, rows: datasets.Dataset, noise: NoiseConfig
 ) -> None:
     same_as_alone(model, rows, noise)
 
 
-def test_mask_rows_say_what_they_say_when_decoding(model: HfModel, rows: datasets.Dataset) -> None:
+def test_mask_rows_say_what_they_say_when_decoding(model: TransformersModel, rows: datasets.Dataset) -> None:
     learner = student(model, MASKS, TunedLoss())
     ids = range(VOCABULARY, VOCABULARY + 3)
     batch = Masked(CUT, ids, True)(drawn(rows, 0, 1))
@@ -152,7 +154,7 @@ def test_mask_rows_say_what_they_say_when_decoding(model: HfModel, rows: dataset
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # the sampler head has float32
 
 
-def by_hand(model: HfModel, rows: datasets.Dataset, loss: TunedLoss, noise: NoiseConfig) -> None:
+def by_hand(model: TransformersModel, rows: datasets.Dataset, loss: TunedLoss, noise: NoiseConfig) -> None:
     """The loss from transformers' own forwards, row by row."""
     learner = student(model, LORA, loss).eval()
     merged = model.adapted(learner.adapter)
@@ -212,7 +214,7 @@ LOSSES = [
 
 @pytest.mark.parametrize(("loss", "noise"), LOSSES, ids=str)
 def test_the_loss_is_as_defined(
-    model: HfModel, rows: datasets.Dataset, loss: TunedLoss, noise: NoiseConfig
+    model: TransformersModel, rows: datasets.Dataset, loss: TunedLoss, noise: NoiseConfig
 ) -> None:
     by_hand(model, rows, loss, noise)
 
@@ -241,7 +243,7 @@ def one_row_late(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [sees_the_text, one_row_late])
 def test_wrong_trees_are_seen(
     fault: Callable[[pytest.MonkeyPatch], None],
-    model: HfModel,
+    model: TransformersModel,
     rows: datasets.Dataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -276,7 +278,7 @@ def of_the_learner(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [all_count, own_wrong_only, of_the_learner])
 def test_wrong_losses_are_seen(
     fault: Callable[[pytest.MonkeyPatch], None],
-    model: HfModel,
+    model: TransformersModel,
     rows: datasets.Dataset,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -285,7 +287,7 @@ def test_wrong_losses_are_seen(
         by_hand(model, rows, *LOSSES[0])
 
 
-def test_a_fresh_student_is_its_base(model: HfModel, rows: datasets.Dataset) -> None:
+def test_a_fresh_student_is_its_base(model: TransformersModel, rows: datasets.Dataset) -> None:
     learner = TunedStudent(model, fresh(model, LORA), TunedLoss())
     out = learner(**Noisy(CUT, BLOCK, NOISES[0], EOS, True)(drawn(rows, 0, 1)))
     assert out["kept"].abs().max() < 1e-5
@@ -297,7 +299,7 @@ def test_a_fresh_student_is_its_base(model: HfModel, rows: datasets.Dataset) -> 
     assert not any(weight.requires_grad for weight in model.model.parameters())
 
 
-def test_a_pass_is_a_jacobi_iteration(model: HfModel, rows: datasets.Dataset) -> None:
+def test_a_pass_is_a_jacobi_iteration(model: TransformersModel, rows: datasets.Dataset) -> None:
     """On policy: each noisy token becomes the pick after the tokens before it."""
     learner = student(model, LORA, TunedLoss(refresh=1.0))
     merged = model.adapted(learner.adapter)
@@ -358,7 +360,7 @@ def test_noise_rises_over_the_window() -> None:
         NoiseConfig(window=2, consistency="local")
 
 
-def test_nothing_behind_the_end_counts(model: HfModel) -> None:
+def test_nothing_behind_the_end_counts(model: TransformersModel) -> None:
     """Where the text has ended, there is nothing to agree with."""
     row = {"prompt": [2, 3], "answer": [9, 8, 1], "states": [[[4, 4, 4], [9, 4, 4]]], "draw": 0}
     got = Noisy(CUT, BLOCK, NOISES[0], EOS, True)([row])
@@ -380,7 +382,7 @@ SCHEDULE = Schedule(steps=4, batch=2, length=48, every=2, lora_rate=1e-3, seed=5
 
 @pytest.mark.parametrize("config", [LORA, MASKS, FULL], ids=["lora", "masks", "full"])
 def test_a_resumed_run_is_a_run_in_one_go(
-    model: HfModel, rows: datasets.Dataset, config: AdapterConfig, tmp_path: Path
+    model: TransformersModel, rows: datasets.Dataset, config: AdapterConfig, tmp_path: Path
 ) -> None:
     loss = TunedLoss(refresh=0.0 if config.masks else 0.5)
     collate: Any = Noisy(CUT, BLOCK, NOISES[1], EOS, True)
@@ -406,7 +408,9 @@ def test_a_resumed_run_is_a_run_in_one_go(
         assert torch.equal(part, parts[name]), name
 
 
-def test_a_torn_checkpoint_is_passed_over(model: HfModel, rows: datasets.Dataset, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_is_passed_over(
+    model: TransformersModel, rows: datasets.Dataset, tmp_path: Path
+) -> None:
     collate = Noisy(CUT, BLOCK, NOISES[0], EOS, True)
     train(
         TunedStudent(model, fresh(model, LORA), TunedLoss()),
@@ -422,7 +426,7 @@ def test_a_torn_checkpoint_is_passed_over(model: HfModel, rows: datasets.Dataset
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
 
 
-def test_the_price_by_hand(model: HfModel) -> None:
+def test_the_price_by_hand(model: TransformersModel) -> None:
     learner = student(model, LORA, TunedLoss())
     tuned_model = model.adapted(learner.adapter)
     prompts = [random_prompt(9, seed) for seed in range(3)]
@@ -589,7 +593,7 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
         code, _, err = command("train", "cllm", "--data", str(other), *words)
         assert code == 2
         assert any(part in err for part in message.split("|")), err
-    assert run(HfModel(tiny_llama(), "fast"), Plain(), [5], limits=Limits(2)).emitted
+    assert run(TransformersModel(tiny_llama(), "fast"), Plain(), [5], limits=Limits(2)).emitted
     with pytest.raises(TrainingDataError):
         shards.read(plain)
 
@@ -621,7 +625,7 @@ def test_blocks_of_filler(rows: datasets.Dataset) -> None:
     assert len(tails) > 2
 
 
-def test_a_pass_leaves_filler_at_the_end(model: HfModel, rows: datasets.Dataset) -> None:
+def test_a_pass_leaves_filler_at_the_end(model: TransformersModel, rows: datasets.Dataset) -> None:
     learner = student(model, LORA, TunedLoss(refresh=1.0, filler=7))
     merged = model.adapted(learner.adapter)
     noise = NoiseConfig(window=1, noise="random", copies=2, filler=7, reach=3)
@@ -646,7 +650,7 @@ def test_a_pass_leaves_filler_at_the_end(model: HfModel, rows: datasets.Dataset)
     assert cut
 
 
-def test_a_filler_is_used_saved_and_harmless(model: HfModel, tmp_path: Path) -> None:
+def test_a_filler_is_used_saved_and_harmless(model: TransformersModel, tmp_path: Path) -> None:
     config = replace(LORA, filler=7)
     adapter = student(model, config, TunedLoss()).adapter.requires_grad_(False)
     adapter.odds = {"ahead": [[0.9] * 7]}
@@ -671,8 +675,8 @@ class Heard:
     method: Any
     seen: list[Tree]
 
-    def drafter(self, request: Any) -> Any:
-        inner = self.method.drafter(replace(request, cost=free))
+    def drafter(self, context: Any) -> Any:
+        inner = self.method.drafter(replace(context, cost=free))
         propose = inner.propose
 
         def noted(tokens: Sequence[int]) -> Tree:

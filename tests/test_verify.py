@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft import Sampler, TextGenerator, cli
-from selfdraft.engine import request as session
-from selfdraft.models.transformers import HfModel
+from selfdraft import LLM, Sampler, cli
+from selfdraft.engine import request
+from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
 from selfdraft.verify.distribution import fits
 from selfdraft.verify.verify import Verification, verify
@@ -23,16 +23,16 @@ from faults import FAULTS, Patch
 
 
 @pytest.fixture(scope="module")
-def generator(exact: HfModel, tokenizer: PreTrainedTokenizerFast) -> TextGenerator:
-    return TextGenerator(exact, tokenizer, "jacobi", {"block": 5})
+def generator(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return LLM(exact, tokenizer, "jacobi", {"block": 5})
 
 
-def check(generator: TextGenerator, seed: int) -> Verification:
+def check(generator: LLM, seed: int) -> Verification:
     prompts = [random_prompt(15, seed + i) for i in range(2)]
     return verify(generator, prompts, max_new_tokens=24, seeds=1, seed=seed)
 
 
-def test_a_clean_run_is_exact(generator: TextGenerator) -> None:
+def test_a_clean_run_is_exact(generator: LLM) -> None:
     for seed in (0, 50, 51, 52, 100):
         result = check(generator, seed)
         assert result.verdict == "exact"
@@ -42,9 +42,9 @@ def test_a_clean_run_is_exact(generator: TextGenerator) -> None:
 
 
 def test_defaults_of_a_generation_config_are_no_difference(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = HfModel(tiny_llama())
+    model = TransformersModel(tiny_llama())
     model.model.generation_config.repetition_penalty = 1.5  # type: ignore[union-attr]
-    assert check(TextGenerator(model, tokenizer, "plain"), 0).generate.verdict == "exact"
+    assert check(LLM(model, tokenizer, "plain"), 0).generate.verdict == "exact"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -52,19 +52,19 @@ def test_defaults_of_a_generation_config_are_no_difference(tokenizer: PreTrained
 def test_a_planted_fault_is_found(
     fault: Patch, numerics: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = HfModel(tiny_llama(torch.bfloat16), numerics)  # type: ignore[arg-type]
+    model = TransformersModel(tiny_llama(torch.bfloat16), numerics)  # type: ignore[arg-type]
     fault(monkeypatch)
-    assert check(TextGenerator(model, tokenizer, "jacobi"), 7).verdict == "broken"
+    assert check(LLM(model, tokenizer, "jacobi"), 7).verdict == "broken"
 
 
 def test_rounding_is_told_from_breakage(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits that move by a hair with the number of rows, in bfloat16 alone: ties flip, float64 agrees."""
-    model = HfModel(tiny_llama(torch.bfloat16), "fast")
-    head = HfModel.logits
+    model = TransformersModel(tiny_llama(torch.bfloat16), "fast")
+    head = TransformersModel.logits
 
-    def rounded(self: HfModel, hidden: torch.Tensor) -> torch.Tensor:
+    def rounded(self: TransformersModel, hidden: torch.Tensor) -> torch.Tensor:
         out = head(self, hidden)
         coarse = out.dtype == torch.bfloat16
         return (
@@ -73,16 +73,16 @@ def test_rounding_is_told_from_breakage(
             else out
         )
 
-    monkeypatch.setattr(HfModel, "logits", rounded)
+    monkeypatch.setattr(TransformersModel, "logits", rounded)
     monkeypatch.setattr("selfdraft.verify.verify.row_noise", lambda *_: 0.5)
     monkeypatch.setattr("selfdraft.verify.verify._generated", lambda m, c, p: engine_agrees(p))
-    result = check(TextGenerator(model, tokenizer, "jacobi"), 3)
+    result = check(LLM(model, tokenizer, "jacobi"), 3)
     assert result.verdict == "tie-bounded"
     found = [d for judged in result.checks for d in judged.differences]
     assert found
     assert all(abs(d.margin) <= 1.0 and d.expected != d.got for d in found)
     monkeypatch.setattr("selfdraft.verify.verify.row_noise", lambda *_: 1e-6)
-    assert check(TextGenerator(model, tokenizer, "jacobi"), 3).verdict == "broken"
+    assert check(LLM(model, tokenizer, "jacobi"), 3).verdict == "broken"
 
 
 def engine_agrees(plain: object) -> object:
@@ -129,7 +129,7 @@ def test_command_line(
     assert code == 0
     assert "exact" in out
     with monkeypatch.context() as patch:
-        patch.setattr(session, "first_end", lambda tokens, eos: None)
+        patch.setattr(request, "first_end", lambda tokens, eos: None)
         code, out, _ = run()
         assert code == 1
         assert "broken" in out

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft.drafting import draft_tree as worth
-from selfdraft.drafting.draft_tree import MARGIN, Bet, Budget, Growth, Odds, wins
+from selfdraft.drafting.draft_tree import MARGIN, AcceptanceStats, Budget, Candidates, DraftTreeBuilder, wins
 
 
 class Told:
@@ -22,11 +22,11 @@ class Told:
     def __init__(self, chances: Mapping[tuple[int, ...], Mapping[int, float]]) -> None:
         self.chances = chances
 
-    def odds(self) -> Odds:
-        return Odds({(path, t): p for path, own in self.chances.items() for t, p in own.items()})
+    def odds(self) -> AcceptanceStats:
+        return AcceptanceStats({(path, t): p for path, own in self.chances.items() for t, p in own.items()})
 
-    def bets(self, state: tuple[int, ...]) -> Sequence[Bet]:
-        return [Bet((state, token), {token: 1.0}) for token in self.chances.get(state, ())]
+    def bets(self, state: tuple[int, ...]) -> Sequence[Candidates]:
+        return [Candidates((state, token), {token: 1.0}) for token in self.chances.get(state, ())]
 
     def follow(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
         return (*state, token)
@@ -64,9 +64,9 @@ def test_no_tree_is_worth_more(
         return 1 + slope * (rows - 1) + jump * (rows > 3)
 
     told = Told({path: dict(enumerate(own)) for path, own in given.items()})
-    growth = Growth(told, told.odds(), cost, None, most=5)
-    growth.budget.credit = math.inf
-    tree = growth.tree([5], ())
+    builder = DraftTreeBuilder(told, told.odds(), cost, None, most=5)
+    builder.budget.credit = math.inf
+    tree = builder.tree([5], ())
     reached, paths = [1.0], [()]
     for token, parent in list(zip(tree.tokens, tree.parents, strict=True))[1:]:
         first, second = given[paths[parent]]
@@ -108,9 +108,9 @@ def test_growth_asks_for_the_noise_of_the_right_position() -> None:
         return [4.0 if token == 1 else -4.0 for token in tokens]
 
     source = Told({(): {0: 0.4, 1: 0.4}, (1,): {1: 0.9}})
-    growth = Growth(source, source.odds(), lambda rows: 1 + rows / 50, noise, most=8)
-    assert growth.tree([9, 9, 9], ()).tokens[:3] == (9, 1, 1)
-    growth.tree([9, 9, 9], ())
+    builder = DraftTreeBuilder(source, source.odds(), lambda rows: 1 + rows / 50, noise, most=8)
+    assert builder.tree([9, 9, 9], ()).tokens[:3] == (9, 1, 1)
+    builder.tree([9, 9, 9], ())
     assert asked == {3: {0, 1}, 4: {1}} | {p: t for p, t in asked.items() if p > 4 or (p == 4 and t == {1})}
 
 
@@ -118,11 +118,11 @@ def success_ends_silence() -> list[int]:
     """Rows of 60 steps of a drafter whose guesses, thought unlikely, always come."""
     source = Told({(): {1: 0.05}, (1,): {1: 0.9}})
     odds = source.odds()
-    growth = Growth(source, odds, lambda rows: 1 + rows / 10 - 1 / 10, None, most=8)
+    builder = DraftTreeBuilder(source, odds, lambda rows: 1 + rows / 10 - 1 / 10, None, most=8)
     rows = []
     for _ in range(60):
-        rows.append(len(growth.tree([1], ())))
-        growth.learn([1, 1, 7][: rows[-1]], rows[-1])
+        rows.append(len(builder.tree([1], ())))
+        builder.learn([1, 1, 7][: rows[-1]], rows[-1])
     return rows
 
 
@@ -130,8 +130,10 @@ def test_silence_does_not_end_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = success_ends_silence()
     assert rows[0] == 1
     assert rows[-1] == 3
-    keep = Growth.learn
-    monkeypatch.setattr(Growth, "learn", lambda self, new, rows: keep(self, new, rows) if rows > 1 else None)
+    keep = DraftTreeBuilder.learn
+    monkeypatch.setattr(
+        DraftTreeBuilder, "learn", lambda self, new, rows: keep(self, new, rows) if rows > 1 else None
+    )
     assert success_ends_silence()[-1] == 1, "without virtual learning"
 
 
@@ -139,18 +141,18 @@ def lost(steps: int) -> float:
     """Time that a drafter loses which is sure of itself and always wrong, in steps of one row."""
     source = Told({(): {1: 0.9}, (1,): {1: 0.9}})
     cost = lambda rows: 1 + rows / 8 - 1 / 8  # noqa: E731
-    growth = Growth(
+    builder = DraftTreeBuilder(
         source, Sure({"never": 0.0} | dict.fromkeys(source.odds().counts, 0.9)), cost, None, most=8
     )
     total = 0.0
     for _ in range(steps):
-        rows = len(growth.tree([1], ()))
-        growth.learn([7], rows)
+        rows = len(builder.tree([1], ()))
+        builder.learn([7], rows)
         total += cost(rows) - 1
     return total
 
 
-class Sure(Odds):
+class Sure(AcceptanceStats):
     """Odds that learn nothing."""
 
     def learn(self, kind: Hashable, won: bool) -> None:
@@ -166,7 +168,7 @@ def test_what_drafts_lose_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_odds_follow_what_happens() -> None:
     dice = random.Random(0)
-    odds = Odds({"kind": 0.9})
+    odds = AcceptanceStats({"kind": 0.9})
     for _ in range(300):
         odds.learn("kind", dice.random() < 0.3)
     assert odds["kind"] == pytest.approx(0.3, abs=0.15)

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from selfdraft import Tree
-from selfdraft.models.transformers import HfModel
+from selfdraft.models.transformers import TransformersModel
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -41,7 +41,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(given.device):
         llama = LlamaForCausalLM(LlamaConfig(**SHAPES[given.shape]))
-    model = HfModel(llama.to(torch.bfloat16), "fast")
+    model = TransformersModel(llama.to(torch.bfloat16), "fast")
     cache = model.pool().open()
     model.forward([Tree.chain(range(given.history))], [cache])
     cache.keep(range(given.history), [])

@@ -15,35 +15,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversation import Conversation
-    from .drafting.method import Drafter, Method, Request
+    from .drafting.method import DraftContext, Drafter, Method
     from .engine.engine import Engine
-    from .engine.request import Limits, Session, TokenLogprob
+    from .engine.request import Limits, Request, TokenLogprob
     from .engine.step import Step
     from .engine.tree import Tree
     from .errors import SelfdraftError
     from .integrations.transformers import hook
-    from .llm import Stream, TextGenerator, load
-    from .params import Chunk, Options, Result
+    from .llm import LLM, Stream, load
+    from .params import Chunk, Completion, SamplingParams
     from .sampling.sampler import Sampler
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "LLM",
     "Chunk",
+    "Completion",
     "Conversation",
+    "DraftContext",
     "Drafter",
     "Engine",
     "Limits",
     "Method",
-    "Options",
     "Request",
-    "Result",
     "Sampler",
+    "SamplingParams",
     "SelfdraftError",
-    "Session",
     "Step",
     "Stream",
-    "TextGenerator",
     "TokenLogprob",
     "Tree",
     "hook",
@@ -52,15 +52,15 @@ __all__ = [
 
 _HOME = {
     "conversation": ("Conversation",),
-    "drafting.method": ("Drafter", "Method", "Request"),
+    "drafting.method": ("Drafter", "Method", "DraftContext"),
     "engine.engine": ("Engine",),
-    "engine.request": ("Limits", "Session", "TokenLogprob"),
+    "engine.request": ("Limits", "Request", "TokenLogprob"),
     "engine.step": ("Step",),
     "engine.tree": ("Tree",),
     "errors": ("SelfdraftError",),
     "integrations.transformers": ("hook",),
-    "llm": ("Stream", "TextGenerator", "load"),
-    "params": ("Chunk", "Options", "Result"),
+    "llm": ("Stream", "LLM", "load"),
+    "params": ("Chunk", "SamplingParams", "Completion"),
     "sampling.sampler": ("Sampler",),
 }
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .engine.engine import Engine
-from .engine.request import Session
-from .llm import Prompt, Stream, TextGenerator
-from .params import Options, Result
+from .engine.request import Request
+from .llm import LLM, Prompt, Stream
+from .params import Completion, SamplingParams
 
 
 class Conversation:
@@ -23,15 +23,15 @@ class Conversation:
     Closing it, or the end of a `with` block, frees the cache.
     """
 
-    def __init__(self, generator: TextGenerator, messages: Sequence[Mapping[str, str]] = ()) -> None:
+    def __init__(self, generator: LLM, messages: Sequence[Mapping[str, str]] = ()) -> None:
         self.messages = list(messages)
         self._generator = generator
         self._engine = Engine(generator.model)
-        self._last: Session | None = None
+        self._last: Request | None = None
 
-    def send(self, text: str, **options: Any) -> Result:
+    def send(self, text: str, **options: Any) -> Completion:
         """Say something as the user; the answer, which is noted too unless it fails. Options as in
-        `TextGenerator.generate`. Raises InvalidOption where the tokenizer has no chat template."""
+        `LLM.generate`. Raises InvalidOption where the tokenizer has no chat template."""
         asked = [*self.messages, {"role": "user", "content": text}]
         result = self.generate(messages=asked, **options)
         self.messages = [*asked, {"role": "assistant", "content": result.text}]
@@ -44,7 +44,7 @@ class Conversation:
         messages: Sequence[Mapping[str, str]] | None = None,
         references: Sequence[Prompt] = (),
         **options: object,
-    ) -> Result:
+    ) -> Completion:
         """The answer to a prompt or to messages."""
         stream = self.stream(prompt, messages=messages, references=references, **options)
         for _ in stream:
@@ -60,7 +60,7 @@ class Conversation:
         **options: object,
     ) -> Stream:
         """The same, chunk by chunk. A turn under way is cancelled by the next one."""
-        ids, asked = self._generator.ids(prompt, messages), Options.read(options)
+        ids, asked = self._generator.ids(prompt, messages), SamplingParams.read(options)
         if self._last is not None:
             self._engine.cancel(self._last)
         self._last = self._generator.submit(self._engine, ids, references, asked, start=self._last, keep=True)

@@ -13,13 +13,13 @@ from . import drafting
 from .drafting.method import Method
 from .drafting.references import is_ids, spellings
 from .engine.engine import Engine, check_early
-from .engine.request import Session
+from .engine.request import Request
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
 from .models.drive import drive
 from .models.loading import load_pretrained
-from .models.transformers import HfModel, Numerics
-from .params import Chunk, Options, Result
+from .models.transformers import Numerics, TransformersModel
+from .params import Chunk, Completion, SamplingParams
 from .sampling.detokenizer import Detokenizer, StopStrings
 
 Prompt = str | Sequence[int]
@@ -29,18 +29,18 @@ Message = Mapping[str, str]
 class Stream:
     """Chunks of one answer as they are made; `result` holds what there is, at any time."""
 
-    def __init__(self, generator: TextGenerator, engine: Engine, session: Session) -> None:
+    def __init__(self, generator: LLM, engine: Engine, request: Request) -> None:
         self._generator = generator
         self._engine = engine
-        self._session = session
+        self._request = request
 
     def __iter__(self) -> Iterator[Chunk]:
-        text = Detokenizer(self._generator.tokenizer, self._session.prompt)
-        stop = self._session.limits.stop
+        text = Detokenizer(self._generator.tokenizer, self._request.prompt)
+        stop = self._request.limits.stop
         waiting, shown = "", 0  # text that may begin a stop string, and how much was shown before it
-        for ids in self._engine.run(self._session):
+        for ids in self._engine.run(self._request):
             waiting += text.add(ids)
-            if self._session.finish_reason is not None:
+            if self._request.finish_reason is not None:
                 waiting = self.result.text[shown:]
                 safe = len(waiting)
             else:
@@ -49,16 +49,16 @@ class Stream:
             waiting, shown = waiting[safe:], shown + safe
 
     @property
-    def result(self) -> Result:
-        return self._generator.result(self._session)
+    def result(self) -> Completion:
+        return self._generator.result(self._request)
 
 
-class TextGenerator:
+class LLM:
     """A model, its tokenizer and the method it drafts with. `selfdraft.load` makes one."""
 
     def __init__(
         self,
-        model: HfModel,
+        model: TransformersModel,
         tokenizer: PreTrainedTokenizerBase,
         method: str | Method = "plain",
         options: Mapping[str, object] | None = None,
@@ -82,7 +82,7 @@ class TextGenerator:
         references: Sequence[Prompt] = (),
         n: None = None,
         **options: object,
-    ) -> Result: ...
+    ) -> Completion: ...
     @overload
     def generate(
         self,
@@ -92,7 +92,7 @@ class TextGenerator:
         references: Sequence[Prompt] = (),
         n: int | None = None,
         **options: object,
-    ) -> list[Result]: ...
+    ) -> list[Completion]: ...
     def generate(
         self,
         prompt: list[str] | Prompt | None = None,
@@ -101,25 +101,25 @@ class TextGenerator:
         references: Sequence[Prompt] = (),
         n: int | None = None,
         **options: object,
-    ) -> Result | list[Result]:
+    ) -> Completion | list[Completion]:
         """The answer to a prompt (text or token ids), or to several texts, which then run as one batch.
 
         messages: instead of a prompt, a conversation, `{"role": ..., "content": ...}` each, in the form of
         the tokenizer's chat template. references: texts or ids that the answer may quote. n: so many samples
-        of each prompt, a list then. options: the fields of `Options`.
+        of each prompt, a list then. options: the fields of `SamplingParams`.
         """
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
         prompts = cast(list[Prompt | None], prompt if several else [prompt])
-        asked = Options.read(options)
+        asked = SamplingParams.read(options)
         if n is not None and (not isinstance(n, int) or n < 1 or (n > 1 and asked.temperature == 0)):
             raise InvalidOption(f"n={n}: give at least 1; more than 1 only with a temperature above 0")
         engine = Engine(self.model)
         ids = [self.ids(one, messages) for one in prompts]
         quoted = self.references(references)
-        sessions = [s for one in ids for s in self._samples(engine, one, quoted, asked, n or 1)]
-        while engine.sessions:
+        requests = [s for one in ids for s in self._samples(engine, one, quoted, asked, n or 1)]
+        while engine.requests:
             engine.step()
-        results = [self.result(session) for session in sessions]
+        results = [self.result(request) for request in requests]
         return results if several or n is not None else results[0]
 
     def stream(
@@ -132,18 +132,18 @@ class TextGenerator:
     ) -> Stream:
         """The same answer, chunk by chunk."""
         engine = Engine(self.model)
-        session = self.submit(engine, self.ids(prompt, messages), references, Options.read(options))
-        return Stream(self, engine, session)
+        request = self.submit(engine, self.ids(prompt, messages), references, SamplingParams.read(options))
+        return Stream(self, engine, request)
 
     def using(
         self, method: str | Method, options: Mapping[str, object] | None = None, adapter: str | None = None
-    ) -> TextGenerator:
+    ) -> LLM:
         """The same model with another method; see `load`. Without an adapter a tuned model stays tuned."""
         made, _ = drafting.resolve(method, options)
         if adapter is None and getattr(made, "adapted", False) and method == self.method_name:
             adapter = self.adapter
         start = self.model.base if adapter is None else self.model.loaded
-        return TextGenerator(start, self.tokenizer, method, options, self.name, adapter)
+        return LLM(start, self.tokenizer, method, options, self.name, adapter)
 
     def encode(self, text: Prompt, special: bool = True) -> Sequence[int]:
         """Token ids of a text; ids pass as they are. Raises InvalidPrompt for what is neither."""
@@ -184,11 +184,11 @@ class TextGenerator:
         engine: Engine,
         ids: Sequence[int],
         references: Sequence[Prompt],
-        options: Options,
+        options: SamplingParams,
         sample: int = 0,
-        start: Session | None = None,
+        start: Request | None = None,
         keep: bool = False,
-    ) -> Session:
+    ) -> Request:
         """Let a request join an engine of this model; see `Engine.submit`."""
         strange = [token for token in options.eos or () if not 0 <= token < self.model.vocab_size]
         if strange:
@@ -204,29 +204,29 @@ class TextGenerator:
             keep=keep,
         )
 
-    def result(self, session: Session) -> Result:
-        """What a session has come to."""
-        ids = list(session.emitted)
-        sampler = session.draw.sampler
-        text = Detokenizer(self.tokenizer, session.prompt).add(ids, last=True)
-        return Result(
+    def result(self, request: Request) -> Completion:
+        """What a request has come to."""
+        ids = list(request.emitted)
+        sampler = request.draw.sampler
+        text = Detokenizer(self.tokenizer, request.prompt).add(ids, last=True)
+        return Completion(
             model=self.name,
             method=self.method_name,
             grade=self.model.grade,
-            text=text if session.watch is None else text[: session.watch.cut],
+            text=text if request.watch is None else text[: request.watch.cut],
             ids=ids,
-            logprobs=None if session.top is None else tuple(session.logprobs),
-            runs=tuple(session.runs),
-            prompt_tokens=len(session.prompt),
-            reused=session.reused,
+            logprobs=None if request.top is None else tuple(request.logprobs),
+            runs=tuple(request.runs),
+            prompt_tokens=len(request.prompt),
+            reused=request.reused,
             tokens=len(ids),
-            forwards=session.forwards,
-            tokens_per_forward=len(ids) / session.forwards if session.runs else 0.0,
-            rows_per_forward=session.rows / max(1, len(session.runs)),
-            seconds=session.seconds,
-            prefill_seconds=session.prefill_seconds,
-            tokens_per_second=len(ids) / session.seconds if ids else 0.0,
-            finish_reason=session.finish_reason or "cancelled",
+            forwards=request.forwards,
+            tokens_per_forward=len(ids) / request.forwards if request.runs else 0.0,
+            rows_per_forward=request.rows / max(1, len(request.runs)),
+            seconds=request.seconds,
+            prefill_seconds=request.prefill_seconds,
+            tokens_per_second=len(ids) / request.seconds if ids else 0.0,
+            finish_reason=request.finish_reason or "cancelled",
             seed=sampler.seed,
             sample=sampler.sample,
             temperature=sampler.temperature,
@@ -236,15 +236,20 @@ class TextGenerator:
         )
 
     def _samples(
-        self, engine: Engine, ids: Sequence[int], references: Sequence[Prompt], options: Options, count: int
-    ) -> Iterator[Session]:
-        """Sessions of one prompt, which is read once."""
+        self,
+        engine: Engine,
+        ids: Sequence[int],
+        references: Sequence[Prompt],
+        options: SamplingParams,
+        count: int,
+    ) -> Iterator[Request]:
+        """Requests of one prompt, which is read once."""
         first = self.submit(engine, ids, references, options)
         yield first
         while count > 1 and not first.ready:
             engine.step()
         for sample in range(1, count):
-            start = first if first in engine.sessions else None
+            start = first if first in engine.requests else None
             yield self.submit(engine, ids, references, options, sample, start)
 
 
@@ -258,7 +263,7 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     numerics: Numerics | None = None,
-) -> TextGenerator:
+) -> LLM:
     """Load a model to generate with.
 
     model: "pico" (embedded), a folder, or a hub id; or a transformers model that is loaded already, with its
@@ -276,12 +281,12 @@ def load(
     drafting.resolve(method, options)  # a wrong name is told before the weights are read
     if isinstance(model, str):
         loaded, own = load_pretrained(model, dtype, device)
-        return TextGenerator(drive(loaded, numerics), tokenizer or own, method, options, model, adapter)
+        return LLM(drive(loaded, numerics), tokenizer or own, method, options, model, adapter)
     if tokenizer is None:
         raise InvalidOption("a model that is loaded already needs its tokenizer: load(model, tokenizer=...)")
     if dtype is not None or device is not None:
         raise InvalidOption("dtype and device go with a model's name; a loaded model has its own")
-    return TextGenerator(drive(model, numerics), tokenizer, method, options, adapter=adapter)
+    return LLM(drive(model, numerics), tokenizer, method, options, adapter=adapter)
 
 
 def read_reference(path: Path) -> str:
@@ -292,7 +297,7 @@ def read_reference(path: Path) -> str:
         raise InvalidReference(f"reference {path} cannot be read as text: {error}") from error
 
 
-def _end_ids(model: HfModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_ids(model: TransformersModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a text: those of the model's generation config, else the tokenizer's."""
     config = model.model.generation_config
     ids = config.eos_token_id if config is not None else None

@@ -17,7 +17,7 @@ from .sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
-class Options:
+class SamplingParams:
     """What one request may set. See `Sampler` and `Limits` for what is not said here.
 
     eos: ids that end a text, instead of the model's own; ignore_eos: none does. stop: strings that end it;
@@ -42,7 +42,7 @@ class Options:
     seed: int | None = None
 
     @classmethod
-    def read(cls, given: Mapping[str, object]) -> Options:
+    def read(cls, given: Mapping[str, object]) -> SamplingParams:
         """Options by name, with a seed. Raises InvalidOption."""
         options = read(cls, given, "generate")
         return options if options.seed is not None else replace(options, seed=secrets.randbits(63))
@@ -67,7 +67,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Result:
+class Completion:
     """An answer and how it was made.
 
     text: without the stop string that ended it. ids: new tokens, the one that ended the text included;

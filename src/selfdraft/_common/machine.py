@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..models.adapters.adapter import Adapter
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 
 PACKAGES = ("selfdraft", "torch", "transformers")
 QUIET = 0.1  # cores that may be busy with other work before it is said
@@ -112,7 +112,7 @@ def commit() -> str | None:
     return head + ("+" if _git(here, "status", "--porcelain", "--", ".") else "")
 
 
-def weights_sha256(model: HfModel) -> str:
+def weights_sha256(model: TransformersModel) -> str:
     """Of the model's configuration and of all its weights as they were loaded."""
     return _sha256(model.model.config.to_json_string(), model.model)
 

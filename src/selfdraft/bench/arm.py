@@ -28,8 +28,8 @@ from ..drafting.method import Method
 from ..engine.engine import Engine
 from ..engine.request import Limits, first_end
 from ..errors import InvalidOption
-from ..llm import TextGenerator
-from ..models.transformers import HfModel
+from ..llm import LLM
+from ..models.transformers import TransformersModel
 from ..sampling.sampler import Sampler
 
 PLAIN = "plain"  # the method that the others are compared with
@@ -88,7 +88,7 @@ class Drafted:
 
     name: str
     method: Method
-    model: HfModel
+    model: TransformersModel
     sampler: Sampler
     eos: frozenset[int]
     plain: str = PLAIN
@@ -108,15 +108,15 @@ class Drafted:
         rows = [0]
         started = time.perf_counter()
         engine = Engine(self.model)
-        session = engine.submit(prompt, self.method, self.sampler, Limits(length, self.eos), references)
-        while session.finish_reason is None:
+        request = engine.submit(prompt, self.method, self.sampler, Limits(length, self.eos), references)
+        while request.finish_reason is None:
             engine.step()
-            if len(session.runs) > len(times):  # else it read a part of the prompt
+            if len(request.runs) > len(times):  # else it read a part of the prompt
                 times.append(time.perf_counter() - started)
-                rows.append(session.rows)
+                rows.append(request.rows)
         rows = [b - a for a, b in pairwise(rows)]
-        part = session.forwards / len(session.runs)
-        return Answer(list(session.emitted), list(session.runs), rows, times, part)
+        part = request.forwards / len(request.runs)
+        return Answer(list(request.emitted), list(request.runs), rows, times, part)
 
     def close(self) -> None:
         pass
@@ -217,7 +217,7 @@ def _trace(text: Sequence[int], start: int, rounds: Rounds, started: float, eos:
     return Answer(ids, runs, rows, [at - started for at in rounds.times])
 
 
-def drafted(names: Sequence[str], generator: TextGenerator, sampler: Sampler) -> list[Arm]:
+def drafted(names: Sequence[str], generator: LLM, sampler: Sampler) -> list[Arm]:
     """The methods asked for, plain decoding first, and plain decoding of the weights that an adapter tunes
     before what drafts with them. Raises UnknownMethod and InvalidOption."""
     wanted = [PLAIN, *(name for name in names if name != PLAIN)]

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..drafting.method import Request
+from ..drafting.method import DraftContext
 from ..engine.engine import Engine
 from ..engine.request import Limits
 from ..engine.step import Step
 from ..engine.tree import Tree
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 from .interval import median
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -38,7 +38,7 @@ class Wide:
 
     rows: int = 1
 
-    def drafter(self, request: Request) -> Wide:
+    def drafter(self, context: DraftContext) -> Wide:
         return self
 
     def propose(self, tokens: Sequence[int]) -> Tree:
@@ -61,7 +61,7 @@ def bandwidth(device: torch.device) -> float:
     return 2 * COPY / min(seconds[1:])
 
 
-def weight_bytes(model: HfModel) -> int:
+def weight_bytes(model: TransformersModel) -> int:
     """Bytes of weights that a forward reads: all but an input embedding that is not the output's too; shared
     layers at every pass."""
     table = model.model.get_input_embeddings().weight
@@ -77,7 +77,7 @@ def _bytes(weights: Iterable[torch.Tensor]) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-def row_costs(model: HfModel) -> dict[str, object]:
+def row_costs(model: TransformersModel) -> dict[str, object]:
     """T(1) in seconds and T(n) / T(1), medians over rounds in which each n had its turn."""
     room = model.context - 1
     history = [i % model.vocab_size for i in range(min(HISTORY, room // 2))]
@@ -94,18 +94,18 @@ def row_costs(model: HfModel) -> dict[str, object]:
     }
 
 
-def _round(model: HfModel, history: Sequence[int], counts: Sequence[int]) -> dict[int, float]:
+def _round(model: TransformersModel, history: Sequence[int], counts: Sequence[int]) -> dict[int, float]:
     wide = Wide()
     engine = Engine(model)
-    session = engine.submit(history, wide, limits=Limits(model.context))
+    request = engine.submit(history, wide, limits=Limits(model.context))
     engine.step()
     out = {}
     for wide.rows in counts:
         start = time.perf_counter()
         engine.step()
         out[wide.rows] = time.perf_counter() - start
-    if session.finish_reason is None:
-        engine.cancel(session)
+    if request.finish_reason is None:
+        engine.cancel(request)
     return out
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .._common import machine
 from ..errors import InvalidOption
-from ..llm import TextGenerator, load
+from ..llm import LLM, load
 from ..models.loading import load_pretrained
 from ..models.transformers import Numerics
 from ..sampling.sampler import Sampler
@@ -69,7 +69,7 @@ class Job:
         arms += peer.arms(others, self.peer_python, self.model, generator, context, journal.folder)
         return Bench(generator, arms, works, self.repeats, journal)
 
-    def _generated(self, generator: TextGenerator, sampler: Sampler) -> list[Arm]:
+    def _generated(self, generator: LLM, sampler: Sampler) -> list[Arm]:
         """The baselines, on one copy of the weights of their own."""
         wanted = lookups(self.baselines)
         if not wanted:
@@ -81,7 +81,7 @@ class Job:
             for name, tokens in wanted.items()
         ]
 
-    def _run(self, generator: TextGenerator, arms: Sequence[Arm], works: Sequence[Work]) -> dict[str, Any]:
+    def _run(self, generator: LLM, arms: Sequence[Arm], works: Sequence[Work]) -> dict[str, Any]:
         """All that figures depend on: no folder made with anything else is continued."""
         model = generator.model
         return {

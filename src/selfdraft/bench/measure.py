@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from .._common import machine
 from ..errors import InvalidSuite
-from ..llm import TextGenerator
+from ..llm import LLM
 from ..sampling.detokenizer import Detokenizer
 from .arm import PLAIN, Answer, Arm
 from .journal import Journal, Key, Record
@@ -50,7 +50,7 @@ class Work:
 class Bench:
     """Arms, the work, and where answers go."""
 
-    generator: TextGenerator
+    generator: LLM
     arms: Sequence[Arm]
     works: Sequence[Work]
     repeats: int
@@ -134,7 +134,7 @@ def _background(before: machine.Clock | None, after: machine.Clock | None, answe
     return None if spent is None else max(0.0, round(spent - answer.spent, 2))
 
 
-def plan(source: Source, generator: TextGenerator, prompts: int, length: int | None) -> Work:
+def plan(source: Source, generator: LLM, prompts: int, length: int | None) -> Work:
     """The suite's prompts that fit the context; of those, `prompts` spread evenly over the set."""
     length = length or source.suite.max_new_tokens
     needs = {item.id: _need(item, generator, length) for item in source.items}
@@ -153,6 +153,6 @@ def plan(source: Source, generator: TextGenerator, prompts: int, length: int | N
     return Work(source, chosen, length, len(source.items), too_long, context)
 
 
-def _need(item: Item, generator: TextGenerator, length: int) -> int:
+def _need(item: Item, generator: LLM, length: int) -> int:
     """Tokens of its turns and answers together; joins may cost a token or two each."""
     return sum(len(generator.encode(turn)) + length + 4 for turn in item.turns)

@@ -29,7 +29,7 @@ import torch
 from transformers.utils.hub import cached_file
 
 from ..errors import InvalidOption, PeerFailed, PeerUnavailable
-from ..llm import TextGenerator
+from ..llm import LLM
 from ..models.loading import EMBEDDED
 from .arm import PLAIN, Answer
 from .peers.gguf_folder import KINDS, unfit
@@ -77,7 +77,7 @@ class Process:
                 stderr=self.errors,
                 text=True,
                 env={**os.environ, **environment},
-                start_new_session=True,  # Ctrl-C is for us: we end it
+                start_new_request=True,  # Ctrl-C is for us: we end it
             )
         except OSError as error:
             self.errors.close()
@@ -105,11 +105,11 @@ class Process:
                 return said
         raise self.nonsense(line)
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, context: Mapping[str, Any]) -> dict[str, Any]:
         """Its answer. Raises PeerFailed."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it ended, and `read` says so
-            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.write(json.dumps(context) + "\n")
             self.process.stdin.flush()
         return self.read()
 
@@ -247,7 +247,7 @@ def check_asked(wanted: Wanted, pythons: Mapping[str, str], temperature: float) 
         )
 
 
-def check_model(wanted: Wanted, model: str, generator: TextGenerator) -> None:
+def check_model(wanted: Wanted, model: str, generator: LLM) -> None:
     """See that they can do what the bench does, before anything runs. Raises InvalidOption and
     PeerUnavailable."""
     dtype, device = dtype_of(generator), generator.model.device
@@ -277,7 +277,7 @@ def versions(wanted: Wanted, pythons: Mapping[str, str]) -> dict[str, dict[str, 
 
 
 def arms(
-    wanted: Wanted, pythons: Mapping[str, str], model: str, generator: TextGenerator, context: int, out: Path
+    wanted: Wanted, pythons: Mapping[str, str], model: str, generator: LLM, context: int, out: Path
 ) -> list[Peer]:
     """Those that are wanted. context: most tokens of a prompt and its answer; out: where a converted model
     is kept. Raises PeerUnavailable."""
@@ -315,5 +315,5 @@ def folder(model: str) -> Path:
     return path if path.is_dir() else Path(str(cached_file(model, "config.json"))).parent
 
 
-def dtype_of(generator: TextGenerator) -> str:
+def dtype_of(generator: LLM) -> str:
     return str(generator.model.dtype).removeprefix("torch.")

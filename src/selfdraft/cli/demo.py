@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..llm import TextGenerator
-    from ..params import Result
+    from ..llm import LLM
+    from ..params import Completion
 
 OLD = '''def load_settings(path, defaults=None):
     """Read settings from a JSON file and merge them with the defaults."""
@@ -103,7 +103,7 @@ def demo(
         print(json.dumps({"tasks": records}))
 
 
-def _run(generator: TextGenerator, task: Task, tokens: int, quiet: bool) -> Result:
+def _run(generator: LLM, task: Task, tokens: int, quiet: bool) -> Completion:
     """One answer. It is the same text each time, so one method shows it as it comes: the one that copies."""
     from .paint import printer
 

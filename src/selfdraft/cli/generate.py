@@ -16,7 +16,7 @@ from . import flags
 
 if TYPE_CHECKING:
     from ..llm import Stream
-    from ..params import Result
+    from ..params import Completion
 
 SAMPLING, ENDS = "Sampling", "Where the text ends"
 Text = Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)]
@@ -192,7 +192,7 @@ def _messages(text: str, system: str | None) -> list[dict[str, str]]:
     return [*above, {"role": "user", "content": text}]
 
 
-def _samples(results: Sequence[Result], as_json: bool) -> None:
+def _samples(results: Sequence[Completion], as_json: bool) -> None:
     """Several answers to one prompt, one below the other, or as a list on the last line."""
     from .paint import figures_table
 
@@ -219,7 +219,7 @@ def _show(stream: Stream, out: IO[str] | None) -> bool:
     return False
 
 
-def _report(result: Result, plain: Result | None, as_json: bool, interrupted: bool = False) -> None:
+def _report(result: Completion, plain: Completion | None, as_json: bool, interrupted: bool = False) -> None:
     """The figures. Of an interrupted text, what there is is compared."""
     from .paint import figures_table, identical
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..params import Chunk, Result
+    from ..params import Chunk, Completion
 
 RUNS = ("\x1b[32m", "\x1b[36m")  # forwards that yielded several tokens, in turn, so that runs stay apart
 FRESH = "\x1b[0m"
@@ -35,14 +35,17 @@ def printer(out: IO[str]) -> Callable[[Chunk | None], None]:
     return show
 
 
-def identical(result: Result, plain: Result, interrupted: bool = False) -> bool:
+def identical(result: Completion, plain: Completion, interrupted: bool = False) -> bool:
     """Is the text plain's? Of an interrupted one, as far as it goes."""
     shared = len(result.ids) if interrupted else None
     return list(result.ids) == list(plain.ids[:shared])
 
 
 def figures_table(
-    results: Sequence[Result], plain: Result | None, title: str | None = None, interrupted: bool = False
+    results: Sequence[Completion],
+    plain: Completion | None,
+    title: str | None = None,
+    interrupted: bool = False,
 ) -> None:
     """One row a result, with the speed-up over plain and whether the text is identical; of an interrupted
     one, as far as it goes."""

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from .mask_tree import FixedDrafter, GroupDrafter, lookahead
-from .method import Drafter, Request
+from .method import DraftContext, Drafter
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Bita:
     tree: Literal["upper-triangle", "half", "full"] = "upper-triangle"
     width: Annotated[int, Ge(1)] = 5
 
-    def drafter(self, request: Request) -> Drafter:
-        look = lookahead(request, "bita")
+    def drafter(self, context: DraftContext) -> Drafter:
+        look = lookahead(context, "bita")
         if self.faithful:
             return FixedDrafter(look, self._nodes(len(look.ids)))
-        return GroupDrafter(look, request.cost, self.block)
+        return GroupDrafter(look, context.cost, self.block)
 
     def _nodes(self, masks: int) -> list[tuple[int, int, int]]:
         nodes: list[tuple[int, int, int]] = []

@@ -11,7 +11,7 @@ When sampling, the noise of future positions is known. A token of probability q 
 picked if log q + g exceeds the scores of all others, whose maximum is a Gumbel variable located at
 log(1 - q): with probability exp(-(1 - q)/q exp(-g)). Its chance lies between q and that.
 
-Odds are estimates, so what a text can lose is bounded: a draft must be able to fail altogether and be paid
+AcceptanceStats are estimates, so what a text can lose is bounded: a draft must be able to fail altogether and be paid
 for by what drafts have gained in this text, with a little to begin with and a little for each step.
 
 What a draft bet on is compared with what came, also where it was not worth a row, so that silence
@@ -30,7 +30,7 @@ from ..engine.tree import Tree
 
 S = TypeVar("S")
 
-# Odds are a mean over points where the model is sure, right or wrong, which noise does not change, and
+# AcceptanceStats are a mean over points where the model is sure, right or wrong, which noise does not change, and
 # points where it is in two minds: the share of the latter, between what edits (0.2) and code (0.6) showed.
 UNDECIDED = 0.5
 LEAST = 0.02  # rows that are reached less often are not looked at
@@ -38,11 +38,11 @@ MARGIN = 1.02  # a draft must promise so many times the tokens of silence in the
 CREDIT = 0.3  # time that drafts may lose in all, in steps of one row,
 SHARE = 0.02  # and more of it for each step
 WEIGHT = 8.0  # outcomes that a prior counts for
-STEPS = 16  # for which a cost is remembered; sessions that join or leave may change it
+STEPS = 16  # for which a cost is remembered; requests that join or leave may change it
 MEMORY = 64.0  # outcomes of a kind that count, about; older ones fade
 
 
-class Odds:
+class AcceptanceStats:
     """How often bets of a kind are won: a running mean that starts at its prior."""
 
     def __init__(self, prior: Mapping[Hashable, float]) -> None:
@@ -59,7 +59,7 @@ class Odds:
         count[1] = (count[1] + 1) * fade
 
 
-class Bet(NamedTuple):
+class Candidates(NamedTuple):
     """One of some tokens comes next. shares: how the bet's odds are shared among them; sums to 1."""
 
     kind: Hashable
@@ -69,7 +69,7 @@ class Bet(NamedTuple):
 class Source(Protocol[S]):
     """What a drafter guesses from. A state is a point of a draft, in terms of the source."""
 
-    def bets(self, state: S) -> Sequence[Bet]:
+    def bets(self, state: S) -> Sequence[Candidates]:
         """What comes next, the likelier kinds first."""
 
     def follow(self, state: S, token: int) -> S:
@@ -85,7 +85,7 @@ class Node(Generic[S]):
     depth: int
     reached: float
     state: S
-    bets: Sequence[Bet]
+    bets: Sequence[Candidates]
     children: dict[int, Node[S]] = field(default_factory=dict)
 
 
@@ -120,13 +120,13 @@ class Budget:
         self.credit += SHARE + tokens - self.cost(rows)
 
 
-class Growth(Generic[S]):
+class DraftTreeBuilder(Generic[S]):
     """The trees of one request. most: rows of a step, at most. noise: None when greedy."""
 
     def __init__(
         self,
         source: Source[S],
-        odds: Odds,
+        odds: AcceptanceStats,
         cost: Callable[[int], float],
         noise: Callable[[int, Sequence[int]], Sequence[float]] | None,
         most: int,

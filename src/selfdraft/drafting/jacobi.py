@@ -29,9 +29,9 @@ from annotated_types import Ge
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .draft_tree import LEAST, MARGIN, Bet, Growth, Odds
-from .method import Drafter, Lookahead, Request
-from .ngrams import PRIOR, Copies, Places
+from .draft_tree import LEAST, MARGIN, AcceptanceStats, Candidates, DraftTreeBuilder
+from .method import DraftContext, Drafter, Lookahead
+from .ngrams import PRIOR, NgramCopies, Places
 
 AHEAD = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)  # a guess 1, 2, 3-4, 5-8, ... rows ahead, after right ones
 TAUGHT = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # the same of a model that was tuned to guess,
@@ -49,11 +49,11 @@ class Jacobi:
     block: Annotated[int, Ge(1)] | None = None
     faithful: bool = False
 
-    def drafter(self, request: Request) -> Drafter:
+    def drafter(self, context: DraftContext) -> Drafter:
         if self.faithful:
-            filler = request.lookahead.filler if request.lookahead is not None else None
-            return FaithfulDrafter(self.block or 16, random.Random(request.seed), filler)
-        return JacobiDrafter(self.block or 64, request)
+            filler = context.lookahead.filler if context.lookahead is not None else None
+            return FaithfulDrafter(self.block or 16, random.Random(context.seed), filler)
+        return JacobiDrafter(self.block or 64, context)
 
 
 class Point(NamedTuple):
@@ -65,31 +65,33 @@ class Point(NamedTuple):
 
 
 class JacobiDrafter:
-    def __init__(self, block: int, request: Request) -> None:
+    def __init__(self, block: int, context: DraftContext) -> None:
         self.block = block
-        self.dice = random.Random(request.seed)
-        self.copies = Copies((), request.prompt)
+        self.dice = random.Random(context.seed)
+        self.copies = NgramCopies((), context.prompt)
         self.guesses: dict[int, int] = {}  # index in the text -> token
         self.pool: dict[tuple[int, int], int] = {}
-        look = request.lookahead
+        look = context.lookahead
         self.filler = look.filler if look is not None else None
         prior = AHEAD if look is None or self.filler is None else _calibrated(look)
-        self.ahead = Odds(dict(enumerate(prior)))
+        self.ahead = AcceptanceStats(dict(enumerate(prior)))
         guessed: dict[Hashable, float] = {("guess", i): odds for i, odds in enumerate(prior)}
-        noise = request.noise if request.temperature > 0 else None
-        self.growth = Growth(self, Odds(PRIOR | guessed | {"pool": POOL}), request.cost, noise, block)
+        noise = context.noise if context.temperature > 0 else None
+        self.builder = DraftTreeBuilder(
+            self, AcceptanceStats(PRIOR | guessed | {"pool": POOL}), context.cost, noise, block
+        )
         self.length = 0
         self.probing = 0.0  # time that may go to probing, in steps of one row
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         self.length = len(tokens)
         before = (tokens[-2] if len(tokens) > 1 else -1, tokens[-1])
-        tree = self.growth.tree(tokens, Point(len(tokens), before, self.copies.read(tokens)))
+        tree = self.builder.tree(tokens, Point(len(tokens), before, self.copies.read(tokens)))
         return self._refill(tree, tokens, self._window(len(tree)))
 
     def observe(self, step: Step) -> None:
         emitted = step.emitted
-        self.growth.learn(emitted, len(step.tree))
+        self.builder.learn(emitted, len(step.tree))
         for i, token in enumerate(emitted):
             guess = self.guesses.get(self.length + i)
             if guess is not None:
@@ -98,14 +100,14 @@ class JacobiDrafter:
                 break
         self._remember(step)
 
-    def bets(self, state: Point) -> Sequence[Bet]:
-        bets: list[Bet] = self.copies.bets(state.places)
+    def bets(self, state: Point) -> Sequence[Candidates]:
+        bets: list[Candidates] = self.copies.bets(state.places)
         guess = self.guesses.get(state.at)
         if guess is not None:
-            bets.append(Bet(("guess", _far(state.at - self.length)), {guess: 1.0}))
+            bets.append(Candidates(("guess", _far(state.at - self.length)), {guess: 1.0}))
         pooled = self.pool.get(state.before)
         if pooled is not None:
-            bets.append(Bet("pool", {pooled: 1.0}))
+            bets.append(Candidates("pool", {pooled: 1.0}))
         return bets
 
     def follow(self, state: Point, token: int) -> Point:
@@ -124,15 +126,15 @@ class JacobiDrafter:
             if reached < LEAST or guesses + int(tokens) > self.block:
                 break
             wanted = guesses + int(tokens)
-            rate = tokens / self.growth.budget.cost(wanted)
-            if rate > best and self.growth.budget.affords(wanted):
+            rate = tokens / self.builder.budget.cost(wanted)
+            if rate > best and self.builder.budget.affords(wanted):
                 best, window = rate, wanted
         probe = min(PROBE, self.block)
         if max(rows, window) >= probe:
             return window
         self.probing += SHARE
-        extra = self.growth.budget.cost(probe) - self.growth.budget.cost(max(rows, window))
-        if extra > self.probing or not self.growth.budget.affords(probe):
+        extra = self.builder.budget.cost(probe) - self.builder.budget.cost(max(rows, window))
+        if extra > self.probing or not self.builder.budget.affords(probe):
             return window
         self.probing -= extra
         return probe

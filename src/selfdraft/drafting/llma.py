@@ -24,9 +24,9 @@ from annotated_types import Ge
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..errors import InvalidOption
-from .draft_tree import Growth, Odds
-from .method import Drafter, Request
-from .ngrams import PRIOR, Copies
+from .draft_tree import AcceptanceStats, DraftTreeBuilder
+from .method import DraftContext, Drafter
+from .ngrams import PRIOR, NgramCopies
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,31 @@ class Llma:
                 f"trigger ({self.trigger}) is above match ({self.match}): nothing would match"
             )
 
-    def drafter(self, request: Request) -> Drafter:
-        return FaithfulDrafter(self, request) if self.faithful else LlmaDrafter(self, request)
+    def drafter(self, context: DraftContext) -> Drafter:
+        return FaithfulDrafter(self, context) if self.faithful else LlmaDrafter(self, context)
 
 
 class LlmaDrafter:
-    def __init__(self, options: Llma, request: Request) -> None:
-        self.copies = Copies(request.references, request.prompt, options.trigger)
-        noise = request.noise if request.temperature > 0 else None
-        self.growth = Growth(self.copies, Odds(PRIOR), request.cost, noise, options.block or 64)
+    def __init__(self, options: Llma, context: DraftContext) -> None:
+        self.copies = NgramCopies(context.references, context.prompt, options.trigger)
+        noise = context.noise if context.temperature > 0 else None
+        self.builder = DraftTreeBuilder(
+            self.copies, AcceptanceStats(PRIOR), context.cost, noise, options.block or 64
+        )
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        return self.growth.tree(tokens, self.copies.read(tokens))
+        return self.builder.tree(tokens, self.copies.read(tokens))
 
     def observe(self, step: Step) -> None:
-        self.growth.learn(step.emitted, len(step.tree))
+        self.builder.learn(step.emitted, len(step.tree))
 
 
 class FaithfulDrafter:
-    def __init__(self, options: Llma, request: Request) -> None:
+    def __init__(self, options: Llma, context: DraftContext) -> None:
         self.shortest, self.longest = options.trigger, options.match
         self.block = options.block or 20
-        self.references = request.references or [request.prompt]
-        self.start = len(request.prompt)
+        self.references = context.references or [context.prompt]
+        self.start = len(context.prompt)
         self.index = self._read()
 
     def propose(self, tokens: Sequence[int]) -> Tree:

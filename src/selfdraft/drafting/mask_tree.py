@@ -9,7 +9,7 @@ every step, from how sure the model is here):
 
 - A candidate is a bet. Its kind is its offset and its hazard: the share of the probability that the scores
   leave after the candidates before it. How often bets of a kind win was counted when the adapter was
-  calibrated and is learned on (`worth.Odds`). The scores have the noise of sampling in them, so a kind
+  calibrated and is learned on (`worth.AcceptanceStats`). The scores have the noise of sampling in them, so a kind
   means the same at every temperature.
 - Guesses at one offset are the same under every parent, so a path's probability is a product, and nodes
   come in the order of it.
@@ -38,8 +38,8 @@ from torch import Tensor
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..errors import AdapterError
-from .draft_tree import LEAST, Budget, Odds
-from .method import Lookahead, Request
+from .draft_tree import LEAST, AcceptanceStats, Budget
+from .method import DraftContext, Lookahead
 
 WIDTH = 6  # candidates looked at per offset
 HAZARDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # bounds of the kinds
@@ -70,14 +70,14 @@ class Node(NamedTuple):
     reached: float
 
 
-def lookahead(request: Request, method: str) -> Lookahead:
+def lookahead(context: DraftContext, method: str) -> Lookahead:
     """The mask tokens of the request's model. Raises AdapterError where it has none."""
-    if request.lookahead is None or not request.lookahead.ids:
+    if context.lookahead is None or not context.lookahead.ids:
         raise AdapterError(
             f"method {method!r} drafts with an adapter, and this model came without one: give a folder "
             f"(adapter=..., --adapter), or train one with `selfdraft train {method}`"
         )
-    return request.lookahead
+    return context.lookahead
 
 
 def guesses(scores: Tensor) -> list[list[Guess]]:
@@ -105,7 +105,7 @@ class GroupDrafter:
         ]
         onward = (_known(look, ONWARD, 1, len(self.ids)) or [[FIRST] * len(self.ids)])[0]
         prior: dict[Hashable, float] = {(i, kind): p for i in offsets for kind, p in enumerate(odds[i])}
-        self.odds = Odds(prior | dict(enumerate(onward)))  # of bets; of going on through an offset
+        self.odds = AcceptanceStats(prior | dict(enumerate(onward)))  # of bets; of going on through an offset
         self.pace = [
             PACE * (1 + sum(accumulate(onward, mul))),
             PACE * self.budget.cost(2 + 3 * len(self.ids)),

@@ -59,14 +59,14 @@ class Loops:
 
 
 @dataclass(frozen=True)
-class Request:
+class DraftContext:
     """What a drafter may know of the request it drafts for.
 
     prompt: its token ids. references: token ids of texts the answer may quote. seed: for drafters
     that guess at random. temperature: of the sampling, 0 is greedy. noise: the Gumbel noise that the
     sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
-    log-probability plus noise. cost: what a step takes with so many rows of this session, measured, in
+    log-probability plus noise. cost: what a step takes with so many rows of this request, measured, in
     units of a step with one; it may change while others join and leave. lookahead: what the model's
     adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
     """
@@ -100,8 +100,8 @@ class Method(Protocol):
     A class attribute `adapted = True` says that it drafts with the mask tokens of an adapter, which the
     model must then come with. `early = True`: it drafts from picks of rows that are only part of the way
     through a looped model. Then each step is one pass through the layers (a stage), after which all rows are
-    read; those under way stay in flight, and go on if they are proposed again.
+    read; those under way stay in in_flight, and go on if they are proposed again.
     """
 
-    def drafter(self, request: Request) -> Drafter:
+    def drafter(self, context: DraftContext) -> Drafter:
         """A fresh drafter for one request."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from .draft_tree import Bet
-from .suffix_index import BORDER, Occurrences
+from .draft_tree import Candidates
+from .suffix_index import BORDER, SuffixIndex
 
 PLACES = 8  # looked at, at most; more of them gain nothing
 # How often a copied token is right after a context of 1, 2, 3-4, 5-8, 9-16, 17 and more tokens: measured
@@ -26,12 +26,12 @@ PRIOR: dict[Hashable, float] = {
 Places = Sequence[tuple[int, int]]  # place, length of the context it shares with the draft
 
 
-class Copies:
+class NgramCopies:
     """What references, a prompt and the text after it would copy (a `worth.Source`). trigger: shortest
     context that counts."""
 
     def __init__(self, references: Sequence[Sequence[int]], prompt: Sequence[int], trigger: int = 1) -> None:
-        self.occurrences = Occurrences(references, prompt)
+        self.occurrences = SuffixIndex(references, prompt)
         self.trigger = trigger
         self.length = len(prompt)
 
@@ -42,7 +42,7 @@ class Copies:
         found = self.occurrences.find(PLACES)
         return [match for match in found if match.length >= self.trigger]
 
-    def bets(self, state: Places) -> list[Bet]:
+    def bets(self, state: Places) -> list[Candidates]:
         """One bet for each size of context, the largest first."""
         if not state:
             return []
@@ -50,12 +50,12 @@ class Copies:
         tokens = [ids[place] for place, _ in state]
         size = _size(state[0][1])
         if tokens.count(tokens[0]) == len(tokens) and _size(state[-1][1]) == size:
-            return [Bet((size, True), {tokens[0]: 1.0})]
+            return [Candidates((size, True), {tokens[0]: 1.0})]
         counts: dict[int, Counter[int]] = {}
         for token, (_, length) in zip(tokens, state, strict=True):
             counts.setdefault(_size(length), Counter())[token] += 1
         return [
-            Bet((size, len(own) == 1), {token: count / own.total() for token, count in own.items()})
+            Candidates((size, len(own) == 1), {token: count / own.total() for token, count in own.items()})
             for size, own in counts.items()
         ]
 

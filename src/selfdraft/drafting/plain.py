@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .method import Request
+from .method import DraftContext
 
 
 @dataclass(frozen=True)
 class Plain:
     """One row, one token per forward."""
 
-    def drafter(self, request: Request) -> PlainDrafter:
+    def drafter(self, context: DraftContext) -> PlainDrafter:
         return PlainDrafter()
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge
 
 from .mask_tree import FixedDrafter, GroupDrafter, lookahead
-from .method import Drafter, Request
+from .method import DraftContext, Drafter
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Space:
     block: Annotated[int, Ge(1)] = 64
     faithful: bool = False
 
-    def drafter(self, request: Request) -> Drafter:
-        look = lookahead(request, self.label)
+    def drafter(self, context: DraftContext) -> Drafter:
+        look = lookahead(context, self.label)
         if self.faithful:
             return FixedDrafter(look, [(offset, offset, 0) for offset in range(len(look.ids))])
-        return GroupDrafter(look, request.cost, self.block)
+        return GroupDrafter(look, context.cost, self.block)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from annotated_types import Ge, Le
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .method import Cost, Drafter, Loops, Request
+from .method import Cost, DraftContext, Drafter, Loops
 
 CHOSEN = 32  # stages after which the spawn depth is chosen anew
 WEIGHT = 20.0  # tokens that the measured agreement counts for
@@ -42,9 +42,9 @@ class Speed:
     gate: Annotated[float, Ge(0), Le(1)] = 0.0
     block: Annotated[int, Ge(1)] = 64
 
-    def drafter(self, request: Request) -> Drafter:
-        assert request.loops is not None, "the engine lets no other model come so far"
-        return SpeedDrafter(self, Depth(request.loops, request.cost, self.spawn), request.temperature)
+    def drafter(self, context: DraftContext) -> Drafter:
+        assert context.loops is not None, "the engine lets no other model come so far"
+        return SpeedDrafter(self, Depth(context.loops, context.cost, self.spawn), context.temperature)
 
 
 class Depth:
@@ -89,7 +89,7 @@ class Depth:
 
 @dataclass
 class SpeedDrafter:
-    """grown: the tree to propose next, its rows in flight first. heard: by its rows, their picks so far."""
+    """grown: the tree to propose next, its rows in in_flight first. heard: by its rows, their picks so far."""
 
     options: Speed
     depth: Depth
@@ -105,7 +105,7 @@ class SpeedDrafter:
     def observe(self, step: Step) -> None:
         self._hear(step)
         self.depth.count()
-        if not step.flight:
+        if not step.in_flight:
             self.grown = None
             return
         kept, spawned = self._revised(step)
@@ -127,14 +127,14 @@ class SpeedDrafter:
             self.depth.learn(self.heard[row])
 
     def _revised(self, step: Step) -> tuple[list[int], list[tuple[int, int]]]:
-        """Rows that stay in flight; and those that start, each as the row it stands behind and its token."""
+        """Rows that stay in in_flight; and those that start, each as the row it stands behind and its token."""
         tree, options = step.tree, self.options
         sure = self._sure(step)
-        behind: dict[int, list[int]] = {row: [] for row in step.flight}
-        for row in step.flight[1:]:
+        behind: dict[int, list[int]] = {row: [] for row in step.in_flight}
+        for row in step.in_flight[1:]:
             behind[tree.parents[row]].append(row)
-        kept, spawned, left = [], [], {step.flight[0]}
-        for row in step.flight:
+        kept, spawned, left = [], [], {step.in_flight[0]}
+        for row in step.in_flight:
             if row not in left:
                 continue
             kept.append(row)

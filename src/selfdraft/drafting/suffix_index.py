@@ -34,7 +34,7 @@ class Match(NamedTuple):
     length: int
 
 
-class Occurrences:
+class SuffixIndex:
     """The sequence and its index. start: where the prompt begins in it; all before are references."""
 
     def __init__(self, references: Sequence[Sequence[int]], prompt: Sequence[int]) -> None:

@@ -1,13 +1,13 @@
-"""The loop. Propose, forward, pick, accept, keep, observe: for all live sessions at once.
+"""The loop. Propose, forward, pick, accept, keep, observe: for all live requests at once.
 
 Plain decoding is the method that proposes nothing. Prefill is the same forward over the prompt, its
 path forced, one call of at most 512 rows between decode steps, so that a long prompt never stalls
-the sessions that run. Sessions join (`submit`) and leave (when finished, or by `cancel`) between
-steps, with their own lengths, methods and sampling. A session may start from another's cache, as far
+the requests that run. Requests join (`submit`) and leave (when finished, or by `cancel`) between
+steps, with their own lengths, methods and sampling. A request may start from another's cache, as far
 as their tokens agree: samples of one prompt, turns of one conversation.
 
-A looped model may be driven by stages. As long as one session drafts from early picks, a step is a stage for
-all; the others' rows stay in flight, untouched, until they are done.
+A looped model may be driven by stages. As long as one request drafts from early picks, a step is a stage for
+all; the others' rows stay in in_flight, untouched, until they are done.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..drafting.method import Method, Request
+from ..drafting.method import DraftContext, Method
 from ..errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree, ModelUnsupported
 from ..models.protocol import Cache, Model, Rows
 from ..sampling.processors import Draw
 from ..sampling.sampler import Sampler
-from .request import Limits, Session
+from .request import Limits, Request
 from .step import Step
 from .tree import Tree
 
 
 class Engine:
-    """A model and the sessions that run on it."""
+    """A model and the requests that run on it."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.pool = model.pool()
-        self.sessions: list[Session] = []
-        self.kept: list[Session] = []  # ended ones whose caches are still open
+        self.requests: list[Request] = []
+        self.kept: list[Request] = []  # ended ones whose caches are still open
 
     def submit(
         self,
@@ -47,28 +47,28 @@ class Engine:
         references: Sequence[Sequence[int]] = (),
         *,
         logprobs: int | None = None,
-        start: Session | None = None,
+        start: Request | None = None,
         keep: bool = False,
-    ) -> Session:
-        """Let a session join.
+    ) -> Request:
+        """Let a request join.
 
         references: ids that drafters may copy from. logprobs: note each token's, and those of so many
-        alternatives. start: a session of this engine whose cache it uses, as far as the tokens agree: a
-        copy, or the cache itself if that session has ended and kept it. keep: do not free the cache at the
-        end, for a session that starts from it; `release` does. Raises InvalidPrompt for a prompt that is
+        alternatives. start: a request of this engine whose cache it uses, as far as the tokens agree: a
+        copy, or the cache itself if that request has ended and kept it. keep: do not free the cache at the
+        end, for a request that starts from it; `release` does. Raises InvalidPrompt for a prompt that is
         empty, too long or not of ids, InvalidReference and InvalidOption; ModelUnsupported for a method that
         drafts from early picks where the model does not share its layers.
         """
         self._check(prompt, references)
         early = check_early(method, self.model)
-        if start is not None and start not in (*self.sessions, *self.kept):
-            raise InvalidOption("start: a session of this engine that runs, or that ended with keep=True")
+        if start is not None and start not in (*self.requests, *self.kept):
+            raise InvalidOption("start: a request of this engine that runs, or that ended with keep=True")
         limits, sampler = limits or Limits(), sampler or Sampler()
         if logprobs is not None and not 0 <= logprobs <= self.model.vocab_size:
             raise InvalidOption(f"logprobs must be from 0 to {self.model.vocab_size}; got {logprobs}")
         vocabulary, device = self.model.vocab_size, self.model.device
         draw = Draw(sampler, prompt, vocabulary, device, limits.eos, limits.min_new_tokens)
-        request = Request(
+        context = DraftContext(
             tuple(prompt),
             references,
             sampler.seed,
@@ -78,10 +78,10 @@ class Engine:
             self.model.lookahead,
             self.model.loops,
         )
-        drafter = method.drafter(request)
+        drafter = method.drafter(context)
         cache = self._cache(prompt, start)
-        session = Session(
-            request.prompt,
+        request = Request(
+            context.prompt,
             drafter,
             draw,
             limits,
@@ -92,63 +92,63 @@ class Engine:
             early=early,
             loops=self.model.loops.count if self.model.loops is not None else 1,
         )
-        self.sessions.append(session)
-        return session
+        self.requests.append(request)
+        return request
 
-    def release(self, session: Session) -> None:
-        """Free the cache that an ended session kept; what was started from it goes on."""
-        if session in self.kept:
-            self.kept.remove(session)
-            session.cache.close()
+    def release(self, request: Request) -> None:
+        """Free the cache that an ended request kept; what was started from it goes on."""
+        if request in self.kept:
+            self.kept.remove(request)
+            request.cache.close()
 
-    def cancel(self, session: Session) -> None:
-        """Let a session leave before its end; what it has emitted stays readable."""
-        if session in self.sessions:
-            session.finish_reason = session.finish_reason or "cancelled"
+    def cancel(self, request: Request) -> None:
+        """Let a request leave before its end; what it has emitted stays readable."""
+        if request in self.requests:
+            request.finish_reason = request.finish_reason or "cancelled"
             self._sweep()
 
-    def run(self, session: Session) -> Iterator[Sequence[int]]:
-        """Step until a session ends; yields the tokens it gained. Leaving early cancels it."""
-        seen = len(session.prompt)
+    def run(self, request: Request) -> Iterator[Sequence[int]]:
+        """Step until a request ends; yields the tokens it gained. Leaving early cancels it."""
+        seen = len(request.prompt)
         try:
             while True:
-                if len(session.tokens) > seen:
-                    fresh, seen = session.tokens[seen:], len(session.tokens)
+                if len(request.tokens) > seen:
+                    fresh, seen = request.tokens[seen:], len(request.tokens)
                     yield fresh
-                elif session.finish_reason is not None:
+                elif request.finish_reason is not None:
                     return
                 else:
                     self.step()
         finally:
-            self.cancel(session)
+            self.cancel(request)
 
     def step(self) -> None:
-        """One prefill call if a prompt waits, then one decode step of all sessions that are ready."""
+        """One prefill call if a prompt waits, then one decode step of all requests that are ready."""
         try:
             self._prefill()
-            live = [session for session in self.sessions if session.ready]
+            live = [request for request in self.requests if request.ready]
             if live:
                 self._decode(live)
         finally:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Sessions that have ended leave."""
-        for session in [s for s in self.sessions if s.finish_reason is not None]:
-            self.sessions.remove(session)
-            if session.keep:
-                self.kept.append(session)
+        """Requests that have ended leave."""
+        for request in [s for s in self.requests if s.finish_reason is not None]:
+            self.requests.remove(request)
+            if request.keep:
+                self.kept.append(request)
             else:
-                session.cache.close()
+                request.cache.close()
 
-    def _cache(self, prompt: Sequence[int], start: Session | None) -> Cache:
-        """A cache that holds what the prompt shares with another session; the last token stays unread."""
+    def _cache(self, prompt: Sequence[int], start: Request | None) -> Cache:
+        """A cache that holds what the prompt shares with another request; the last token stays unread."""
         if start is None:
             return self.pool.open()
         pairs = zip(prompt[:-1], start.tokens[: start.cache.length], strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         shared = min(len(prompt) - 1, start.cache.length) if shared is None else shared
-        if start in self.sessions:
+        if start in self.requests:
             cache = self.pool.open()
             cache.copy(start.cache, shared)
             return cache
@@ -157,54 +157,54 @@ class Engine:
         return start.cache
 
     def _cost(self, rows: int) -> float:
-        """What a step takes in which each session that is ready has so many rows; of one row: 1."""
-        live = max(1, sum(session.ready for session in self.sessions))
+        """What a step takes in which each request that is ready has so many rows; of one row: 1."""
+        live = max(1, sum(request.ready for request in self.requests))
         return self.model.cost(rows * live) / self.model.cost(live)
 
-    def _decode(self, live: Sequence[Session]) -> None:
+    def _decode(self, live: Sequence[Request]) -> None:
         start = time.perf_counter()
-        trees = [self._checked(session.propose(), session) for session in live]
-        stages = 1 if any(session.early for session in live) else None
-        rows = self.model.forward(trees, [session.cache for session in live], stages)
-        heard = [i for i, session in enumerate(live) if session.hears(trees[i], rows.done[i])]
+        trees = [self._checked(request.propose(), request) for request in live]
+        stages = 1 if any(request.early for request in live) else None
+        rows = self.model.forward(trees, [request.cache for request in live], stages)
+        heard = [i for i, request in enumerate(live) if request.has_output(trees[i], rows.done[i])]
         if heard:
             self._take([live[i] for i in heard], [trees[i] for i in heard], rows.of(heard))
         took = time.perf_counter() - start
-        for session in live:
-            session.seconds += took
+        for request in live:
+            request.seconds += took
 
-    def _take(self, live: Sequence[Session], trees: Sequence[Tree], rows: Rows) -> None:
-        """Read the rows of these sessions, and let each have its picks."""
+    def _take(self, live: Sequence[Request], trees: Sequence[Tree], rows: Rows) -> None:
+        """Read the rows of these requests, and let each have its picks."""
         counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
         logits = self.model.head(rows, [range(count) for count in counts])
         tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
         scores = [s.draw.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]
         picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), counts)
         steps = [
-            session.advance(*mine)
-            for session, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True)
+            request.advance(*mine)
+            for request, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True)
         ]
         self._observe(live, steps, rows, counts)
 
     def _observe(
-        self, live: Sequence[Session], steps: Sequence[Step], rows: Rows, counts: Sequence[int]
+        self, live: Sequence[Request], steps: Sequence[Step], rows: Rows, counts: Sequence[int]
     ) -> None:
         """Tell the drafters, with the logits of the mask rows that the walks ended at: these rows alone, for
         with a large vocabulary the head decides the speed."""
         groups = [
-            _group(step, count) if session.finish_reason is None else []
-            for session, step, count in zip(live, steps, counts, strict=True)
+            _group(step, count) if request.finish_reason is None else []
+            for request, step, count in zip(live, steps, counts, strict=True)
         ]
         ahead: Sequence[Tensor | None] = [None] * len(live)
         if any(groups):
-            picked = [session.tokens[-1] for session in live]
+            picked = [request.tokens[-1] for request in live]
             ahead = self.model.ahead(rows, groups, picked, lambda i, *guess: live[i].draw.guess(*guess))
-        for session, step, group, logits in zip(live, steps, groups, ahead, strict=True):
-            session.observe(step, logits if group else None)
+        for request, step, group, logits in zip(live, steps, groups, ahead, strict=True):
+            request.observe(step, logits if group else None)
 
     def _prefill(self) -> None:
         """Read one call's worth of the first prompt that waits. Its path is forced: every row is kept."""
-        waiting = next((session for session in self.sessions if not session.ready), None)
+        waiting = next((request for request in self.requests if not request.ready), None)
         if waiting is None:
             return
         start = time.perf_counter()
@@ -214,12 +214,12 @@ class Engine:
         waiting.prefills += 1
         waiting.prefill_seconds += time.perf_counter() - start
 
-    def _checked(self, tree: Tree, session: Session) -> Tree:
-        """The tree, if it continues the session's text in the model's vocabulary."""
-        drafter = type(session.drafter).__name__
-        if tree.tokens[0] != session.tokens[-1]:
+    def _checked(self, tree: Tree, request: Request) -> Tree:
+        """The tree, if it continues the request's text in the model's vocabulary."""
+        drafter = type(request.drafter).__name__
+        if tree.tokens[0] != request.tokens[-1]:
             raise InvalidTree(
-                f"row 0 must carry the last token, {session.tokens[-1]}; {drafter} proposed {tree.tokens[0]}"
+                f"row 0 must carry the last token, {request.tokens[-1]}; {drafter} proposed {tree.tokens[0]}"
             )
         size, look = self.model.vocab_size, self.model.lookahead
         if min(tree.tokens) < 0 or max(tree.tokens) >= size + (len(look.ids) if look is not None else 0):

@@ -73,15 +73,15 @@ class TokenLogprob:
 
 
 @dataclass(eq=False)
-class Session:
+class Request:
     """One request under way. Root rule: once ready, cache.length == len(tokens) - 1.
 
     tokens: prompt and text so far. logprobs: of the tokens added, where they were asked for. runs: tokens
     emitted by each decode step. rows: rows those steps ran. prefills: forwards that read the prompt.
-    reused: tokens of the prompt that came with another session's cache. prefill_seconds, seconds: what the
+    reused: tokens of the prompt that came with another request's cache. prefill_seconds, seconds: what the
     engine's calls that read the prompt, and its decode steps, took; time between them belongs to others
     and is not counted. early: its drafter hears of rows that are not done; its steps are then stages, of
-    which `loops` make a forward. waiting: the tree of a drafter that does not, while it is in flight.
+    which `loops` make a forward. waiting: the tree of a drafter that does not, while it is in in_flight.
     """
 
     prompt: Sequence[int]
@@ -91,7 +91,7 @@ class Session:
     cache: Cache
     context: int
     top: int | None = None  # alternatives per token to note with its logprob; None notes nothing
-    keep: bool = False  # does the cache outlive the session?
+    keep: bool = False  # does the cache outlive the request?
     early: bool = False
     loops: int = 1
     waiting: Tree | None = None
@@ -143,13 +143,13 @@ class Session:
 
     def propose(self) -> Tree:
         """The drafter's tree, less the rows that could not be emitted any more; the same one again while it
-        is in flight."""
+        is in in_flight."""
         if self.waiting is not None:
             return self.waiting
         return self.drafter.propose(self.tokens).prune(self.room - 1)
 
-    def hears(self, tree: Tree, done: Sequence[bool]) -> bool:
-        """Is there something to say after a forward? If not, all rows stay in flight."""
+    def has_output(self, tree: Tree, done: Sequence[bool]) -> bool:
+        """Is there something to say after a forward? If not, all rows stay in in_flight."""
         if self.early or done[0]:
             self.waiting = None
             return True
@@ -161,13 +161,13 @@ class Session:
         self, tree: Tree, logits: Tensor, scores: Tensor, picks: Sequence[int], done: Sequence[bool]
     ) -> Step:
         """Take the picks of one forward: extend the text and keep the rows."""
-        walked, flight = accept(tree, picks, done)
+        walked, in_flight = accept(tree, picks, done)
         path = walked[: self._end([picks[row] for row in walked])]
-        flight = flight if len(path) == len(walked) else []
-        step = Step(tree, scores, picks, path, flight)
+        in_flight = in_flight if len(path) == len(walked) else []
+        step = Step(tree, scores, picks, path, in_flight)
         if self.top is not None:
             self.logprobs += _logprobs(logits, path, step.emitted, self.top)
-        self.cache.keep(path, flight)
+        self.cache.keep(path, in_flight)
         self.tokens += step.emitted
         self.draw.take(step.emitted)
         self.runs.append(len(path))

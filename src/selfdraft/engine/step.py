@@ -17,12 +17,12 @@ from .tree import Tree
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one session.
+    """One step of one request.
 
     tree: the rows that ran. scores: [rows, vocabulary] float32 or float64, processed logits plus the noise of
     each row's position; -inf where the sampler excludes a token; of the rows with ordinary ids, which come
     first. picks: argmax of the scores per row. path: rows accepted, root first (never empty unless row 0 is
-    still in flight). flight: rows still inside the model, whose picks are early ones; only looped models
+    still in in_flight). in_flight: rows still inside the model, whose picks are early ones; only looped models
     leave any. ahead: [masks, vocabulary], scores at the mask rows under the last accepted row: the tokens
     after the text as it stands now. None where there are no such rows, or the text has ended."""
 
@@ -30,7 +30,7 @@ class Step:
     scores: Tensor
     picks: Sequence[int]
     path: Sequence[int]
-    flight: Sequence[int]
+    in_flight: Sequence[int]
     ahead: Tensor | None = None
 
     @property
@@ -40,9 +40,9 @@ class Step:
 
 
 def accept(tree: Tree, picks: Sequence[int], done: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """Walk the tree along the model's picks; (path, flight).
+    """Walk the tree along the model's picks; (path, in_flight).
 
-    A row that is not done has no pick yet: the walk stops before it, and it stays in flight with
+    A row that is not done has no pick yet: the walk stops before it, and it stays in in_flight with
     everything below it.
     """
     path: list[int] = []

@@ -48,12 +48,12 @@ from .. import drafting
 from ..drafting.method import Method
 from ..drafting.references import spellings
 from ..engine.engine import Engine
-from ..engine.request import Limits, Session
+from ..engine.request import Limits, Request
 from ..errors import InvalidOption, InvalidPrompt
 from ..models.adapters import folder as adapter_folder
 from ..models.drive import drive
 from ..models.naming import CACHE
-from ..models.transformers import HfModel, Numerics
+from ..models.transformers import Numerics, TransformersModel
 from ..sampling.detokenizer import StopStrings, StopWatch
 from ..sampling.sampler import Sampler
 
@@ -115,7 +115,7 @@ class Hook:
     streamer: BaseStreamer | None = None
     numerics: Numerics | None = None
     adapter: str | None = None
-    _model: HfModel | None = field(default=None, init=False, repr=False)
+    _model: TransformersModel | None = field(default=None, init=False, repr=False)
 
     def __call__(
         self,
@@ -139,7 +139,7 @@ class Hook:
         if generation_config.do_sample:
             asked = {"temperature": 1.0, "seed": int(torch.randint(2**63 - 1, ())), **asked}
         engine = Engine(self._of(model))
-        sessions = [
+        requests = [
             engine.submit(
                 prompt,
                 self.method,
@@ -149,17 +149,17 @@ class Hook:
             )
             for row, prompt in enumerate(prompts)
         ]
-        self._run(engine, sessions, input_ids)
-        if any(session.finish_reason == "context" for session in sessions):
+        self._run(engine, requests, input_ids)
+        if any(request.finish_reason == "context" for request in requests):
             warnings.warn(
                 f"a text ended at the model's context of {engine.model.context} tokens", stacklevel=2
             )
-        sequences = _padded(input_ids, sessions, generation_config)
+        sequences = _padded(input_ids, requests, generation_config)
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, sequences))
         return sequences
 
-    def _of(self, model: PreTrainedModel) -> HfModel:
+    def _of(self, model: PreTrainedModel) -> TransformersModel:
         if self._model is None or self._model.loaded.model is not model:
             probed = drive(model, self.numerics)
             source = adapter_folder.chosen(self.method, self.name, probed.name, self.adapter)
@@ -175,15 +175,15 @@ class Hook:
         stop = Criteria(others, row, self.stop) if others else self.stop
         return Limits(longest, frozenset(ends), stop, min(least, longest))
 
-    def _run(self, engine: Engine, sessions: Sequence[Session], input_ids: Tensor) -> None:
-        shown = input_ids.shape[1] if self.streamer is None else len(sessions[0].prompt)
+    def _run(self, engine: Engine, requests: Sequence[Request], input_ids: Tensor) -> None:
+        shown = input_ids.shape[1] if self.streamer is None else len(requests[0].prompt)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        while engine.sessions:
+        while engine.requests:
             engine.step()
-            if self.streamer is not None and len(sessions[0].tokens) > shown:
-                self.streamer.put(torch.tensor(sessions[0].tokens[shown:]))
-                shown = len(sessions[0].tokens)
+            if self.streamer is not None and len(requests[0].tokens) > shown:
+                self.streamer.put(torch.tensor(requests[0].tokens[shown:]))
+                shown = len(requests[0].tokens)
         if self.streamer is not None:
             self.streamer.end()
 
@@ -317,10 +317,10 @@ def _check_positions(positions: Tensor | None, ids: Tensor, mask: Tensor | None)
         raise InvalidOption("position_ids of your own cannot be honoured with drafts; leave them out")
 
 
-def _padded(ids: Tensor, sessions: Sequence[Session], config: GenerationConfig) -> Tensor:
+def _padded(ids: Tensor, requests: Sequence[Request], config: GenerationConfig) -> Tensor:
     """Prompts as they came and the answers, padded on the right, [batch, length]."""
-    longest = max(len(session.emitted) for session in sessions)
+    longest = max(len(request.emitted) for request in requests)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     pad = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
-    rows = [[*s.emitted, *[pad] * (longest - len(s.emitted))] for s in sessions]
+    rows = [[*s.emitted, *[pad] * (longest - len(s.emitted))] for s in requests]
     return torch.cat([ids, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], 1)

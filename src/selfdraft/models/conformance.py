@@ -29,7 +29,7 @@ from ..errors import ModelUnsupported
 from . import attention_masks as masks
 
 if TYPE_CHECKING:
-    from .transformers import HfModel
+    from .transformers import TransformersModel
 
 HISTORY = 13  # tokens before the tree that is compared
 # The tree: bushy, and wide before its last branch, so that rows counted for positions are far off.
@@ -109,7 +109,7 @@ def context(model: PreTrainedModel) -> int:
     return most
 
 
-def staged(model: HfModel, history: Sequence[int], text: Sequence[int]) -> Tensor:
+def staged(model: TransformersModel, history: Sequence[int], text: Sequence[int]) -> Tensor:
     """Logits of a text behind a history, [tokens, vocabulary], of a looped model driven by stages: one token
     more starts at each, as long as there are any."""
     cache = model.pool().open()
@@ -127,7 +127,7 @@ def staged(model: HfModel, history: Sequence[int], text: Sequence[int]) -> Tenso
     return torch.cat(made)
 
 
-def check_tree(model: HfModel) -> None:
+def check_tree(model: TransformersModel) -> None:
     """Compare a bushy tree, over a history of more than two windows, with the model's own forward.
 
     Real windows are long, so they are made short meanwhile, if the model's own forward follows that.
@@ -150,7 +150,7 @@ def check_tree(model: HfModel) -> None:
 
 
 @contextmanager
-def _short_windows(model: HfModel) -> Iterator[None]:
+def _short_windows(model: TransformersModel) -> Iterator[None]:
     """All windows and chunks that the model's config gives are of WINDOW tokens meanwhile."""
     config = model.model.config.get_text_config()
     names = [name for name in ("sliding_window", "attention_chunk_size") if getattr(config, name, None)]
@@ -166,8 +166,8 @@ def _short_windows(model: HfModel) -> Iterator[None]:
             setattr(config, name, size)
 
 
-def _compare(model: HfModel, length: int) -> None:
-    """A tree behind a history of this length, read in two pieces and run beside another session, against
+def _compare(model: TransformersModel, length: int) -> None:
+    """A tree behind a history of this length, read in two pieces and run beside another request, against
     the model's own forward of some of the tree's branches.
 
     That is the forward with the attention the model came with, or else with the model's own code for it:
@@ -190,7 +190,7 @@ def _compare(model: HfModel, length: int) -> None:
         )
 
 
-def _check_stages(model: HfModel, text: list[int], tolerance: float) -> None:
+def _check_stages(model: TransformersModel, text: list[int], tolerance: float) -> None:
     """Compare a text run by stages with the same in whole forwards. Raises ModelUnsupported."""
     (own,) = (logits.double() for logits in _logits(model, [Tree.chain(text[5:])], [text[:5]]))
     ours = staged(model, text[:5], text[5:]).double()
@@ -199,7 +199,7 @@ def _check_stages(model: HfModel, text: list[int], tolerance: float) -> None:
         raise ModelUnsupported(f"run by stages, its logits differ by {error:.1e} of their size")
 
 
-def _error(model: HfModel, history: list[int], tree: Tree, ours: Tensor, attention: str) -> float:
+def _error(model: TransformersModel, history: list[int], tree: Tree, ours: Tensor, attention: str) -> float:
     """The largest difference of a branch, relative to the logits' size.
 
     Of each branch the middle row counts: rounding that sends a token to another expert hits one row, a
@@ -215,7 +215,7 @@ def _error(model: HfModel, history: list[int], tree: Tree, ours: Tensor, attenti
     return torch.stack(middle).max().item()
 
 
-def row_range(model: HfModel) -> RowRange:
+def row_range(model: TransformersModel) -> RowRange:
     """The row counts at which every row keeps its bits. Raises ModelUnsupported where there are none."""
     for rows in RANGES:
         if _linear_layers_keep_bits(model, rows) and _keeps_bits(model, rows):
@@ -226,7 +226,7 @@ def row_range(model: HfModel) -> RowRange:
     )
 
 
-def _linear_layers_keep_bits(model: HfModel, rows: RowRange) -> bool:
+def _linear_layers_keep_bits(model: TransformersModel, rows: RowRange) -> bool:
     """Has each row of a linear layer the same bits with as few others as there may be as with all?"""
     layers = [module for module in model.model.modules() if type(module) is torch.nn.Linear]
     shapes = {(*layer.weight.shape, layer.bias is not None, layer.weight.dtype) for layer in layers}
@@ -250,7 +250,7 @@ def _kernel_keeps_bits(
     return True
 
 
-def _keeps_bits(model: HfModel, rows: RowRange) -> bool:
+def _keeps_bits(model: TransformersModel, rows: RowRange) -> bool:
     """Do rows alone, in groups, in a tree and in a batch have the bits of one full call?"""
     model.rows = rows
     text = _tokens(model, 2 * TEXT, seed=3)
@@ -273,7 +273,7 @@ def _keeps_bits(model: HfModel, rows: RowRange) -> bool:
 
 
 def _logits(
-    model: HfModel,
+    model: TransformersModel,
     trees: Sequence[Tree],
     histories: Sequence[Sequence[int]],
     piece: int | None = None,
@@ -290,7 +290,7 @@ def _logits(
     return model.head(rows, [range(len(tree)) for tree in trees])
 
 
-def _tokens(model: HfModel, count: int, seed: int) -> list[int]:
+def _tokens(model: TransformersModel, count: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(model.vocab_size), k=count)
 
 

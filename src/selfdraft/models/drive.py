@@ -7,11 +7,11 @@ import torch
 from .loading import transformers_model
 from .looped.decoder import LoopedForCausalLM
 from .looped.stages import StagedModel
-from .transformers import HfModel, Numerics
+from .transformers import Numerics, TransformersModel
 
 
-def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> HfModel:
-    """A transformers model behind the engine's interface; see `HfModel`."""
+def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> TransformersModel:
+    """A transformers model behind the engine's interface; see `TransformersModel`."""
     inside = transformers_model(model)
     looped = isinstance(inside, LoopedForCausalLM) and inside.config.loops > 1
-    return StagedModel(model, numerics) if looped else HfModel(model, numerics)
+    return StagedModel(model, numerics) if looped else TransformersModel(model, numerics)

@@ -1,14 +1,14 @@
-"""Static key/value buffers, one lane per session.
+"""Static key/value buffers, one lane per request.
 
 Each layer has a buffer [lanes, heads, slots, dim] for keys and one for values, zeroed when made: what
 a mask hides is still multiplied by zero, and zero times NaN is NaN. For the same reason nothing that an
-adapter makes leaves a NaN there: not its prefix, not the rows of mask tokens. A session's history fills its
+adapter makes leaves a NaN there: not its prefix, not the rows of mask tokens. A request's history fills its
 lane from slot 0; a forward writes its rows right behind, and `keep` moves the accepted ones down to
 the history's end. A chain that is accepted from its root, the usual case, moves nothing.
 
-Live sessions sit in the first lanes so that attention reads a view. When one leaves, the last lane
+Live requests sit in the first lanes so that attention reads a view. When one leaves, the last lane
 takes its place: one copy per departure, none per step. A forward over lanes that are not neighbours
-(while a prompt is read beside running sessions) gathers them, which is slower and equally right.
+(while a prompt is read beside running requests) gathers them, which is slower and equally right.
 
 Buffers grow by a sixteenth at least, in blocks of slots: a slot is copied some 16 times in all, which
 is little beside the attention that reads it at every step, and little memory lies idle. In exact mode
@@ -76,7 +76,7 @@ class Layer(CacheLayerMixin):
 
 
 class Lanes(transformers.Cache):
-    """The buffers of all sessions of one engine.
+    """The buffers of all requests of one engine.
 
     dtype: what they hold; None is the model's own. prefix: per layer, keys and values that stand before
     every history, each [heads, fixed, dim]; None for a layer that keeps none. loops: passes through the
@@ -99,14 +99,14 @@ class Lanes(transformers.Cache):
         self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
         # Of the forward under way:
-        self.where: Sequence[tuple[int, int]] = ()  # lane and first free slot of each session
+        self.where: Sequence[tuple[int, int]] = ()  # lane and first free slot of each request
         self.sure: Sequence[int] = ()  # rows of each before its mask tokens
         self.start = 0  # first row, where a wide forward runs in pieces
         self.reach = 0  # slots its attention reads
 
     @torch.inference_mode()
     def open(self) -> Lane:
-        """An empty lane, zeroed: what an earlier session left there may hold a NaN."""
+        """An empty lane, zeroed: what an earlier request left there may hold a NaN."""
         self.lanes.append(self.lane(len(self.lanes)))
         for buffer in self._buffers():
             buffer[(len(self.lanes) - 1) * self.loops :, :, self.fixed :].zero_()
@@ -231,7 +231,7 @@ class Lanes(transformers.Cache):
 
 
 class Lane:
-    """One session's share of the buffers: its cache."""
+    """One request's share of the buffers: its cache."""
 
     def __init__(self, lanes: Lanes, index: int) -> None:
         self.lanes = lanes
@@ -243,8 +243,8 @@ class Lane:
         """Slots, from the first of the history on, that are in use between two forwards."""
         return self.length
 
-    def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
-        assert not flight, "an ordinary model finishes every row"
+    def keep(self, path: Sequence[int], in_flight: Sequence[int]) -> None:
+        assert not in_flight, "an ordinary model finishes every row"
         self.lanes.move(self, path)
         self.length += len(path)
 

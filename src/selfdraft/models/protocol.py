@@ -12,20 +12,20 @@ from torch import Tensor
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
 
-Guess = Callable[[int, int, Tensor], int]  # session, offset, logits [1, vocabulary] -> token
+Guess = Callable[[int, int, Tensor], int]  # request, offset, logits [1, vocabulary] -> token
 
 
 class Cache(Protocol):
-    """Keys and values of one session. Root rule: between steps length == len(tokens) - 1."""
+    """Keys and values of one request. Root rule: between steps length == len(tokens) - 1."""
 
     @property
     def length(self) -> int:
         """Tokens of the text whose keys and values are kept."""
 
-    def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
+    def keep(self, path: Sequence[int], in_flight: Sequence[int]) -> None:
         """Keep these rows of the last forward; drop the others. Costs O(len(path)).
 
-        flight: a tree of rows that are not done, behind the path. A later forward goes on with those that
+        in_flight: a tree of rows that are not done, behind the path. A later forward goes on with those that
         its tree holds too, on the same path of tokens.
         """
 
@@ -44,10 +44,10 @@ class Rows(Protocol):
 
     @property
     def done(self) -> Sequence[Sequence[bool]]:
-        """Per session, per row: has the row run through the whole model?"""
+        """Per request, per row: has the row run through the whole model?"""
 
-    def of(self, sessions: Sequence[int]) -> Rows:
-        """The rows of some of the sessions."""
+    def of(self, requests: Sequence[int]) -> Rows:
+        """The rows of some of the requests."""
 
 
 class Pool(Protocol):
@@ -94,9 +94,9 @@ class Model(Protocol):
     def ahead(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
     ) -> list[Tensor]:
-        """Logits of the mask rows asked for, as `head` gives them. tokens: per session, the one picked at the
+        """Logits of the mask rows asked for, as `head` gives them. tokens: per request, the one picked at the
         row that its mask rows stand behind. guess: what a mask will be taken to say, where the next one is
         told."""
 
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits of the rows asked for: per session [len(index), vocab_size], in the model's dtype."""
+        """Logits of the rows asked for: per request [len(index), vocab_size], in the model's dtype."""

@@ -18,7 +18,7 @@ import torch
 from ..engine.tree import Tree
 
 if TYPE_CHECKING:
-    from .transformers import HfModel
+    from .transformers import TransformersModel
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 HISTORY = 192
@@ -40,7 +40,7 @@ class StepTimes:
         return max(1.0, low + (high - low) * (rows - a) / (b - a))
 
 
-def step_times(model: HfModel) -> StepTimes:
+def step_times(model: TransformersModel) -> StepTimes:
     """Measure a model: the least of several rounds, so that a busy machine is seen through."""
     history = min(HISTORY, max(1, model.context - max(ROWS)))
     widths = [rows for rows in _widths(model.rows.least, model.rows.most) if rows + history <= model.context]
@@ -69,7 +69,7 @@ def step_times(model: HfModel) -> StepTimes:
     return StepTimes(best)
 
 
-def _tree(model: HfModel, rows: int) -> tuple[Tree, range, range]:
+def _tree(model: TransformersModel, rows: int) -> tuple[Tree, range, range]:
     """A tree of so many rows, its ordinary ones, and a group of its mask rows. With an adapter half of the
     rows carry mask tokens, as in its drafts."""
     look = model.lookahead

@@ -1,6 +1,6 @@
 """Any Hugging Face causal language model with ordinary attention, through transformers' own forward.
 
-One forward carries one tree per session: rows padded to the widest tree (a pad row repeats row 0),
+One forward carries one tree per request: rows padded to the widest tree (a pad row repeats row 0),
 positions from the depth, an additive mask built row by row from the tree, from which each kind of layers
 gets its own (`masks`). The base model runs first; the head (`head`) runs on the rows asked for, later,
 because with a large vocabulary it decides the speed.
@@ -46,18 +46,20 @@ MARK = "selfdraft_tuned"  # an entry of the config of a model whose weights were
 
 
 @dataclass(frozen=True)
-class HfRows:
-    """hidden: [rows, hidden], of all sessions. start: where those of each session begin."""
+class TransformersRows:
+    """hidden: [rows, hidden], of all requests. start: where those of each request begin."""
 
     hidden: Tensor
     start: Sequence[int]
     done: Sequence[Sequence[bool]]
 
-    def of(self, sessions: Sequence[int]) -> HfRows:
-        return HfRows(self.hidden, [self.start[i] for i in sessions], [self.done[i] for i in sessions])
+    def of(self, requests: Sequence[int]) -> TransformersRows:
+        return TransformersRows(
+            self.hidden, [self.start[i] for i in requests], [self.done[i] for i in requests]
+        )
 
 
-class HfModel:
+class TransformersModel:
     """A transformers model behind the engine's interface.
 
     model: a transformers model, or a peft model around one, its adapter at work. It stays the caller's.
@@ -115,7 +117,7 @@ class HfModel:
         prefix = self.adapter.pairs() if self.adapter is not None else ()
         return torch.float64 if self.numerics == "exact" else None, prefix
 
-    def adapted(self, adapter: Adapter) -> HfModel:
+    def adapted(self, adapter: Adapter) -> TransformersModel:
         """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
         merged into the weights first. Other weights are shared, this object and its model stay as they are.
         Raises AdapterError where a part has no place in the model."""
@@ -126,14 +128,14 @@ class HfModel:
         tuned.price = adapter.price
         return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
 
-    def learning(self, adapter: Adapter) -> HfModel:
+    def learning(self, adapter: Adapter) -> TransformersModel:
         """The same with LoRA beside the weights, gated or not, so that it can be trained."""
         model, gate = attach(self.model, adapter)
         twin = self._twin(model)
         twin.adapter, twin.lookahead, twin._gate = adapter, adapter.lookahead(self.vocab_size), gate
         return twin
 
-    def copied(self, dtype: torch.dtype) -> HfModel:
+    def copied(self, dtype: torch.dtype) -> TransformersModel:
         """The same model with weights of its own, in that dtype, which take gradients: to train all of it.
         Buffers, as rotations, stay as they are. Raises AdapterError for weights that are quantised."""
         model = copy.deepcopy(self.model)
@@ -144,7 +146,7 @@ class HfModel:
         twin.dtype = dtype
         return twin
 
-    def _twin(self, model: PreTrainedModel) -> HfModel:
+    def _twin(self, model: PreTrainedModel) -> TransformersModel:
         twin = copy.copy(self)
         twin.model = twin._given = model
         twin._times = None
@@ -164,7 +166,9 @@ class HfModel:
         ]
 
     @torch.inference_mode()
-    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> HfRows:
+    def forward(
+        self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None
+    ) -> TransformersRows:
         lanes = cast(Sequence[Lane], caches)
         order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
         width = max(len(tree) for tree in trees)
@@ -172,14 +176,14 @@ class HfModel:
         for group in self._groups(order):
             hidden.append(self._run([trees[i] for i in group], [lanes[i] for i in group], width))
         together = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        return HfRows(
+        return TransformersRows(
             together.flatten(0, 1),
             [width * order.index(i) for i in range(len(order))],
             [[True] * len(tree) for tree in trees],
         )
 
     def _groups(self, order: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Sessions that one call can have together, in order."""
+        """Requests that one call can have together, in order."""
         while order:
             count = self.rows.together(len(order))
             yield order[:count]
@@ -235,7 +239,7 @@ class HfModel:
 
     @torch.inference_mode()
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
-        logits = self.logits(_chosen(cast(HfRows, rows), index))
+        logits = self.logits(_chosen(cast(TransformersRows, rows), index))
         return list(logits.split([len(own) for own in index]))
 
     @torch.inference_mode()
@@ -250,7 +254,7 @@ class HfModel:
             live = [i for i, own in enumerate(index) if len(own) > offset]
             asked = [own[offset : offset + 1] for own in index]
             before = torch.tensor([known[i] for i in live], device=self.device)
-            logits = self.logits(self.told(_chosen(cast(HfRows, rows), asked), before))
+            logits = self.logits(self.told(_chosen(cast(TransformersRows, rows), asked), before))
             for i, row in zip(live, logits.split(1), strict=True):
                 told[i].append(row)
                 known[i] = guess(i, offset, row) if offset + 1 < len(index[i]) else -1
@@ -326,8 +330,8 @@ class HfModel:
             self.numerics, self.rows = "fast", probe.RowRange()
 
 
-def _chosen(rows: HfRows, index: Sequence[Sequence[int]]) -> Tensor:
-    """Hidden states of the rows asked for, session by session, [rows, hidden]."""
+def _chosen(rows: TransformersRows, index: Sequence[Sequence[int]]) -> Tensor:
+    """Hidden states of the rows asked for, request by request, [rows, hidden]."""
     return rows.hidden[[start + row for start, own in zip(rows.start, index, strict=True) for row in own]]
 
 

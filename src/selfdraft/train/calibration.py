@@ -17,9 +17,9 @@ from torch import Tensor
 from ..drafting import mask_tree as groups
 from ..drafting.jacobi import GUESSED, JacobiDrafter
 from ..drafting.mask_tree import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
-from ..drafting.method import Drafter, Request, free
+from ..drafting.method import DraftContext, Drafter, free
 from ..engine.request import Limits
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 from .price import answered
 from .student import IGNORED, Student
 
@@ -75,14 +75,14 @@ class Unpriced:
 
     drafters: list[JacobiDrafter] = field(default_factory=list)
 
-    def drafter(self, request: Request) -> Drafter:
-        made = JacobiDrafter(BLOCK, replace(request, cost=free))
+    def drafter(self, context: DraftContext) -> Drafter:
+        made = JacobiDrafter(BLOCK, replace(context, cost=free))
         self.drafters.append(made)
         return made
 
 
 def ahead(
-    model: HfModel, prompts: Iterable[Sequence[int]], limits: Limits
+    model: TransformersModel, prompts: Iterable[Sequence[int]], limits: Limits
 ) -> Mapping[str, Sequence[Sequence[float]]]:
     """How often the guesses of a tuned model come true, by how far ahead they stand: the mean over greedy
     answers. See `Lookahead`."""

@@ -1,7 +1,7 @@
 """Answers by the model itself: the data that draft adapters learn from.
 
 A draft is right when it is the model's own pick, so an adapter is trained on what this model says, not
-on what people wrote. So many sessions are kept alive all the time: as one ends, the next prompt joins.
+on what people wrote. So many requests are kept alive all the time: as one ends, the next prompt joins.
 What a row is depends on the model, its prompt and its index alone: the index keys whether the answer is
 greedy or drawn, and its seed. A run that stops goes on as if it had not, and rows do not depend on
 which others ran beside them (with exact numerics to the bit, with fast ones up to rounding).
@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from .._common.machine import describe
 from .._common.repetition import fresh
 from ..engine.engine import Engine
-from ..engine.request import Limits, Session
+from ..engine.request import Limits, Request
 from ..errors import InvalidOption
-from ..llm import TextGenerator
+from ..llm import LLM
 from ..models.adapters.fingerprint import fingerprint
 from ..sampling.sampler import Sampler
 from .prompts import Prompt, Prompts
@@ -69,7 +69,7 @@ class Recipe:
 @dataclass
 class Progress:
     """Of this start. tokens: generated, those cut off a loop among them. forwards: decode steps, counted for
-    each session. too_long: prompts left out, because they and an answer do not fit the context."""
+    each request. too_long: prompts left out, because they and an answer do not fit the context."""
 
     rows: int = 0
     tokens: int = 0
@@ -84,10 +84,10 @@ class Progress:
 
 @dataclass
 class Distillation:
-    """A model, what it answers and how, and where the answers go. batch: sessions alive at a time.
+    """A model, what it answers and how, and where the answers go. batch: requests alive at a time.
     limit: answer the first prompts only."""
 
-    generator: TextGenerator
+    generator: LLM
     prompts: Prompts
     recipe: Recipe
     shards: Shards
@@ -112,8 +112,8 @@ class Distillation:
         return summary
 
     def _answers(self, progress: Progress) -> Iterator[Row]:
-        """Rows as they finish: the loop over live sessions."""
-        engine, live = Engine(self.generator.model), dict[Session, int]()
+        """Rows as they finish: the loop over live requests."""
+        engine, live = Engine(self.generator.model), dict[Request, int]()
         waiting = self._waiting(progress)
         while True:
             while len(live) < self.batch and (following := next(waiting, None)) is not None:
@@ -122,10 +122,10 @@ class Distillation:
             if not live:
                 return
             engine.step()
-            for session in [session for session in live if session.finish_reason is not None]:
-                progress.tokens += session.added
-                progress.forwards += len(session.runs)
-                yield self._row(live.pop(session), session)
+            for request in [request for request in live if request.finish_reason is not None]:
+                progress.tokens += request.added
+                progress.forwards += len(request.runs)
+                yield self._row(live.pop(request), request)
 
     def _waiting(self, progress: Progress) -> Iterator[tuple[int, Sequence[int], Prompt]]:
         """Prompts without an answer, those left out that do not fit."""
@@ -139,18 +139,18 @@ class Distillation:
             else:
                 yield index, ids, prompt
 
-    def _submit(self, engine: Engine, index: int, ids: Sequence[int], prompt: Prompt) -> Session:
+    def _submit(self, engine: Engine, index: int, ids: Sequence[int], prompt: Prompt) -> Request:
         loops = Loops() if self.recipe.cut_loops else None
         limits = Limits(self.recipe.max_new_tokens, self.generator.eos, loops)
         references = self.generator.references(prompt.references)
         return engine.submit(ids, self.generator.method, self.recipe.sampler(index), limits, references)
 
-    def _row(self, index: int, session: Session) -> Row:
-        answer = list(session.emitted)
+    def _row(self, index: int, request: Request) -> Row:
+        answer = list(request.emitted)
         kept = fresh(answer) if self.recipe.cut_loops else len(answer)
-        reason = str(session.finish_reason) if kept == len(answer) else "loop"
-        sampler = session.draw.sampler
-        return Row(index, list(session.prompt), answer[:kept], sampler.temperature, sampler.seed, reason)
+        reason = str(request.finish_reason) if kept == len(answer) else "loop"
+        sampler = request.draw.sampler
+        return Row(index, list(request.prompt), answer[:kept], sampler.temperature, sampler.seed, reason)
 
     def _start(self) -> dict[str, Any]:
         """How this start goes about it: what may change rows by rounding at most."""
@@ -182,7 +182,7 @@ class Distillation:
 
 
 class Loops:
-    """An end of texts beside token ids: where they loop. See `session.Stop`."""
+    """An end of texts beside token ids: where they loop. See `request.Stop`."""
 
     def watch(self, prompt: Sequence[int]) -> LoopWatch:
         return LoopWatch()
@@ -204,7 +204,7 @@ class LoopWatch:
         return len(tokens) - 1
 
 
-def asked(generator: TextGenerator, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
+def asked(generator: LLM, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
     """All that rows depend on: no folder made with anything else is continued. Raises InvalidOption where
     there are messages, but no chat template."""
     if prompts.conversation is not None:

@@ -17,8 +17,8 @@ from .._common.repetition import fresh
 from ..drafting import create
 from ..drafting.method import Method
 from ..engine.engine import Engine
-from ..engine.request import Limits, Session
-from ..models.transformers import HfModel
+from ..engine.request import Limits, Request
+from ..models.transformers import TransformersModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Price:
     repeated: tuple[float, float]
 
 
-def price(base: HfModel, tuned: HfModel, prompts: Iterable[Sequence[int]], limits: Limits) -> Price:
+def price(
+    base: TransformersModel, tuned: TransformersModel, prompts: Iterable[Sequence[int]], limits: Limits
+) -> Price:
     """Measured on prompts of token ids."""
     sums, same, count = [0.0, 0.0], 0, 0
     texts = [list(prompt) for prompt in prompts]
@@ -55,16 +57,16 @@ def price(base: HfModel, tuned: HfModel, prompts: Iterable[Sequence[int]], limit
 
 
 def answered(
-    model: HfModel, method: Method, prompts: Iterable[Sequence[int]], limits: Limits
-) -> list[Session]:
-    """Sessions with greedy answers to prompts, all at once."""
+    model: TransformersModel, method: Method, prompts: Iterable[Sequence[int]], limits: Limits
+) -> list[Request]:
+    """Requests with greedy answers to prompts, all at once."""
     engine = Engine(model)
-    sessions = [engine.submit(prompt, method, limits=limits) for prompt in prompts]
-    while engine.sessions:
+    requests = [engine.submit(prompt, method, limits=limits) for prompt in prompts]
+    while engine.requests:
         engine.step()
-    return sessions
+    return requests
 
 
-def _repeated(model: HfModel, prompts: Sequence[Sequence[int]], limits: Limits) -> float:
+def _repeated(model: TransformersModel, prompts: Sequence[Sequence[int]], limits: Limits) -> float:
     answers = [list(one.emitted) for one in answered(model, create("plain"), prompts, limits)]
     return 1 - sum(fresh(answer) for answer in answers) / max(1, sum(map(len, answers)))

@@ -33,7 +33,7 @@ DEGENERATE = "degenerate"  # the finish reason of a row that keeps no states
 @dataclass(frozen=True)
 class Row:
     """One answer. index: which prompt it answers. prompt, answer: token ids. finish_reason: that of the
-    session, or "loop" where the answer was cut because it repeats itself. states: where its trajectory was
+    request, or "loop" where the answer was cut because it repeats itself. states: where its trajectory was
     recorded, of each block the states before the text itself; see `trajectories`."""
 
     index: int

@@ -29,7 +29,7 @@ from ..models import attention_masks as masks
 from ..models.adapters import folder as adapter_folder
 from ..models.adapters.adapter import Adapter, AdapterConfig, all_targets, linear_layers
 from ..models.kv_cache import Pair
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 
 IGNORED = -100  # the label of a mask that has no token to predict
 
@@ -43,7 +43,7 @@ class Loss:
     decay: Annotated[float, Gt(0), Le(1)] = 0.9
 
 
-def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
+def fresh(model: TransformersModel, config: AdapterConfig, seed: int = 0) -> Adapter:
     """An untrained adapter: embeddings near the mean, prefixes as large as the model's own keys and little in
     value, LoRA and sampler head that change nothing yet. Raises AdapterError where a part has no place."""
     torch.manual_seed(seed)
@@ -71,7 +71,7 @@ def fresh(model: HfModel, config: AdapterConfig, seed: int = 0) -> Adapter:
     return adapter
 
 
-def started(source: str | None, model: HfModel, config: AdapterConfig) -> Adapter | None:
+def started(source: str | None, model: TransformersModel, config: AdapterConfig) -> Adapter | None:
     """The adapter to go on from, if any, ready to be trained; of this base or of another one of its shapes,
     which this one was made from, say. Raises AdapterError for one of another kind than the config."""
     if source is None:
@@ -133,14 +133,14 @@ class Tape(transformers.Cache):
 class Student(torch.nn.Module):
     """An adapter in its model, and the loss. Its only parameters are the adapter's."""
 
-    def __init__(self, model: HfModel, adapter: Adapter, loss: Loss) -> None:
+    def __init__(self, model: TransformersModel, adapter: Adapter, loss: Loss) -> None:
         super().__init__()
         self.adapter = adapter
         self.loss = loss
         self._model = [model.adapted(adapter)]  # in a list: the frozen weights are no part of this module
 
     @property
-    def model(self) -> HfModel:
+    def model(self) -> TransformersModel:
         return self._model[0]
 
     def dense(self) -> list[torch.nn.Parameter]:

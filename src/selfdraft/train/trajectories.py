@@ -25,11 +25,11 @@ from annotated_types import Ge
 
 from .._common.repetition import fresh
 from ..drafting.jacobi import FaithfulDrafter
-from ..drafting.method import Drafter, Request
-from ..engine.request import Limits, Session
+from ..drafting.method import DraftContext, Drafter
+from ..engine.request import Limits, Request
 from ..engine.step import Step
 from ..engine.tree import Tree
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 from .distill import Distillation, Progress
 from .price import answered
 from .shards import DEGENERATE, Row
@@ -44,17 +44,17 @@ class Recorded:
 
     block: Annotated[int, Ge(2)] = 16
 
-    def drafter(self, request: Request) -> Drafter:
-        return Recorder(self.block, request)
+    def drafter(self, context: DraftContext) -> Drafter:
+        return Recorder(self.block, context)
 
 
 class Recorder:
     """blocks: of each its states, the first one drawn, the last one the text."""
 
-    def __init__(self, block: int, request: Request) -> None:
-        filler = request.lookahead.filler if request.lookahead is not None else None
-        self.inner = FaithfulDrafter(block, random.Random(request.seed), filler)
-        self.dice = random.Random(f"{request.seed} last")  # its own: `inner` draws what it would draw alone
+    def __init__(self, block: int, context: DraftContext) -> None:
+        filler = context.lookahead.filler if context.lookahead is not None else None
+        self.inner = FaithfulDrafter(block, random.Random(context.seed), filler)
+        self.dice = random.Random(f"{context.seed} last")  # its own: `inner` draws what it would draw alone
         self.blocks: list[list[State]] = []
         self.known: list[int] = []  # the right prefix of the block
 
@@ -100,9 +100,9 @@ class Recording(Distillation):
 
     augment: bool = False
 
-    def _row(self, index: int, session: Session) -> Row:
-        row = super()._row(index, session)
-        recorder, method = session.drafter, self.generator.method
+    def _row(self, index: int, request: Request) -> Row:
+        row = super()._row(index, request)
+        recorder, method = request.drafter, self.generator.method
         assert isinstance(recorder, Recorder)
         assert isinstance(method, Recorded)
         if degenerate(row, method.block):
@@ -175,13 +175,13 @@ def _count(right: Sequence[Sequence[bool]]) -> tuple[int, int, int, int]:
 
 
 def watch(
-    model: HfModel, prompts: Iterable[Sequence[int]], block: int, limits: Limits
+    model: TransformersModel, prompts: Iterable[Sequence[int]], block: int, limits: Limits
 ) -> list[dict[str, Any]]:
     """Greedy answers to prompts with their trajectories, all at once."""
     rows = []
-    for session in answered(model, Recorded(block), prompts, limits):
-        assert isinstance(session.drafter, Recorder)
-        answer = list(session.emitted)
+    for request in answered(model, Recorded(block), prompts, limits):
+        assert isinstance(request.drafter, Recorder)
+        answer = list(request.emitted)
         answer = answer[: fresh(answer)]
-        rows.append({"answer": answer, "states": states(session.drafter.blocks, answer, block)})
+        rows.append({"answer": answer, "states": states(request.drafter.blocks, answer, block)})
     return rows

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..engine.tree import Tree
 from ..models import attention_masks as masks
 from ..models.adapters.adapter import Adapter
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 from .student import IGNORED, Tape
 
 NO_ROW = -1
@@ -54,7 +54,9 @@ class TunedStudent(torch.nn.Module):
     """A model that learns, and the losses. Its parameters are the adapter's, or with `full` all weights
     too."""
 
-    def __init__(self, model: HfModel, adapter: Adapter, loss: TunedLoss, full: bool = False) -> None:
+    def __init__(
+        self, model: TransformersModel, adapter: Adapter, loss: TunedLoss, full: bool = False
+    ) -> None:
         super().__init__()
         self.adapter, self.loss = adapter, loss
         self.lowered = full and model.dtype in (torch.bfloat16, torch.float16)
@@ -64,17 +66,17 @@ class TunedStudent(torch.nn.Module):
         self._models = [model, learner, learner.learning(adapter)]
 
     @property
-    def base(self) -> HfModel:
+    def base(self) -> TransformersModel:
         """As it was before."""
         return self._models[0]
 
     @property
-    def learner(self) -> HfModel:
+    def learner(self) -> TransformersModel:
         """The model whose weights learn, without the adapter."""
         return self._models[1]
 
     @property
-    def model(self) -> HfModel:
+    def model(self) -> TransformersModel:
         """The same with the adapter."""
         return self._models[2]
 
@@ -205,7 +207,7 @@ def astray(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tenso
     return found
 
 
-def _run(model: HfModel, grown: Sequence[Tree], width: int, adapter: Adapter | None) -> Tensor:
+def _run(model: TransformersModel, grown: Sequence[Tree], width: int, adapter: Adapter | None) -> Tensor:
     """Hidden states of trees without a history, [lanes, width, hidden]."""
     fixed = adapter.config.prefix if adapter is not None else 0
     laid = model.layout(grown, [0] * len(grown), width, fixed + width)

@@ -23,7 +23,7 @@ from ..models.adapters.adapter import Adapter, AdapterConfig
 from ..models.adapters.fingerprint import fingerprint
 from ..models.drive import drive
 from ..models.loading import load_pretrained
-from ..models.transformers import MARK, HfModel
+from ..models.transformers import MARK, TransformersModel
 from . import card, run, shards
 from .calibration import ahead, calibrate
 from .distill import tokenizer_sha256
@@ -171,7 +171,7 @@ def _block(manifest: Mapping[str, Any]) -> int:
     return int(manifest["asked"].get("block", 0))
 
 
-def _collate(plan: TunedPlan, model: HfModel, manifest: Mapping[str, Any]) -> Collate:
+def _collate(plan: TunedPlan, model: TransformersModel, manifest: Mapping[str, Any]) -> Collate:
     prompts = plan.loss.keep == "base"  # as published, what people wrote is not learned again
     cut = Batches(plan.schedule.length, plan.schedule.anchors, max(1, plan.config.masks))
     if plan.noise is not None:
@@ -179,7 +179,7 @@ def _collate(plan: TunedPlan, model: HfModel, manifest: Mapping[str, Any]) -> Co
     return Masked(cut, range(model.vocab_size, model.vocab_size + plan.config.masks), prompts)
 
 
-def _finished(plan: TunedPlan, student: TunedStudent) -> HfModel:
+def _finished(plan: TunedPlan, student: TunedStudent) -> TransformersModel:
     """The tuned model as it will be loaded: rounded as it is stored, LoRA merged."""
     student.requires_grad_(False)
     if not plan.full:
@@ -192,7 +192,7 @@ def _finished(plan: TunedPlan, student: TunedStudent) -> HfModel:
 
 
 def _calibrated(
-    plan: TunedPlan, tuned: HfModel, adapter: Adapter, held_out: Any
+    plan: TunedPlan, tuned: TransformersModel, adapter: Adapter, held_out: Any
 ) -> Sequence[Sequence[float]]:
     """The masks' accuracy by offset and rank; their odds go into the adapter."""
     student = Student(tuned.base, adapter.drafting(), Loss())
@@ -206,8 +206,8 @@ def _calibrated(
 
 def _save(
     plan: TunedPlan,
-    model: HfModel,
-    tuned: HfModel,
+    model: TransformersModel,
+    tuned: TransformersModel,
     adapter: Adapter,
     tokenizer: Any,
     about: Mapping[str, Any],

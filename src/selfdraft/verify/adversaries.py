@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..drafting.method import Request
+from ..drafting.method import DraftContext
 from ..engine.step import Step
 from ..engine.tree import Tree
 
@@ -19,8 +19,8 @@ class Garbage:
     rows: int = 12
     vocabulary: int = 320
 
-    def drafter(self, request: Request) -> GarbageDrafter:
-        return GarbageDrafter(self, random.Random(request.seed))
+    def drafter(self, context: DraftContext) -> GarbageDrafter:
+        return GarbageDrafter(self, random.Random(context.seed))
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Oracle:
     depth: int = 6
     vocabulary: int = 320
 
-    def drafter(self, request: Request) -> OracleDrafter:
-        return OracleDrafter(self, len(request.prompt), random.Random(request.seed))
+    def drafter(self, context: DraftContext) -> OracleDrafter:
+        return OracleDrafter(self, len(context.prompt), random.Random(context.seed))
 
 
 @dataclass
@@ -79,7 +79,7 @@ class OracleDrafter:
 
 @dataclass
 class Restless:
-    """Drafts from early picks of a looped model, and never leaves what is in flight alone: it drops some of
+    """Drafts from early picks of a looped model, and never leaves what is in in_flight alone: it drops some of
     it, puts the rest in another order, hangs early picks, right tokens and random ones under any row, starts
     anew."""
 
@@ -88,8 +88,8 @@ class Restless:
     rows: int = 10
     vocabulary: int = 320
 
-    def drafter(self, request: Request) -> RestlessDrafter:
-        return RestlessDrafter(self, len(request.prompt), random.Random(request.seed))
+    def drafter(self, context: DraftContext) -> RestlessDrafter:
+        return RestlessDrafter(self, len(context.prompt), random.Random(context.seed))
 
 
 @dataclass
@@ -119,10 +119,10 @@ class RestlessDrafter:
     options: Restless
     start: int
     dice: random.Random
-    flight: Draft | None = field(default=None)
+    in_flight: Draft | None = field(default=None)
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        dice, known = self.dice, self.flight
+        dice, known = self.dice, self.in_flight
         if known is None or dice.random() < 0.1:
             known = Draft([tokens[-1]], [-1], [None])
         if len(known.tokens) > 1 and dice.random() < 0.25:
@@ -142,7 +142,7 @@ class RestlessDrafter:
     def observe(self, step: Step) -> None:
         picks: list[int | None] = list(step.picks)
         whole = Draft(list(step.tree.tokens), list(step.tree.parents), picks)
-        self.flight = whole.take(step.flight) if step.flight else None
+        self.in_flight = whole.take(step.in_flight) if step.in_flight else None
 
     def _shuffled(self, rows: Draft) -> list[int]:
         """All rows in another order, parents first."""

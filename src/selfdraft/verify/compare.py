@@ -1,6 +1,6 @@
 """Drafted against plain, token by token, past the first difference.
 
-Where a drafted text leaves the plain one, the difference is noted and the drafted session starts again
+Where a drafted text leaves the plain one, the difference is noted and the drafted request starts again
 from the plain text up to there, so that every token of the plain text is compared in the same context.
 The noise is keyed by position, hence the same after the restart.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..drafting import create
-from ..drafting.method import Method, Request
+from ..drafting.method import DraftContext, Method
 from ..engine.engine import Engine
-from ..engine.request import Limits, Session
+from ..engine.request import Limits, Request
 from ..engine.step import Step
 from ..engine.tree import Tree
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 from ..sampling.processors import Draw
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle
@@ -72,22 +72,22 @@ class Comparison:
     differences: Sequence[Difference]
 
 
-Check = Callable[[HfModel, Case, Sequence[int]], Comparison]
+Check = Callable[[TransformersModel, Case, Sequence[int]], Comparison]
 
 
-def answer(model: HfModel, method: Method, case: Case) -> Sequence[int]:
+def answer(model: TransformersModel, method: Method, case: Case) -> Sequence[int]:
     """The tokens that a method emits, alone in an engine."""
     engine = Engine(model)
-    session = engine.submit(case.prompt, method, case.sampler, case.limits, case.references)
-    for _ in engine.run(session):
+    request = engine.submit(case.prompt, method, case.sampler, case.limits, case.references)
+    for _ in engine.run(request):
         pass
-    return session.emitted
+    return request.emitted
 
 
 def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
     """The check that a method's text is plain's. make: the method, given plain's text."""
 
-    def check(model: HfModel, case: Case, plain: Sequence[int]) -> Comparison:
+    def check(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
         method = make(plain)
 
         def again(start: int) -> Sequence[int]:
@@ -98,7 +98,7 @@ def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
     return check
 
 
-def ends(model: HfModel, case: Case, plain: Sequence[int]) -> Comparison:
+def ends(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
     """Texts that end inside a draft, at tokens that plain's text holds, end where plain's would."""
     dice = random.Random(case.sampler.seed)
     found: list[Difference] = []
@@ -115,12 +115,12 @@ def ends(model: HfModel, case: Case, plain: Sequence[int]) -> Comparison:
 
 
 def batch(
-    model: HfModel, method: Method, cases: Sequence[Case], plains: Sequence[Sequence[int]]
+    model: TransformersModel, method: Method, cases: Sequence[Case], plains: Sequence[Sequence[int]]
 ) -> list[Comparison]:
     """All cases in one engine, four at a time, the method and others mixed; against their texts alone."""
     engine = Engine(model)
     waiting = list(range(len(cases)))
-    joined: dict[int, Session] = {}
+    joined: dict[int, Request] = {}
     kinds: list[Callable[[Sequence[int]], Method]] = [
         lambda _: method,
         lambda _: create("plain"),
@@ -128,8 +128,8 @@ def batch(
         lambda plain: Oracle(plain, vocabulary=model.vocab_size),
         lambda _: Garbage(vocabulary=model.vocab_size),
     ]
-    while waiting or engine.sessions:
-        if waiting and len(engine.sessions) < 4:
+    while waiting or engine.requests:
+        if waiting and len(engine.requests) < 4:
             i = waiting.pop()
             case, chosen = cases[i], kinds[i % len(kinds)](plains[i])
             joined[i] = engine.submit(case.prompt, chosen, case.sampler, case.limits, case.references)
@@ -138,7 +138,11 @@ def batch(
 
 
 def follow(
-    check: str, model: HfModel, case: Case, plain: Sequence[int], again: Callable[[int], Sequence[int]]
+    check: str,
+    model: TransformersModel,
+    case: Case,
+    plain: Sequence[int],
+    again: Callable[[int], Sequence[int]],
 ) -> Comparison:
     """Compare with plain's text; `again(start)` gives the other text behind plain's first `start` tokens."""
     found: list[Difference] = []
@@ -155,7 +159,7 @@ class _Watch:
 
     scores: Tensor
 
-    def drafter(self, request: Request) -> _Watch:
+    def drafter(self, context: DraftContext) -> _Watch:
         return self
 
     def propose(self, tokens: Sequence[int]) -> Tree:
@@ -165,14 +169,16 @@ class _Watch:
         self.scores = step.scores[0]
 
 
-def logits_after(model: HfModel, case: Case, text: Sequence[int]) -> Tensor:
+def logits_after(model: TransformersModel, case: Case, text: Sequence[int]) -> Tensor:
     """Logits of the token behind prompt and text, by plain decoding started afresh, [vocabulary]."""
     watch = _Watch()
     answer(model, watch, replace(_from(case, text, len(text)), sampler=Sampler(), limits=Limits(1)))
     return watch.scores  # greedy scores are the logits
 
 
-def _first(check: str, model: HfModel, case: Case, plain: Sequence[int], other: Sequence[int]) -> Comparison:
+def _first(
+    check: str, model: TransformersModel, case: Case, plain: Sequence[int], other: Sequence[int]
+) -> Comparison:
     length = max(len(plain), len(other))
     at = next((i for i in range(length) if _at(plain, i) != _at(other, i)), None)
     if at is None:
@@ -181,7 +187,7 @@ def _first(check: str, model: HfModel, case: Case, plain: Sequence[int], other: 
 
 
 def _difference(
-    check: str, model: HfModel, case: Case, plain: Sequence[int | None], at: int, got: int | None
+    check: str, model: TransformersModel, case: Case, plain: Sequence[int | None], at: int, got: int | None
 ) -> Difference:
     expected = _at(plain, at)
     before = [token for token in plain[:at] if token is not None]

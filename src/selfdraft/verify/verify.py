@@ -2,7 +2,7 @@
 
 Texts of the method, of a drafter that proposes garbage and of a bushy tree with decoys are compared with
 plain decoding, alone and in a mixed batch, greedy and sampled, and cut at tokens inside them; those of a
-looped model also with a drafter that never leaves what is in flight alone. An adapter is
+looped model also with a drafter that never leaves what is in in_flight alone. An adapter is
 in the model throughout, but for plain decoding, which is compared with Hugging Face's `generate`. Each
 difference is judged:
 
@@ -32,10 +32,10 @@ from ..drafting import create
 from ..drafting.method import Method
 from ..engine.request import Limits
 from ..errors import ModelUnsupported
-from ..llm import TextGenerator
+from ..llm import LLM
 from ..models.drive import drive
 from ..models.naming import CACHE
-from ..models.transformers import HfModel
+from ..models.transformers import TransformersModel
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle, Restless
 from .compare import Case, Check, Comparison, Difference, answer, batch, drafted, ends, follow, logits_after
@@ -90,7 +90,7 @@ class Verification:
 
 
 def verify(
-    generator: TextGenerator,
+    generator: LLM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 48,
     seeds: int = 2,
@@ -132,7 +132,7 @@ def verify(
     return Verification(judged, generate, fits(logits, seed), noise)
 
 
-def _checks(method: Method, model: HfModel) -> dict[str, Check]:
+def _checks(method: Method, model: TransformersModel) -> dict[str, Check]:
     vocabulary = model.vocab_size
     checks: dict[str, Check] = {
         "method": drafted("method", lambda plain: method),
@@ -146,7 +146,7 @@ def _checks(method: Method, model: HfModel) -> dict[str, Check]:
 
 
 @torch.inference_mode()
-def row_noise(model: HfModel, texts: Sequence[Sequence[int]], most: int = 8) -> float:
+def row_noise(model: TransformersModel, texts: Sequence[Sequence[int]], most: int = 8) -> float:
     """Largest difference between transformers' logits of a token read with the whole text and alone.
 
     On the texts that are compared, prompt and answer, of which it takes `most` or so, spread evenly.
@@ -157,7 +157,7 @@ def row_noise(model: HfModel, texts: Sequence[Sequence[int]], most: int = 8) -> 
         return max(_noise_of(model, text) for text in texts[:: max(1, len(texts) // most)])
 
 
-def _noise_of(model: HfModel, text: Sequence[int]) -> float:
+def _noise_of(model: TransformersModel, text: Sequence[int]) -> float:
     ids = torch.tensor([list(text)], device=model.device)
     whole = model.model(input_ids=ids, use_cache=False).logits[0]
     cache, alone = None, []
@@ -169,7 +169,7 @@ def _noise_of(model: HfModel, text: Sequence[int]) -> float:
 
 
 @contextmanager
-def _their_attention(model: HfModel) -> Iterator[None]:
+def _their_attention(model: TransformersModel) -> Iterator[None]:
     """Let the attention that the model came with run meanwhile, without the defaults of the model's
     generation config, which may bring processors that nobody asked for."""
     config, model.model.generation_config = model.model.generation_config, GenerationConfig()
@@ -180,7 +180,7 @@ def _their_attention(model: HfModel) -> Iterator[None]:
         model.model.generation_config = config
 
 
-def _generated(model: HfModel, case: Case, plain: Sequence[int]) -> Comparison:
+def _generated(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
     """Plain's text against that of transformers' `generate`, greedy and cached."""
 
     def again(start: int) -> Sequence[int]:
@@ -201,11 +201,11 @@ def _generated(model: HfModel, case: Case, plain: Sequence[int]) -> Comparison:
 class _Twin:
     """The same model in float64, made when it is first needed."""
 
-    def __init__(self, model: HfModel) -> None:
+    def __init__(self, model: TransformersModel) -> None:
         self._of = model
-        self._made: HfModel | None = None
+        self._made: TransformersModel | None = None
 
-    def model(self) -> HfModel:
+    def model(self) -> TransformersModel:
         if self._made is None:
             made = drive(copy.deepcopy(self._of.base.model).double(), "fast")
             adapter = self._of.adapter
@@ -237,7 +237,7 @@ def _repeat(check: Check, pairs: Sequence[tuple[Case, Comparison]], twin: _Twin)
 
 
 def _batch_again(method: Method, cases: Sequence[Case], twin: _Twin) -> bool:
-    """Does the whole batch differ from its sessions alone in float64?"""
+    """Does the whole batch differ from its requests alone in float64?"""
     model, plain = twin.model(), create("plain")
     plains = [answer(model.base, plain, case) for case in cases]
     return any(comparison.differences for comparison in batch(model, method, cases, plains))

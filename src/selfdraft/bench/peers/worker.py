@@ -35,7 +35,7 @@ def main() -> None:
     with suppress(ValueError):
         sys.path.remove(os.path.dirname(os.path.realpath(__file__)))  # its vllm.py is not vLLM
     out = own_output()
-    asked = requests()
+    asked = contexts()
     given = runpy.run_path(sys.argv[1])
     try:
         versions = given["versions"]()
@@ -55,7 +55,7 @@ def own_output() -> TextIO:
     return out
 
 
-def requests() -> queue.SimpleQueue[str]:
+def contexts() -> queue.SimpleQueue[str]:
     """Lines of standard input as they come. The process ends with them."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 

@@ -21,7 +21,7 @@ from ..._common import options
 from ...drafting.method import Lookahead, Method
 from ...errors import AdapterError, InvalidOption
 from ..loading import EMBEDDED
-from ..transformers import HfModel
+from ..transformers import TransformersModel
 from .adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from .fingerprint import fingerprint
 
@@ -45,7 +45,7 @@ def chosen(method: Method, label: str, name: str, given: str | None) -> str | No
     return source
 
 
-def fit(model: HfModel, method: Method, label: str, source: str | None) -> HfModel:
+def fit(model: TransformersModel, method: Method, label: str, source: str | None) -> TransformersModel:
     """A model with that adapter. Raises AdapterError where it lacks what the method needs, or would do
     nothing."""
     if source is None:
@@ -62,7 +62,7 @@ def fit(model: HfModel, method: Method, label: str, source: str | None) -> HfMod
     return model.adapted(adapter)
 
 
-def load(source: str, model: HfModel, bound: bool = True) -> Adapter:
+def load(source: str, model: TransformersModel, bound: bool = True) -> Adapter:
     """The adapter of an embedded name, a folder or a hub id, for a model, in its dtype. bound: refuse one
     that was trained for another base; not so where it is only to be trained on.
 
@@ -87,7 +87,12 @@ def load(source: str, model: HfModel, bound: bool = True) -> Adapter:
 
 
 def save(
-    folder: Path, adapter: Adapter, model: HfModel, method: str, base_name: str, about: Mapping[str, Any]
+    folder: Path,
+    adapter: Adapter,
+    model: TransformersModel,
+    method: str,
+    base_name: str,
+    about: Mapping[str, Any],
 ) -> None:
     """Write an adapter of a model, in bfloat16. about: what else the config shall say under "selfdraft"."""
     config = adapter.config

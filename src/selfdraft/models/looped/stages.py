@@ -4,7 +4,7 @@ arXiv 2310.12072).
 A stage takes every row that is under way once through the group of layers, each from the depth it has
 reached. The linear layers see one batch of rows, so the weights are read once for all of them. Attention
 differs by depth: a row reads the keys and values that its history and ancestors left in the same pass. Each
-lane of the cache has a sheet per pass, and a stage is one ordinary forward of the group over [sessions *
+lane of the cache has a sheet per pass, and a stage is one ordinary forward of the group over [requests *
 loops] of them, a row standing in the sheet of the pass that it is about to make. Sheets in which no row
 stands carry one row that nobody reads: so the shape is the same at every stage, and the buffers are read by
 view.
@@ -33,7 +33,7 @@ from ...engine.tree import Tree
 from ...errors import InvalidTree, ModelUnsupported
 from ..kv_cache import Lane, Lanes, pick
 from ..protocol import Cache
-from ..transformers import HfModel, HfRows
+from ..transformers import TransformersModel, TransformersRows
 from .decoder import LoopedModel
 
 
@@ -58,26 +58,26 @@ class Flight:
 class StageLane(Lane):
     """A lane that knows what is under way behind its history."""
 
-    flight: Flight | None = None
+    in_flight: Flight | None = None
 
     @property
     def held(self) -> int:
-        return self.length + (len(self.flight.tree) if self.flight is not None else 0)
+        return self.length + (len(self.in_flight.tree) if self.in_flight is not None else 0)
 
-    def keep(self, path: Sequence[int], flight: Sequence[int]) -> None:
-        rows = [*path, *flight]
+    def keep(self, path: Sequence[int], in_flight: Sequence[int]) -> None:
+        rows = [*path, *in_flight]
         self.lanes.move(self, rows)
         self.length += len(path)
-        self.flight = self.flight.take(flight) if self.flight is not None and flight else None
+        self.in_flight = self.in_flight.take(in_flight) if self.in_flight is not None and in_flight else None
 
     def cut(self, length: int) -> None:
         super().cut(length)
-        self.flight = None
+        self.in_flight = None
 
     def begin(self, tree: Tree, embed: Callable[[Sequence[int]], Tensor]) -> Flight:
         """The rows of a tree, each as far as it has come. embed: tokens to where they start, [rows,
         hidden]."""
-        held = self.flight
+        held = self.in_flight
         same = matches(tree, held.tree) if held is not None else {}
         new = [row for row in range(len(tree)) if row not in same]
         passes = [0] * len(tree)
@@ -93,8 +93,8 @@ class StageLane(Lane):
             states = torch.cat([kept, states]) if new else kept
             if [*same, *new] != list(range(len(tree))):
                 states = states[_inverse([*same, *new])]
-        self.flight = Flight(tree, passes, states)
-        return self.flight
+        self.in_flight = Flight(tree, passes, states)
+        return self.in_flight
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
@@ -149,7 +149,7 @@ class StageLanes(Lanes):
 class Stage:
     """What one stage runs. sheets: of the buffers, ascending. most: rows that count in one of them. hidden:
     [sheets, width, size]. positions, slots: [sheets, width]. seen: additive mask, [sheets, 1, width, slots].
-    places: of the rows that count, in [sheets * width], session by session."""
+    places: of the rows that count, in [sheets * width], request by request."""
 
     sheets: Sequence[int]
     most: int
@@ -160,7 +160,7 @@ class Stage:
     places: Tensor
 
 
-class StagedModel(HfModel):
+class StagedModel(TransformersModel):
     """A looped model behind the engine's interface: whole forwards as any other model, and stages."""
 
     @property
@@ -179,28 +179,30 @@ class StagedModel(HfModel):
         return StageLanes(*self._stored(), loops=config.loops, unique=config.unique_layers)
 
     @torch.inference_mode()
-    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> HfRows:
+    def forward(
+        self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None
+    ) -> TransformersRows:
         lanes = [lane for lane in caches if isinstance(lane, StageLane)]
-        if stages is None and all(lane.flight is None for lane in lanes):
+        if stages is None and all(lane.in_flight is None for lane in lanes):
             return super().forward(trees, caches)
         if len(lanes) < len(caches):
             raise ModelUnsupported("stages do not go together with an adapter's mask tokens")
         loops = self.model.config.loops
         flights = [self._begin(tree, lane) for tree, lane in zip(trees, lanes, strict=True)]
         for _ in range(min(stages or loops, loops)):
-            if all(made == loops for flight in flights for made in flight.passes):
+            if all(made == loops for in_flight in flights for made in in_flight.passes):
                 break
             self._advance(flights, lanes)
         start = [sum(len(tree) for tree in trees[:i]) for i in range(len(trees))]
-        states = torch.cat([flight.states for flight in flights])
-        done = [[made == loops for made in flight.passes] for flight in flights]
-        return HfRows(self._group.readout(states), start, done)
+        states = torch.cat([in_flight.states for in_flight in flights])
+        done = [[made == loops for made in in_flight.passes] for in_flight in flights]
+        return TransformersRows(self._group.readout(states), start, done)
 
     def _begin(self, tree: Tree, lane: StageLane) -> Flight:
         last = lane.length + max(tree.depth)
         if last >= self.context:
             raise InvalidTree(
-                f"a row in flight stands at position {last}; the model's context is {self.context}"
+                f"a row in in_flight stands at position {last}; the model's context is {self.context}"
             )
         embedding = self.model.get_input_embeddings()
         return lane.begin(tree, lambda tokens: embedding(torch.tensor(tokens, device=self.device)))
@@ -211,17 +213,17 @@ class StagedModel(HfModel):
         flights, lanes = [flights[i] for i in order], [lanes[i] for i in order]
         pool = cast(StageLanes, lanes[0].lanes)
         loops = self.model.config.loops
-        spots = [_spots(flight.tree.parents, tuple(flight.passes), loops) for flight in flights]
+        spots = [_spots(in_flight.tree.parents, tuple(in_flight.passes), loops) for in_flight in flights]
         stage = self._stage(flights, lanes, spots, pool)
         out = self._run_stage(stage, pool).flatten(0, 1)[stage.places]
         parts = out.split([len(own.rows) for own in spots])
-        for flight, own, states in zip(flights, spots, parts, strict=True):
-            if len(own.rows) == len(flight.tree):
-                flight.states = states
+        for in_flight, own, states in zip(flights, spots, parts, strict=True):
+            if len(own.rows) == len(in_flight.tree):
+                in_flight.states = states
             else:
-                flight.states[own.rows] = states
+                in_flight.states[own.rows] = states
             for row in own.rows:
-                flight.passes[row] += 1
+                in_flight.passes[row] += 1
 
     def _stage(
         self,
@@ -230,13 +232,13 @@ class StagedModel(HfModel):
         spots: Sequence[Spots],
         pool: StageLanes,
     ) -> Stage:
-        """Lay the rows out: each in the sheet of its next pass, behind those of its session already there."""
+        """Lay the rows out: each in the sheet of its next pass, behind those of its request already there."""
         loops, dtype = self.model.config.loops, pool.dtype or self.dtype
         sheets = [lane.index * loops + loop for lane in lanes for loop in range(loops)]
         most = max(own.most for own in spots)
         width = max(self.rows.pieces(most, b - a)[-1][1] for a, b in self._calls(len(sheets)))
         firsts = [pool.fixed + lane.length for lane in lanes]
-        ends = [first + len(flight.tree) for first, flight in zip(firsts, flights, strict=True)]
+        ends = [first + len(in_flight.tree) for first, in_flight in zip(firsts, flights, strict=True)]
         reach = pool.extend(max(ends) + width)
         # What carries no row writes behind the tree, and is read by nobody.
         slots = torch.tensor(ends).repeat_interleave(loops)[:, None] + torch.arange(width)
@@ -296,7 +298,7 @@ class StagedModel(HfModel):
 
 @dataclass(frozen=True)
 class Spots:
-    """Where the rows of a session go that are under way; all but `rows` and `most` are tensors, one entry a
+    """Where the rows of a request go that are under way; all but `rows` and `most` are tensors, one entry a
     row.
 
     rows: which rows of the tree they are, as order. sheet: the passes that each has made. rank: its place
