@@ -11,7 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 BIN := .venv/bin
-SOURCES := src tests recipes benchmarks scripts
+SOURCES := src tests benchmarks scripts
 
 # Another build or version is another installation.
 INSTALLED := .venv/installed-$(subst =,-,$(TORCH)-$(TRANSFORMERS))

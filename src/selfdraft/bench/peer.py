@@ -77,7 +77,7 @@ class Process:
                 stderr=self.errors,
                 text=True,
                 env={**os.environ, **environment},
-                start_new_request=True,  # Ctrl-C is for us: we end it
+                start_new_session=True,  # Ctrl-C is for us: we end it
             )
         except OSError as error:
             self.errors.close()

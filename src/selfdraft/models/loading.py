@@ -18,7 +18,7 @@ from transformers import (
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
 
-EMBEDDED = {name: Path(__file__).parents[1] / name for name in ("pico", "pico-loop")}
+EMBEDDED = {"looped-tiny": Path(__file__).parent / "looped" / "looped-tiny"}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
