@@ -46,7 +46,7 @@ Figures count each answer up to its first repetition. *x plain* and *x generate*
 by prompt, decoding alone, over plain decoding of the same weights and over Hugging Face's `generate` (cached,
 warm, same dtype); in brackets the 95 % bootstrap interval, which is itself rough for tens of prompts. Tokens
 per forward count the model's own token. *texts*: how many answers are plain decoding's, token by token.
-*grade*: lossless to the `base` checkpoint or to `tuned` weights, whose price is told.
+*grade*: lossless to the `base` checkpoint or to `tuned` weights, whose tuning cost is stated.
 """
 ENGINES = """
 Each engine in a process of its own, the same prompts and token ids, the same number of threads, weights of
@@ -150,10 +150,10 @@ def _claim(claim: Mapping[str, Any], reports: Mapping[str, Report]) -> Iterator[
     report = reports.get(claim["report"])
     rows = [] if report is None else list(_rows(report, claim["arms"]))
     yield _table(COLUMNS, rows) if rows else _missing(claim["report"])
-    prices = {} if report is None else _prices(report, claim["arms"])
-    for told in dict.fromkeys(prices.values()):  # arms of one adapter share theirs
-        names = " and ".join(f"`{arm}`" for arm, own in prices.items() if own == told)
-        yield f"The price of {names}: {told}."
+    costs = {} if report is None else _tuning_costs(report, claim["arms"])
+    for told in dict.fromkeys(costs.values()):  # arms of one adapter share theirs
+        names = " and ".join(f"`{arm}`" for arm, own in costs.items() if own == told)
+        yield f"Tuning cost of {names}: {told}."
     yield claim["why"]
 
 
@@ -199,24 +199,24 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _prices(report: Report, arms: Sequence[str]) -> dict[str, str]:
+def _tuning_costs(report: Report, arms: Sequence[str]) -> dict[str, str]:
     """What tuned weights cost, in words, by arm."""
     found = {}
     for suite in report["suites"].values():
         for name, arm in suite["arms"].items():
             if name in arms and arm["grade"] == "tuned":
-                found[name] = _price(arm["price"])
+                found[name] = _tuning_cost(arm["tuning_cost"])
     return found
 
 
-def _price(price: Mapping[str, Any] | None) -> str:
-    if price is None:
+def _tuning_cost(cost: Mapping[str, Any] | None) -> str:
+    if cost is None:
         return "its training measured none"
-    parts = [f"loss on held-out text {price['loss'][0]:.4f} -> {price['loss'][1]:.4f} nats per token"]
-    if price.get("agreement") is not None:
-        parts.append(f"the likeliest token is the base's in {price['agreement']:.1%} of places")
-    if price.get("repeated") is not None:
-        parts.append(f"repeated share {price['repeated'][0]:.1%} -> {price['repeated'][1]:.1%}")
+    parts = [f"loss on held-out text {cost['loss'][0]:.4f} -> {cost['loss'][1]:.4f} nats per token"]
+    if cost.get("agreement") is not None:
+        parts.append(f"the likeliest token is the base's in {cost['agreement']:.1%} of places")
+    if cost.get("repeated") is not None:
+        parts.append(f"repeated share {cost['repeated'][0]:.1%} -> {cost['repeated'][1]:.1%}")
     return ", ".join(parts)
 
 

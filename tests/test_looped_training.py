@@ -371,8 +371,8 @@ def test_from_texts_to_a_looped_model(command: Run, folder: Path, texts: Path, t
     assert model.dtype == torch.bfloat16
     assert model.config.exit_agreement == about["exits"]["agreement"]
     losses = [about["teacher_loss"], about["exits"]["loss"][-1]]
-    price = {"tokens": about["exits"]["tokens"], "loss": losses, "agreement": None, "repeated": None}
-    assert getattr(model.config, MARK) == {"method": "speed", "base": str(folder), "price": price}
+    cost = {"tokens": about["exits"]["tokens"], "loss": losses, "agreement": None, "repeated": None}
+    assert getattr(model.config, MARK) == {"method": "speed", "base": str(folder), "tuning_cost": cost}
     assert about["teacher_loss"] == about["base_loss"] != losses[1]
     auto = AutoModelForCausalLM.from_pretrained(out)
     assert fingerprint(auto) == fingerprint(model)
@@ -402,7 +402,8 @@ def test_from_texts_to_a_looped_model(command: Run, folder: Path, texts: Path, t
     told = json.loads(said.splitlines()[-1])
     assert told["teacher_loss"] == about["teacher_loss"]
     assert told["base_loss"] == pytest.approx(about["exits"]["loss"][-1], rel=1e-4)
-    assert getattr(load_pretrained(str(more))[0].config, MARK)["price"]["loss"][0] == told["teacher_loss"]
+    own = getattr(load_pretrained(str(more))[0].config, MARK)["tuning_cost"]["loss"]
+    assert own[0] == told["teacher_loss"]
     assert (
         f"{folder.name}, from which it learns, has {told['teacher_loss']:.4f}"
         in (more / "README.md").read_text()

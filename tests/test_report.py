@@ -33,7 +33,7 @@ BOUND = {
     "weight_bytes": 2e7,
     "rows": {"seconds": 0.004, "ratio": {"1": 1.0, "8": 1.3, "64": 4.0}, "rounds": 3},
 }
-PRICE = {"tokens": 9, "loss": [3.1769, 3.1792], "agreement": 0.939, "repeated": [0.37, 0.36]}
+COST = {"tokens": 9, "loss": [3.1769, 3.1792], "agreement": 0.939, "repeated": [0.37, 0.36]}
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +152,14 @@ def test_a_difference_is_named(record: Figures, expected: bool, word: str) -> No
     assert ('class="text bad"' in made) == expected
 
 
-@pytest.mark.parametrize("price", [PRICE, {**PRICE, "agreement": None, "repeated": None}, None])
-def test_tuned_weights_have_their_price(record: Figures, price: Figures | None) -> None:
-    assert "The price" not in page.page(record)
-    arms(record)["jacobi"] |= {"grade": "tuned", "price": price}
+@pytest.mark.parametrize("cost", [COST, {**COST, "agreement": None, "repeated": None}, None])
+def test_tuned_weights_have_their_tuning_cost(record: Figures, cost: Figures | None) -> None:
+    assert "What tuning cost" not in page.page(record)
+    arms(record)["jacobi"] |= {"grade": "tuned", "tuning_cost": cost}
     made = page.page(record)
-    assert "The price of tuned weights" in made
-    assert ("3.1769" in made) == (price is not None)
-    assert ("not measured" in made) == (price is None or price["agreement"] is None)
+    assert "What tuning cost" in made
+    assert ("3.1769" in made) == (cost is not None)
+    assert ("not measured" in made) == (cost is None or cost["agreement"] is None)
 
 
 def test_groups_have_rows_of_their_own(record: Figures) -> None:

@@ -25,6 +25,9 @@ def results() -> ModuleType:
     return module
 
 
+COST = {"loss": [3.0, 3.01], "agreement": 0.9, "repeated": None}
+
+
 def arm(speed: float, grade: str = "base") -> dict[str, Any]:
     cut = {
         "tokens_per_forward_step": 2.5,
@@ -38,7 +41,7 @@ def arm(speed: float, grade: str = "base") -> dict[str, Any]:
     return {
         "grade": grade,
         "plain": "plain",
-        "price": {"loss": [3.0, 3.01], "agreement": 0.9, "repeated": None} if grade == "tuned" else None,
+        "tuning_cost": COST if grade == "tuned" else None,
         "identity": {"identical": 3, "of": 4, "differences": [{"item": "a secret text"}]},
         "cut": cut,
         "whole": {"acceptance_by_depth": [0.5]},

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import selfdraft
 from selfdraft import Limits, Tree
-from selfdraft._common.machine import adapter_sha256
+from selfdraft._common.machine import module_sha256
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.method import Lookahead, free
 from selfdraft.drafting.plain import Plain
@@ -29,7 +29,7 @@ from selfdraft.errors import AdapterError, InvalidOption, TrainingDataError
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import AdapterConfig, LowRank
 from selfdraft.models.transformers import TransformersModel
-from selfdraft.train import packed, price, shards, tuned
+from selfdraft.train import packed, shards, tuned, tuning_cost
 from selfdraft.train import run as run_
 from selfdraft.train.packed import Masked, NoiseConfig, Noisy
 from selfdraft.train.sequences import Batches, Draws
@@ -426,11 +426,11 @@ def test_a_torn_checkpoint_is_passed_over(
     assert (tmp_path / "checkpoint-4" / "trainer_state.json").exists()
 
 
-def test_the_price_by_hand(model: TransformersModel) -> None:
+def test_the_tuning_cost_by_hand(model: TransformersModel) -> None:
     learner = student(model, LORA, TunedLoss())
     tuned_model = model.adapted(learner.adapter)
     prompts = [random_prompt(9, seed) for seed in range(3)]
-    got = price.price(model, tuned_model, prompts, Limits(20))
+    got = tuning_cost.measure(model, tuned_model, prompts, Limits(20))
     assert got.tokens == 3 * 8
     for i, one in enumerate((model, tuned_model)):
         losses = [
@@ -439,7 +439,7 @@ def test_the_price_by_hand(model: TransformersModel) -> None:
             for at in range(8)
         ]
         assert got.loss[i] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    same = price.price(model, model, prompts, Limits(20))
+    same = tuning_cost.measure(model, model, prompts, Limits(20))
     assert (same.agreement, same.loss[0], same.repeated[0]) == (1.0, same.loss[1], same.repeated[1])
     assert got.agreement < 1
 
@@ -485,7 +485,7 @@ def test_from_answers_to_a_tuned_model(
     code, said, err = command(*words, "--json")
     assert code == 0, err
     about = json.loads(said.splitlines()[-1])
-    assert about["price"]["tokens"] > 0
+    assert about["tuning_cost"]["tokens"] > 0
     assert ("convergence" in about) == (method == "cllm")
     card = (out / "README.md").read_text()
     assert "lossless to the **tuned** weights" in card
@@ -501,11 +501,12 @@ def test_from_answers_to_a_tuned_model(
         assert len(loaded.model.lookahead.odds["ahead"][0]) == 7
         kept = shards.manifest(data)["asked"]["eos"]
         prompts = [row["prompt"] for row in shards.read(data).rows.select([0])]
-        assert price.price(loaded.model, loaded.model, prompts, Limits(4, frozenset(kept))).agreement == 1
+        limits = Limits(4, frozenset(kept))
+        assert tuning_cost.measure(loaded.model, loaded.model, prompts, limits).agreement == 1
     plain = loaded.using("plain").generate("def add(", max_new_tokens=6)
     assert plain.ids == loaded.generate("def add(", max_new_tokens=6).ids
     again = json.loads(command(*words, "--json")[1].splitlines()[-1])
-    assert again["price"] == about["price"], "a finished run is not trained again"
+    assert again["tuning_cost"] == about["tuning_cost"], "a finished run is not trained again"
 
 
 def test_on_policy_goes_on_from_an_adapter(folder: Path, data: Path, command: Run, tmp_path: Path) -> None:
@@ -523,7 +524,8 @@ def test_on_policy_goes_on_from_an_adapter(folder: Path, data: Path, command: Ru
     )
     assert code == 0, err
     assert selfdraft.load(str(folder), "jacobi", adapter=str(second)).model.grade == "tuned"
-    digest = adapter_sha256(adapter_folder.load(str(first), selfdraft.load(str(folder)).model).float())
+    start = adapter_folder.load(str(first), selfdraft.load(str(folder)).model).float()
+    digest = module_sha256(repr(start.config), start)
     assert f"an earlier training (digest {digest[:12]})" in (second / "README.md").read_text()
     assert "earlier training" not in (first / "README.md").read_text()
 
@@ -544,8 +546,8 @@ def test_full_weights_are_measured_as_they_are_loaded(data: Path, folder: Path, 
     loaded = selfdraft.load(str(tmp_path / "mine" / "model"), numerics="fast").model
     base = selfdraft.load(str(folder), numerics="fast").model
     prompts = [row["prompt"] for row in run_.split(shards.read(data).rows, data)[1]]
-    again = price.price(base, loaded, prompts, Limits(160, frozenset([1])))
-    assert again.loss[1] == pytest.approx(about["price"]["loss"][1], rel=1e-6)
+    again = tuning_cost.measure(base, loaded, prompts, Limits(160, frozenset([1])))
+    assert again.loss[1] == pytest.approx(about["tuning_cost"]["loss"][1], rel=1e-6)
     assert again.loss[1] != again.loss[0]
 
 

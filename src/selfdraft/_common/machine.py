@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from ..models.adapters.adapter import Adapter
-from ..models.transformers import TransformersModel
+from transformers import PreTrainedModel
 
 PACKAGES = ("selfdraft", "torch", "transformers")
 QUIET = 0.1  # cores that may be busy with other work before it is said
@@ -76,13 +73,17 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> int | None:
-    """Most bytes held since: by torch on CUDA, else by the process."""
+    """Most bytes held since: by torch on CUDA, else by the process. None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
         for line in (PROC / "self" / "status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -96,7 +97,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory": _memory(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "commit": commit(),
     }
@@ -112,22 +113,25 @@ def commit() -> str | None:
     return head + ("+" if _git(here, "status", "--porcelain", "--", ".") else "")
 
 
-def weights_sha256(model: TransformersModel) -> str:
-    """Of the model's configuration and of all its weights as they were loaded."""
-    return _sha256(model.model.config.to_json_string(), model.model)
+def weights_sha256(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's configuration and of all its weights as they were loaded."""
+    return module_sha256(model.config.to_json_string(), model)
 
 
-def adapter_sha256(adapter: Adapter) -> str:
-    """Of what an adapter is and of its weights."""
-    return _sha256(repr(adapter.config), adapter)
-
-
-def _sha256(about: str, module: Any) -> str:
+def module_sha256(about: str, module: Any) -> str:
+    """SHA-256 of a description of a module and of its weights."""
     digest = hashlib.sha256(about.encode())
     for name, weight in sorted(module.named_parameters()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _memory() -> int | None:
+    """Bytes of the machine's memory. None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -60,7 +60,7 @@ class Answer:
 class Arm(Protocol):
     """One way to answer. drafts: is it a method of this package? grade: whose text it is, the base's or
     that of tuned weights. plain: the arm that decodes the same weights plainly, which it is compared with.
-    price: what tuning those weights cost, as its training measured it (`train.price`), where it is known.
+    tuning_cost: what tuning those weights cost, as its training measured it (`train.tuning_cost`), if known.
     identity_expected: has its text to be that of `plain`, token by token?"""
 
     @property
@@ -72,7 +72,7 @@ class Arm(Protocol):
     @property
     def plain(self) -> str: ...
     @property
-    def price(self) -> Mapping[str, Any] | None: ...
+    def tuning_cost(self) -> Mapping[str, Any] | None: ...
     @property
     def identity_expected(self) -> bool: ...
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
@@ -100,8 +100,8 @@ class Drafted:
         return self.model.grade
 
     @property
-    def price(self) -> Mapping[str, Any] | None:
-        return self.model.price
+    def tuning_cost(self) -> Mapping[str, Any] | None:
+        return self.model.tuning_cost
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         times: list[float] = []
@@ -158,7 +158,7 @@ class Generated:
     drafts: bool = False
     grade: str = "base"
     plain: str = PLAIN
-    price: Mapping[str, Any] | None = None
+    tuning_cost: Mapping[str, Any] | None = None
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         rounds = Rounds(self.model.device)

@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .._common.run_folder import differences, short
 from ..errors import BenchError
 from . import metrics
 from .interval import median
-from .journal import differences, short
 
 Figures = dict[str, Any]
 SKIPPED = ("suites", "methods", "baselines")  # of a run: told by the table itself, suites one by one

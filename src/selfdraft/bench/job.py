@@ -86,7 +86,7 @@ class Job:
         model = generator.model
         return {
             "model": generator.name,
-            "weights": machine.weights_sha256(model),
+            "weights": machine.weights_sha256(model.model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "numerics": model.numerics,
             "temperature": self.temperature,
@@ -94,12 +94,12 @@ class Job:
             "methods": [arm.name for arm in arms if arm.drafts],
             "baselines": list(self.baselines),
             "adapters": {
-                arm.name: machine.adapter_sha256(arm.model.adapter)
+                arm.name: machine.module_sha256(repr(arm.model.adapter.config), arm.model.adapter)
                 for arm in arms
                 if isinstance(arm, Drafted) and arm.model.adapter is not None
             },
             "tuned": {
-                arm.name: machine.weights_sha256(arm.model.base)
+                arm.name: machine.weights_sha256(arm.model.base.model)
                 for arm in arms
                 if isinstance(arm, Drafted) and arm.model.base is not model
             },

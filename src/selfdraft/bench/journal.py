@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._common.run_folder import changes, write_all
 from ..errors import BenchError
 
 
@@ -132,12 +133,6 @@ class Journal:
             os.truncate(self.path, len(whole))
 
 
-def write_all(file: Any, data: bytes) -> None:
-    """All of the data, or an OSError: a raw file may take a part and say nothing."""
-    while data:
-        data = data[file.write(data) :]
-
-
 def _record(line: bytes, where: str) -> Record:
     try:
         given = json.loads(line)
@@ -145,23 +140,3 @@ def _record(line: bytes, where: str) -> Record:
         return Record(**{**given, **lists})
     except (ValueError, TypeError, KeyError) as error:
         raise BenchError(f"{where} is not an answer of this bench; give another folder to --out") from error
-
-
-def changes(held: Any, asked: Any) -> Iterator[str]:
-    """What differs between a run and what is asked for, in words."""
-    for path, there, here in differences(held, asked):
-        yield f"{path}: {short(there)} there, {short(here)} asked for"
-
-
-def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two runs differ, and what either has there; None where it has nothing."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in {**one, **other}:
-            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    elif one != other:
-        yield name, one, other
-
-
-def short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

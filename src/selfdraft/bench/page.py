@@ -38,7 +38,7 @@ def page(record: dict[str, Any]) -> str:
         tables=tables,
         grades=grades(record),
         identities=list(_identities(record)),
-        prices=_prices(record),
+        tuning_costs=_tuning_costs(record),
         samples={name: _sample(suite) for name, suite in record["suites"].items()},
     )
 
@@ -62,10 +62,10 @@ def _identities(record: Figures) -> Iterator[Figures]:
             }
 
 
-def _prices(record: Figures) -> Mapping[str, Figures | None]:
+def _tuning_costs(record: Figures) -> Mapping[str, Figures | None]:
     """What tuning cost, for each arm whose text is that of tuned weights."""
     return {
-        name: one["price"]
+        name: one["tuning_cost"]
         for suite in record["suites"].values()
         for name, one in suite["arms"].items()
         if one["grade"] == "tuned" and name != one["plain"]

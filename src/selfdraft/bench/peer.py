@@ -152,7 +152,7 @@ class Peer:
     drafts: bool = False
     identity_expected: bool = False  # its kernels are its own
     plain: str = PLAIN
-    price: Mapping[str, Any] | None = None
+    tuning_cost: Mapping[str, Any] | None = None
     process: Process | None = field(default=None, init=False, repr=False)
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:

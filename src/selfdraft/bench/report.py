@@ -82,7 +82,7 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
         "plain": arm.plain,
         "drafts": arm.drafts,
         "answers": len(mine),
-        "price": arm.price,
+        "tuning_cost": arm.tuning_cost,
         "identity": metrics.identity(mine, records, arm.plain),
         "identity_expected": arm.identity_expected,
         "texts": metrics.texts_sha256(mine),
@@ -238,8 +238,8 @@ def grades(record: Figures) -> str:
         return "the text is that of the base weights"
     return (
         f"the text of {', '.join(tuned)} is that of tuned weights: x plain and identity are against plain "
-        "decoding of the same weights, x generate is against the model as it was loaded; the price is on "
-        "the card"
+        "decoding of the same weights, x generate is against the model as it was loaded; the tuning cost is "
+        "on the card"
     )
 
 

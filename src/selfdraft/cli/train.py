@@ -343,10 +343,10 @@ def _run_tuned(plan: TunedPlan, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**about, "out": str(plan.out)}))
         return
-    loss, repeated = about["price"]["loss"], about["price"]["repeated"]
+    loss, repeated = about["tuning_cost"]["loss"], about["tuning_cost"]["repeated"]
     print(
         f"{plan.out}: tuned in {about['seconds'] / 60:.0f} minutes. The price: loss on held-out prompts "
-        f"{loss[0]:.4f} -> {loss[1]:.4f}, likeliest tokens the same {about['price']['agreement']:.1%}, "
+        f"{loss[0]:.4f} -> {loss[1]:.4f}, likeliest tokens the same {about['tuning_cost']['agreement']:.1%}, "
         f"repeated {repeated[0]:.1%} -> {repeated[1]:.1%}"
     )
     if "convergence" in about:

@@ -11,8 +11,8 @@ When sampling, the noise of future positions is known. A token of probability q 
 picked if log q + g exceeds the scores of all others, whose maximum is a Gumbel variable located at
 log(1 - q): with probability exp(-(1 - q)/q exp(-g)). Its chance lies between q and that.
 
-AcceptanceStats are estimates, so what a text can lose is bounded: a draft must be able to fail altogether and be paid
-for by what drafts have gained in this text, with a little to begin with and a little for each step.
+AcceptanceStats are estimates, so what a text can lose is bounded: a draft must be able to fail altogether and
+be paid for by what drafts have gained in this text, with a little to begin with and a little for each step.
 
 What a draft bet on is compared with what came, also where it was not worth a row, so that silence
 does not end learning.
@@ -30,8 +30,9 @@ from ..engine.tree import Tree
 
 S = TypeVar("S")
 
-# AcceptanceStats are a mean over points where the model is sure, right or wrong, which noise does not change, and
-# points where it is in two minds: the share of the latter, between what edits (0.2) and code (0.6) showed.
+# AcceptanceStats are a mean over points where the model is sure, right or wrong, which noise does not change,
+# and points where it is in two minds: the share of the latter, between what edits (0.2) and code (0.6)
+# showed.
 UNDECIDED = 0.5
 LEAST = 0.02  # rows that are reached less often are not looked at
 MARGIN = 1.02  # a draft must promise so many times the tokens of silence in the same time

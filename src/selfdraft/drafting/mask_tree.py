@@ -9,7 +9,7 @@ every step, from how sure the model is here):
 
 - A candidate is a bet. Its kind is its offset and its hazard: the share of the probability that the scores
   leave after the candidates before it. How often bets of a kind win was counted when the adapter was
-  calibrated and is learned on (`worth.AcceptanceStats`). The scores have the noise of sampling in them, so a kind
+  calibrated and is learned on (`AcceptanceStats`). The scores have the noise of sampling in them, so a kind
   means the same at every temperature.
 - Guesses at one offset are the same under every parent, so a path's probability is a product, and nodes
   come in the order of it.

@@ -89,7 +89,7 @@ class Depth:
 
 @dataclass
 class SpeedDrafter:
-    """grown: the tree to propose next, its rows in in_flight first. heard: by its rows, their picks so far."""
+    """grown: the tree to propose next, its rows in flight first. heard: by its rows, their picks so far."""
 
     options: Speed
     depth: Depth
@@ -127,7 +127,7 @@ class SpeedDrafter:
             self.depth.learn(self.heard[row])
 
     def _revised(self, step: Step) -> tuple[list[int], list[tuple[int, int]]]:
-        """Rows that stay in in_flight; and those that start, each as the row it stands behind and its token."""
+        """Rows that stay in flight; and those that start, each as the row it stands behind and its token."""
         tree, options = step.tree, self.options
         sure = self._sure(step)
         behind: dict[int, list[int]] = {row: [] for row in step.in_flight}

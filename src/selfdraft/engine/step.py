@@ -22,7 +22,7 @@ class Step:
     tree: the rows that ran. scores: [rows, vocabulary] float32 or float64, processed logits plus the noise of
     each row's position; -inf where the sampler excludes a token; of the rows with ordinary ids, which come
     first. picks: argmax of the scores per row. path: rows accepted, root first (never empty unless row 0 is
-    still in in_flight). in_flight: rows still inside the model, whose picks are early ones; only looped models
+    still in flight). in_flight: rows still inside the model, whose picks are early ones; only looped models
     leave any. ahead: [masks, vocabulary], scores at the mask rows under the last accepted row: the tokens
     after the text as it stands now. None where there are no such rows, or the text has ended."""
 

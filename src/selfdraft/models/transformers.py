@@ -83,7 +83,7 @@ class TransformersModel:
         filler = about.get("filler")
         self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
         self.grade: Grade = "tuned" if about else "base"
-        self.price: Mapping[str, Any] | None = about.get("price")
+        self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
         self._gate = Gate()
         self._times: StepTimes | None = None
         own = self.model.config._attn_implementation
@@ -125,7 +125,7 @@ class TransformersModel:
             return self.learning(adapter)
         tuned = self._twin(merge(self.model, adapter))
         tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", adapter.lookahead(self.vocab_size)
-        tuned.price = adapter.price
+        tuned.tuning_cost = adapter.tuning_cost
         return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
 
     def learning(self, adapter: Adapter) -> TransformersModel:

@@ -20,8 +20,8 @@ from ..drafting.mask_tree import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
 from ..drafting.method import DraftContext, Drafter, free
 from ..engine.request import Limits
 from ..models.transformers import TransformersModel
-from .price import answered
 from .student import IGNORED, Student
+from .tuning_cost import answer_all
 
 LEAST = 20.0  # outcomes that the untrained odds of a kind count for
 BLOCK = 16  # rows of a window that guesses are counted in
@@ -87,7 +87,7 @@ def ahead(
     """How often the guesses of a tuned model come true, by how far ahead they stand: the mean over greedy
     answers. See `Lookahead`."""
     method = Unpriced()
-    answered(model, method, prompts, limits)
+    answer_all(model, method, prompts, limits)
     tables = [[drafter.ahead[far] for far in range(len(drafter.ahead.counts))] for drafter in method.drafters]
     return {GUESSED: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 

@@ -138,7 +138,7 @@ def write_tuned(
         version=machine["selfdraft"],
         config="tuning.json" if asked["full"] else "adapter_config.json",
         begun=begun(asked),
-        **about["price"],
+        **about["tuning_cost"],
         **{key: asked["loss"][key] for key in ("draft", "keep", "weight")},
         **{key: asked["schedule"][key] for key in ("steps", "batch")},
         **{

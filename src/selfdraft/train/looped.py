@@ -118,7 +118,7 @@ def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> d
     if teacher is not None and teacher is not base:
         told_loss = _own_loss(teacher, data, plan.schedule.batch)
     if mark and teacher is not None:
-        setattr(model.config, MARK, {**mark, "price": _price(told_loss, found)})
+        setattr(model.config, MARK, {**mark, "tuning_cost": _price(told_loss, found)})
     about: dict[str, Any] = {
         "base": mark["base"] if mark else plan.model,
         "parameters": size,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .._common import machine
-from ..bench.journal import changes
+from .._common.run_folder import changes
 from ..errors import InvalidOption, TrainingDataError
 from ..models.adapters import folder as adapter_folder
 from ..models.adapters.adapter import Adapter, AdapterConfig
@@ -110,7 +110,7 @@ def asked(plan: Any, distilled: shards.Distilled, begun: Adapter | None) -> dict
     given = json.loads(json.dumps(asdict(plan), default=str))
     del given["out"], given["device"]
     given["data"] = {"rows": len(distilled.rows), **distilled.manifest["asked"]}
-    given["start"] = None if begun is None else machine.adapter_sha256(begun)
+    given["start"] = None if begun is None else machine.module_sha256(repr(begun.config), begun)
     return dict(given)
 
 

@@ -13,7 +13,6 @@ finished.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -22,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..bench.journal import changes, write_all
+from .._common.run_folder import changes, lock, write_all
 from ..errors import TrainingDataError
 
 MANIFEST = "distill.json"
@@ -307,11 +306,8 @@ def _row(given: object, where: str, vocabulary: int) -> Row:
 
 
 def _lock(folder: Path) -> int:
-    """See that no other process writes here, until this one ends or closes it."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Lock the folder until this process ends or closes the descriptor. Raises TrainingDataError."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(folder)
     except BlockingIOError as error:
-        os.close(handle)
         raise TrainingDataError(f"--out {folder}: another process is writing there; wait for it") from error
-    return handle

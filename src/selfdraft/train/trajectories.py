@@ -31,8 +31,8 @@ from ..engine.step import Step
 from ..engine.tree import Tree
 from ..models.transformers import TransformersModel
 from .distill import Distillation, Progress
-from .price import answered
 from .shards import DEGENERATE, Row
+from .tuning_cost import answer_all
 
 State = Sequence[int]
 SAME = 10  # equal tokens in a row that make an answer degenerate, as published
@@ -179,7 +179,7 @@ def watch(
 ) -> list[dict[str, Any]]:
     """Greedy answers to prompts with their trajectories, all at once."""
     rows = []
-    for request in answered(model, Recorded(block), prompts, limits):
+    for request in answer_all(model, Recorded(block), prompts, limits):
         assert isinstance(request.drafter, Recorder)
         answer = list(request.emitted)
         answer = answer[: fresh(answer)]

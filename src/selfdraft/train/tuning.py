@@ -28,12 +28,12 @@ from . import card, run, shards
 from .calibration import ahead, calibrate
 from .distill import tokenizer_sha256
 from .packed import Masked, NoiseConfig, Noisy
-from .price import price
 from .sequences import Batches
 from .student import Loss, Student, fresh, started
 from .trainer import SECONDS, Collate, Schedule, train
 from .trajectories import convergence, watch
 from .tuned import TunedLoss, TunedStudent
+from .tuning_cost import measure
 
 WATCHED = 32  # held-out prompts that the tuned model answers
 LONGEST = 160  # tokens of such an answer
@@ -101,13 +101,13 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     peak = machine.peak(model.device)
     tell("measuring the tuned model on held-out prompts")
     tuned = _finished(plan, student)
-    cost = price(model, tuned.base, prompts, limits)
+    cost = measure(model, tuned.base, prompts, limits)
     about: dict[str, Any] = {
         "trained": trained,
         "share": share,
         "seconds": log[-1][SECONDS],
         "peak_bytes": peak,
-        "price": asdict(cost),
+        "tuning_cost": asdict(cost),
         "run": asked,
     }
     if plan.noise is not None:
@@ -219,7 +219,7 @@ def _save(
         return
     folder = plan.out / "model"
     mark = {"method": plan.method, "base": plan.model, "filler": adapter.config.filler, "odds": adapter.odds}
-    setattr(tuned.base.model.config, MARK, {**mark, "price": about["price"]})
+    setattr(tuned.base.model.config, MARK, {**mark, "tuning_cost": about["tuning_cost"]})
     with tuned.base.attending(tuned.own_attention):
         tuned.base.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -79,7 +79,7 @@ class OracleDrafter:
 
 @dataclass
 class Restless:
-    """Drafts from early picks of a looped model, and never leaves what is in in_flight alone: it drops some of
+    """Drafts from early picks of a looped model, and never leaves what is in flight alone: it drops some of
     it, puts the rest in another order, hangs early picks, right tokens and random ones under any row, starts
     anew."""
 

@@ -108,7 +108,7 @@ class Adapter(torch.nn.Module):
 
     masks: [masks or 1, hidden], embeddings. keys, values: per layer that keeps any, [heads, prefix, size].
     sampler: the sampler head, if any. lora: by the name of the layer in the model. odds: see `Lookahead`.
-    price: what tuning with it costs, see `train.price`; None where it was not measured, or there is none.
+    tuning_cost: what tuning with it costs, see `train.tuning_cost`; None if unknown.
     Made at random, for a model with embeddings of size `hidden`, layers that keep keys and values shaped
     like `pairs`, and such linear `layers` to change; `adapter_folder` loads one.
     """
@@ -123,7 +123,7 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.config = config
         self.odds: Mapping[str, Sequence[Sequence[float]]] = {}
-        self.price: Mapping[str, Any] | None = None
+        self.tuning_cost: Mapping[str, Any] | None = None
         count = config.masks if config.distinct else min(1, config.masks)
         self.masks = torch.nn.Parameter(torch.randn(count, hidden) * 0.02)
         self.kept: dict[int, str] = {}

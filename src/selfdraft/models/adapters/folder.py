@@ -81,7 +81,7 @@ def load(source: str, model: TransformersModel, bound: bool = True) -> Adapter:
     layers = linear_layers(model.model, config.targets if config.rank else ())
     adapter = Adapter(config, model.width, model.read([0]), layers)
     _fill(adapter, weights, source)
-    adapter.odds, adapter.price = about["odds"], about.get("price")
+    adapter.odds, adapter.tuning_cost = about["odds"], about.get("tuning_cost")
     few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
     return adapter.to(model.device, few).requires_grad_(False)
 

@@ -1,9 +1,8 @@
-"""What tuning costs: how the tuned model's text differs from the base's, on held-out prompts.
+"""What tuning costs: how the text of a tuned model differs from that of its base, on held-out prompts.
 
-A tuned model says other things than its base; a draft method that needs one has a price, and it is stated.
-The loss on what people wrote says how good a model of language is left; where the two models' likeliest
-tokens agree says how far it went; and the share of text behind the first repetition says whether it began to
-loop, which speeds drafting up and is worth nothing.
+A method that tunes the weights changes the text, so the change is measured: the loss on the prompts (how good
+a language model is left), how often both models have the same most likely token, and the share of generated
+tokens after the first repetition. A model that begins to loop is drafted faster, but its text is worthless.
 """
 
 from __future__ import annotations
@@ -22,33 +21,35 @@ from ..models.transformers import TransformersModel
 
 
 @dataclass(frozen=True)
-class Price:
-    """loss: nats per token of the prompts. agreement: share of places in them where both models' likeliest
-    tokens are the same. repeated: share of the tokens of greedy answers behind the first repetition. Each of
-    the base and of the tuned model."""
+class TuningCost:
+    """Pairs are of the base and of the tuned model."""
 
+    # Tokens of the prompts that were measured.
     tokens: int
+    # Mean loss on the prompts, in nats per token.
     loss: tuple[float, float]
+    # Share of the positions at which both models have the same most likely token.
     agreement: float
+    # Share of the tokens of greedy answers that come after the first repetition.
     repeated: tuple[float, float]
 
 
-def price(
+def measure(
     base: TransformersModel, tuned: TransformersModel, prompts: Iterable[Sequence[int]], limits: Limits
-) -> Price:
-    """Measured on prompts of token ids."""
+) -> TuningCost:
+    """Compare two models on prompts of token ids."""
     sums, same, count = [0.0, 0.0], 0, 0
     texts = [list(prompt) for prompt in prompts]
     for text in texts:
         if len(text) < 2:
             continue
-        told = torch.tensor(text[1:], device=base.device)
+        labels = torch.tensor(text[1:], device=base.device)
         logits = [model.reference(text)[:-1].float() for model in (base, tuned)]
         for i, own in enumerate(logits):
-            sums[i] += float(torch.nn.functional.cross_entropy(own, told, reduction="sum"))
+            sums[i] += float(torch.nn.functional.cross_entropy(own, labels, reduction="sum"))
         same += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
-        count += len(told)
-    return Price(
+        count += len(labels)
+    return TuningCost(
         count,
         (sums[0] / max(1, count), sums[1] / max(1, count)),
         same / max(1, count),
@@ -56,10 +57,10 @@ def price(
     )
 
 
-def answered(
+def answer_all(
     model: TransformersModel, method: Method, prompts: Iterable[Sequence[int]], limits: Limits
 ) -> list[Request]:
-    """Requests with greedy answers to prompts, all at once."""
+    """Finished requests with greedy answers to all prompts, decoded as one batch."""
     engine = Engine(model)
     requests = [engine.submit(prompt, method, limits=limits) for prompt in prompts]
     while engine.requests:
@@ -68,5 +69,5 @@ def answered(
 
 
 def _repeated(model: TransformersModel, prompts: Sequence[Sequence[int]], limits: Limits) -> float:
-    answers = [list(one.emitted) for one in answered(model, create("plain"), prompts, limits)]
+    answers = [list(one.emitted) for one in answer_all(model, create("plain"), prompts, limits)]
     return 1 - sum(fresh(answer) for answer in answers) / max(1, sum(map(len, answers)))
