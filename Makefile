@@ -1,7 +1,8 @@
 # make demo    install, then watch the embedded model answer with and without drafts
 # make test    install, then run the tests
-# make check   install, then format, lint and types, as CI does
+# make check   install, then check format, lint, types and documents, as CI does
 # make format  rewrite the sources in the project's format
+# make conformance  all model types of docs/models.md instead of the nine that `make test` runs; nightly
 #
 # Each target makes and fills .venv by itself. TORCH picks the torch build; the default is the version
 # that the figures in docs/ were measured with. TRANSFORMERS tries another transformers: make test
@@ -16,19 +17,24 @@ SOURCES := src tests benchmarks scripts
 # Another build or version is another installation.
 INSTALLED := .venv/installed-$(subst =,-,$(TORCH)-$(TRANSFORMERS))
 
-.PHONY: demo test check format
+.PHONY: demo test conformance check format
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/selfdraft demo
 
 test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
+
+# It also compares docs/models.md with what was seen; `$(BIN)/python tests/test_conformance.py` writes the page.
+conformance: $(INSTALLED)-dev
+	$(BIN)/python -m pytest -q -n 2 -m "" tests/test_conformance.py
 
 check: $(INSTALLED)-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -m docs
 
 format: $(INSTALLED)-dev
 	$(BIN)/ruff format $(SOURCES)

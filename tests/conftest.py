@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from selfdraft import cli
+from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 
 VOCABULARY = 320
@@ -31,6 +32,15 @@ TEXT = (
 def _quiet() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _step_times() -> Iterator[None]:
+    """Step costs are given, not measured: the same drafts on every machine, however busy it is."""
+    times = StepTimes({1: 1.0, 8: 1.1, 64: 2.2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("selfdraft.models.transformers.step_times", lambda model: times)
+        yield
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, context: int = 256) -> LlamaForCausalLM:

@@ -26,7 +26,7 @@ from selfdraft.models.transformers import TransformersModel
 
 from adapting import adapter
 from conftest import VOCABULARY, tiny_llama
-from drafting import random_prompt
+from runs import random_prompt
 
 PARTS = [(0, 0, 0), (16, 0, 0), (0, 4, 0), (4, 4, 32)]
 ODDS = {"hazard": [[0.1] * 14] * 3, "onward": [[0.5, 0.4, 0.3]]}

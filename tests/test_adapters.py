@@ -28,7 +28,7 @@ import faults
 from adapting import Heard, Helped, Knowing, adapter, defined
 from architectures import WORKING, build
 from conftest import VOCABULARY, tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 PARTS = [
     (0, 0, 0),

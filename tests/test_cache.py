@@ -10,7 +10,7 @@ from selfdraft.models.kv_cache import Lane, Lanes
 from selfdraft.models.transformers import TransformersModel
 
 from conftest import tiny_llama
-from drafting import random_prompt
+from runs import random_prompt
 
 PATHS = [[0, 1, 2], [0], [0, 3, 4], [0, 1, 5]]
 BUSHY = Tree(tuple(random_prompt(6, seed=2)), (-1, 0, 1, 0, 3, 1))

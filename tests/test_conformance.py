@@ -37,7 +37,7 @@ from selfdraft.verify.adversaries import Oracle
 import faults
 from adapting import Helped
 from architectures import REFUSED, WINDOW, WORKING, build, known
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TREES = (
@@ -50,6 +50,13 @@ AFTER = Tree.chain(random_prompt(4, 5))
 PIECE = 11  # tokens of a history that are read at once
 NEW = 6  # tokens of a text
 SAMPLE = ("llama", "gpt2", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3", "opt", "falcon", "gptj")
+# What every commit runs; the others are marked `conformance`. Among these are biases, norms of queries and
+# keys, windows, capped scores, fused projections, learned positions and routed experts; and a refusal of each
+# kind.
+PER_COMMIT = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "mixtral"),
+    *("mamba", "mpt", "bloom"),
+}
 WINDOWED = [
     *("afmoe", "cohere2", "exaone4", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss"),
     *("llama4_text", "mimo_v2_flash", "mistral", "mixtral", "modernbert-decoder", "olmo3", "phi3"),
@@ -58,11 +65,14 @@ WINDOWED = [
 
 
 def types(names: Sequence[str]) -> pytest.MarkDecorator:
-    """A test for each type that the transformers at hand has."""
+    """A test for each type that the transformers at hand has: few of them with every commit."""
     missing = pytest.mark.skip(reason="not in this transformers")
-    return pytest.mark.parametrize(
-        "kind", [pytest.param(name, marks=() if known(name) else missing) for name in names]
-    )
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        nightly = [] if name in PER_COMMIT else [pytest.mark.conformance]
+        return nightly if known(name) else [*nightly, missing]
+
+    return pytest.mark.parametrize("kind", [pytest.param(name, marks=marks(name)) for name in names])
 
 
 @torch.inference_mode()
@@ -323,6 +333,7 @@ Types that were tried and are refused:
 """
 
 
+@pytest.mark.conformance
 @pytest.mark.skipif(
     PAGE.exists() and f"transformers {transformers.__version__}." not in PAGE.read_text(),
     reason="the page is for another transformers",

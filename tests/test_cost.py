@@ -15,7 +15,7 @@ from selfdraft.models import step_cost as cost
 from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 
-from drafting import random_prompt
+from runs import random_prompt
 
 
 def test_between_and_beyond_what_was_measured() -> None:

@@ -15,7 +15,7 @@ from selfdraft.verify.adversaries import Garbage, Oracle
 
 from adapting import adapter
 from conftest import tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

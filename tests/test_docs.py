@@ -15,6 +15,7 @@ from selfdraft import cli, drafting
 
 from conftest import TEXT, Run
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 

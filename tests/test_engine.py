@@ -20,7 +20,7 @@ from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from conftest import tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 SAMPLERS = [Sampler(), Sampler(0.8, seed=3), Sampler(1.5, top_k=40, top_p=0.9, min_p=0.01, seed=4)]
 PROMPT = random_prompt(30, seed=1)

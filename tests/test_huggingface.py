@@ -15,7 +15,7 @@ from selfdraft.errors import InvalidOption, InvalidPrompt
 from selfdraft.integrations.transformers import Hook
 
 from conftest import tiny_llama
-from drafting import random_prompt
+from runs import random_prompt
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from selfdraft.verify.adversaries import Oracle
 
 from architectures import WORKING, build
 from conftest import tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 PROMPT = random_prompt(30, 1)
 

@@ -21,8 +21,8 @@ from selfdraft.models.looped.stages import StagedModel
 from selfdraft.models.transformers import TransformersModel
 
 from conftest import VOCABULARY
-from drafting import random_prompt, run
 from looping import tiny_looped
+from runs import random_prompt, run
 
 IDS = torch.tensor([random_prompt(12, 1), random_prompt(12, 2)])
 

@@ -23,7 +23,7 @@ from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption, UnknownMethod
 from selfdraft.models.transformers import TransformersModel
 
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 ids = st.lists(st.integers(0, 3), max_size=14)
 

@@ -9,8 +9,8 @@ from selfdraft.drafting.plain import Plain
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Oracle
 
-from drafting import random_prompt, run
 from faults import FAULTS, Patch, penalties
+from runs import random_prompt, run
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -20,8 +20,8 @@ from selfdraft.sampling.detokenizer import StopStrings, StopWatch
 from selfdraft.sampling.processors import Draw
 from selfdraft.verify.adversaries import Garbage, Oracle
 
-from drafting import random_prompt
 from faults import Patch, noise_key, penalties, rows_kept
+from runs import random_prompt
 
 EXAMPLES = 50  # of one to seven requests each, four on average: 200 requests
 SEEN = 8  # times as many until a fault must be seen; what is drawn depends on all modules that are loaded

@@ -33,8 +33,8 @@ from selfdraft.train.student import fresh
 from selfdraft.verify import verify
 from selfdraft.verify.adversaries import Oracle, Restless
 
-from drafting import random_prompt, run
 from looping import agreeing, tiny_looped
+from runs import random_prompt, run
 
 EACH = [
     Speed(),

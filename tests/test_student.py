@@ -27,7 +27,7 @@ from selfdraft.train.student import IGNORED, Loss, Student, anchored, fresh, sta
 from selfdraft.train.trainer import Schedule, accuracies, train
 
 from conftest import tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 BITA = AdapterConfig(masks=2, prefix=4)
 SPACE = AdapterConfig(masks=2, rank=4)

@@ -28,7 +28,7 @@ from selfdraft.train.shards import Row, Shards
 from selfdraft.train.trajectories import Recorded, Recorder, Recording, convergence, watch
 
 from conftest import VOCABULARY, Run, tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 TEXTS = [f"def f{i}(a, b):\n    return a {'+' * (i % 3 + 1)} b  # {'x' * i}\n" for i in range(7)]
 RECIPE = Recipe(max_new_tokens=37, seed=3, cut_loops=False)  # 37: no multiple of a block

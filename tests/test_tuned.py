@@ -28,7 +28,7 @@ from selfdraft.models.transformers import MARK, TransformersModel
 
 from adapting import LAYERS, Helped, Knowing
 from conftest import Run, tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 PROMPT = random_prompt(30, seed=1)
 SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, seed=3)}

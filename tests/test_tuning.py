@@ -41,7 +41,7 @@ from selfdraft.train.tuning import TunedPlan, tune
 
 from adapting import LAYERS, defined
 from conftest import VOCABULARY, Run, tiny_llama
-from drafting import random_prompt, run
+from runs import random_prompt, run
 
 LORA = AdapterConfig(masks=0, rank=4, targets=LAYERS, gated=False)
 MASKS = AdapterConfig(masks=3, rank=4, targets=LAYERS, sampler=8, gated=False)

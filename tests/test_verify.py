@@ -18,8 +18,8 @@ from selfdraft.verify.distribution import fits
 from selfdraft.verify.verify import Verification, verify
 
 from conftest import tiny_llama
-from drafting import random_prompt
 from faults import FAULTS, Patch
+from runs import random_prompt
 
 
 @pytest.fixture(scope="module")
