@@ -16,8 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from selfdraft import DraftContext, Drafter, Method, Step, Tree
 from selfdraft.drafting.method import free
 from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from selfdraft.models.naming import CACHE
 from selfdraft.models.transformers import TransformersModel
+from selfdraft.models.transformers_inputs import CACHE
 from selfdraft.verify.adversaries import Oracle
 
 LAYERS = ("q_proj", "down_proj")
@@ -173,11 +173,11 @@ class HelpedDrafter:
         return self.drafter.propose(tokens)
 
     def observe(self, step: Step) -> None:
-        if step.ahead is not None:
+        if step.mask_scores is not None:
             told = self.method.answer[self.length + len(step.emitted) - self.start :]
-            ahead = step.ahead.clone()
+            ahead = step.mask_scores.clone()
             for row, token in zip(ahead, told, strict=False):
                 first, second, third = row.topk(3).values
                 row[token] = self.dice.choice([first + 5, first + 5, (first + second) / 2, third])
-            step = replace(step, ahead=ahead)
+            step = replace(step, mask_scores=ahead)
         self.drafter.observe(step)

@@ -12,8 +12,8 @@ import torch
 
 from selfdraft import Sampler, Step, Tree
 from selfdraft.engine import engine, request
-from selfdraft.models import attention_masks as masks
 from selfdraft.models import kv_cache as cache
+from selfdraft.models import transformers_inputs
 from selfdraft.models.adapters import adapter
 from selfdraft.models.adapters.adapter import Gate
 from selfdraft.models.kv_cache import Lane, Lanes
@@ -102,7 +102,7 @@ def prefix_for_all(patch: pytest.MonkeyPatch) -> None:
 
 def prefix_in_windows(patch: pytest.MonkeyPatch) -> None:
     """Layers with a window do not see the prefix."""
-    make = masks.masks
+    make = transformers_inputs.kind_masks
 
     def hide(kinds: Any, seen: torch.Tensor, positions: torch.Tensor, fixed: int = 0) -> Any:
         made = {name: mask.clone() for name, mask in make(kinds, seen, positions, fixed).items()}
@@ -111,14 +111,18 @@ def prefix_in_windows(patch: pytest.MonkeyPatch) -> None:
                 made[name][..., :fixed] = torch.finfo(seen.dtype).min
         return made
 
-    patch.setattr(masks, "masks", hide)
+    patch.setattr(transformers_inputs, "kind_masks", hide)
 
 
 def mask_positions(patch: pytest.MonkeyPatch) -> None:
     """Mask tokens stand one place further."""
 
     def shift(model: TransformersModel, laid: Any) -> Any:
-        return laid if laid.masks is None else replace(laid, positions=laid.positions + (laid.masks >= 0))
+        return (
+            laid
+            if laid.mask_tokens is None
+            else replace(laid, positions=laid.positions + (laid.mask_tokens >= 0))
+        )
 
     _laid(patch, shift)
 
@@ -127,7 +131,7 @@ def mask_positions_count_prefix(patch: pytest.MonkeyPatch) -> None:
     """Positions of mask tokens count the prefix."""
 
     def shift(model: TransformersModel, laid: Any) -> Any:
-        more = 0 if laid.masks is None else _fixed(model) * (laid.masks >= 0)
+        more = 0 if laid.mask_tokens is None else _fixed(model) * (laid.mask_tokens >= 0)
         return replace(laid, positions=laid.positions + more)
 
     _laid(patch, shift)
@@ -135,7 +139,12 @@ def mask_positions_count_prefix(patch: pytest.MonkeyPatch) -> None:
 
 def one_embedding(patch: pytest.MonkeyPatch) -> None:
     """All mask tokens have the embedding of the first."""
-    _laid(patch, lambda _, laid: laid if laid.masks is None else replace(laid, masks=laid.masks.clamp(max=0)))
+    _laid(
+        patch,
+        lambda _, laid: (
+            laid if laid.mask_tokens is None else replace(laid, mask_tokens=laid.mask_tokens.clamp(max=0))
+        ),
+    )
 
 
 def lora_for_all(patch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,10 @@ def test_whatever_a_request_asks_for(double: TransformersModel) -> None:
             drafted = run(adapted, method, PROMPT, sampler, limits)
             assert (drafted.emitted, drafted.finish_reason) == (plain.emitted, plain.finish_reason)
         for one in knowing.heard[:-1]:
-            if one.step.ahead is not None:
+            if one.step.mask_scores is not None:
                 early = [len(one.text) + i < len(PROMPT) + 9 for i in range(one.group)]
-                assert (one.step.ahead[:, :40] == -torch.inf).all(-1).tolist() == early
-                assert seed > 1 or bool((one.step.ahead[:, 60] == -torch.inf).all())
+                assert (one.step.mask_scores[:, :40] == -torch.inf).all(-1).tolist() == early
+                assert seed > 1 or bool((one.step.mask_scores[:, 60] == -torch.inf).all())
 
 
 @pytest.mark.parametrize("fault", [faults.prefix_for_all, faults.lora_for_all, faults.masks_kept])
@@ -132,9 +132,9 @@ def said(model: TransformersModel, heard: Sequence[Heard]) -> list[Tensor]:
     _, hidden = student.hidden(torch.tensor([heard[-1].text]), anchors)
     found = []
     for one, group in zip(heard, hidden[0].split(model.adapter.config.masks), strict=True):
-        if one.step.ahead is not None:
-            before = torch.tensor([one.text[-1], *one.step.ahead.argmax(-1)[:-1]])
-            group = model.told(group[: one.group], before)
+        if one.step.mask_scores is not None:
+            before = torch.tensor([one.text[-1], *one.step.mask_scores.argmax(-1)[:-1]])
+            group = model.apply_sampler_head(group[: one.group], before)
         found.append(model.output(group))
     return found
 
@@ -176,19 +176,19 @@ def crowd(adapted: TransformersModel, sampler: Sampler) -> None:
     assert copies > 2
     for request, knowing, plain in requests:
         assert request.emitted == plain
-        assert knowing.heard[-1].step.ahead is None, "the text has ended"
+        assert knowing.heard[-1].step.mask_scores is None, "the text has ended"
         compare(adapted, knowing.heard[:-1], sampler)
 
 
 def compare(adapted: TransformersModel, heard: Sequence[Heard], sampler: Sampler) -> None:
     noise = Noise(sampler.seed, sampler.sample)
     for one in heard:
-        assert (0 if one.step.ahead is None else len(one.step.ahead)) == one.group
+        assert (0 if one.step.mask_scores is None else len(one.step.mask_scores)) == one.group
     for one, group in zip(heard, said(adapted, heard) if heard else (), strict=True):
-        if one.step.ahead is not None:
+        if one.step.mask_scores is not None:
             at = range(len(one.text), len(one.text) + one.group)
             scores = group + sampler.temperature * noise.at(at, VOCABULARY, adapted.device)
-            torch.testing.assert_close(one.step.ahead, scores, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(one.step.mask_scores, scores, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -2,7 +2,7 @@
 
 The reference is transformers' own forward without cache, mask or attention of ours. Histories are longer
 than two and a half windows and read in pieces, two requests of different lengths run together, and the
-rows of an accepted branch are kept and built upon. Each planted fault is refused at load, by the probe.
+rows of an accepted branch are kept and built upon. Each planted fault is refused at load, by the conformance.
 
 `python tests/test_conformance.py` writes docs/models.md from the same tables.
 """
@@ -25,8 +25,7 @@ from selfdraft import Limits, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError, ModelUnsupported
-from selfdraft.models import attention
-from selfdraft.models import attention_masks as masks
+from selfdraft.models import attention, transformers_inputs
 from selfdraft.models.adapters.adapter import AdapterConfig, all_targets
 from selfdraft.models.drive import drive
 from selfdraft.models.head import Tail
@@ -192,21 +191,21 @@ def test_lora_on_routers_of_their_own_kind_is_refused(kind: str) -> None:
 
 def whole_text(patch: pytest.MonkeyPatch) -> None:
     """One mask for all layers."""
-    patch.setattr(masks, "masks", lambda kinds, seen, *_: dict.fromkeys(kinds, seen))
+    patch.setattr(transformers_inputs, "kind_masks", lambda kinds, seen, *_: dict.fromkeys(kinds, seen))
 
 
 def one_more(patch: pytest.MonkeyPatch) -> None:
     """Windows and chunks of one token more."""
-    kinds = masks.kinds
+    kinds = transformers_inputs.layer_kinds
 
-    def wider(*args: Any) -> Mapping[str, masks.Kind]:
+    def wider(*args: Any) -> Mapping[str, transformers_inputs.LayerKind]:
         return {name: widen(kind) for name, kind in kinds(*args).items()}
 
-    def widen(kind: masks.Kind) -> masks.Kind:
+    def widen(kind: transformers_inputs.LayerKind) -> transformers_inputs.LayerKind:
         size = kind.size or 0
         return replace(kind, rule=lambda lane, head, q, k: kind.rule(lane, head, q, k) | (k == q - size))
 
-    patch.setattr(masks, "kinds", wider)
+    patch.setattr(transformers_inputs, "layer_kinds", wider)
 
 
 @types(WINDOWED)

@@ -15,7 +15,7 @@ from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, InvalidPrompt, InvalidTree
 from selfdraft.models import attention
-from selfdraft.models.conformance import RowRange
+from selfdraft.models.numerics import RowRange
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 

@@ -23,7 +23,7 @@ from selfdraft.drafting.speed import Depth, Speed, SpeedDrafter
 from selfdraft.engine.request import FinishReason
 from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
 from selfdraft.llm import LLM
-from selfdraft.models import conformance as probe
+from selfdraft.models import numerics
 from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.drive import drive
 from selfdraft.models.looped import stages
@@ -219,8 +219,8 @@ def test_the_probe_sees_stages_that_differ(monkeypatch: pytest.MonkeyPatch) -> N
         drive(tiny_looped(torch.float32), "fast")
 
 
-@pytest.mark.parametrize("rows", probe.RANGES, ids=str)
-def test_calls_of_a_stage_keep_within_the_range_of_rows(rows: probe.RowRange) -> None:
+@pytest.mark.parametrize("rows", numerics.RANGES, ids=str)
+def test_calls_of_a_stage_keep_within_the_range_of_rows(rows: numerics.RowRange) -> None:
     model = copy.copy(drive(tiny_looped(torch.float64)))
     assert isinstance(model, stages.StagedModel)
     model.rows = rows
@@ -233,8 +233,8 @@ def test_calls_of_a_stage_keep_within_the_range_of_rows(rows: probe.RowRange) ->
                     assert rows.least <= (stop - start) * (last - first) <= rows.most
 
 
-@pytest.mark.parametrize("rows", [probe.RowRange(8, 8), probe.RowRange(4, 16)], ids=str)
-def test_more_sheets_than_a_call_may_have(looped64: TransformersModel, rows: probe.RowRange) -> None:
+@pytest.mark.parametrize("rows", [numerics.RowRange(8, 8), numerics.RowRange(4, 16)], ids=str)
+def test_more_sheets_than_a_call_may_have(looped64: TransformersModel, rows: numerics.RowRange) -> None:
     narrow = copy.copy(looped64)
     narrow.rows = rows
     asked = [(Restless(), random_prompt(9, seed), Sampler(0.8, seed=seed)) for seed in range(7)]
@@ -318,8 +318,8 @@ def test_logits_by_stages_are_those_of_whole_forwards(
 ) -> None:
     text = random_prompt(40, 2)
     for model in (looped, looped64):
-        (whole,) = probe._logits(model, [Tree.chain(text[9:])], [text[:9]])
-        by_stages = probe.staged(model, text[:9], text[9:])
+        (whole,) = numerics.logits_behind(model, [Tree.chain(text[9:])], [text[:9]])
+        by_stages = numerics.staged_logits(model, text[:9], text[9:])
         if model.numerics == "exact":
             assert torch.equal(by_stages, whole), "every bit"
         else:
@@ -430,7 +430,7 @@ def test_rows_match_where_the_path_of_tokens_is_the_same(
 def test_what_a_lane_holds_in_flight_moves_with_it(looped: TransformersModel) -> None:
     """Another lane that is closed gives its place to the last one, whatever that has under way."""
     text = random_prompt(20, 5)
-    (whole,) = probe._logits(looped, [Tree.chain(text[10:])], [text[:10]])
+    (whole,) = numerics.logits_behind(looped, [Tree.chain(text[10:])], [text[:10]])
     pool = looped.pool()
     other, lane = pool.open(), pool.open()
     for cache in (other, lane):

@@ -148,7 +148,7 @@ def test_mask_rows_say_what_they_say_when_decoding(model: TransformersModel, row
             text = batch["tokens"][lane, : int(aims[0])].tolist()
             told = batch["tokens"][lane, aims]
             with torch.no_grad():
-                got = learner.model.output(learner.model.told(hidden[lane, hung], told))
+                got = learner.model.output(learner.model.apply_sampler_head(hidden[lane, hung], told))
             with merged.attending(merged.own_attention):  # by the definition that gated ones are held to
                 expected = defined(copy.deepcopy(merged.model), rest, text, told.tolist())
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # the sampler head has float32

@@ -135,7 +135,7 @@ class GroupDrafter:
             for offset in range(i, len(self.ids) if last else i + 1):
                 self.odds.learn(offset, len(emitted) > i + 1)
             self._learn(i, offered, emitted[i])
-        self.ahead = [] if step.ahead is None else guesses(step.ahead)
+        self.ahead = [] if step.mask_scores is None else guesses(step.mask_scores)
 
     def _learn(self, offset: int, offered: Sequence[Guess], token: int) -> None:
         for guess in offered:
@@ -284,4 +284,4 @@ class FixedDrafter:
         return tree
 
     def observe(self, step: Step) -> None:
-        self.ahead = [] if step.ahead is None else step.ahead.topk(self.width).indices.tolist()
+        self.ahead = [] if step.mask_scores is None else step.mask_scores.topk(self.width).indices.tolist()

@@ -198,7 +198,7 @@ class Engine:
         ahead: Sequence[Tensor | None] = [None] * len(live)
         if any(groups):
             picked = [request.tokens[-1] for request in live]
-            ahead = self.model.ahead(rows, groups, picked, lambda i, *guess: live[i].draw.guess(*guess))
+            ahead = self.model.mask_logits(rows, groups, picked, lambda i, *guess: live[i].draw.guess(*guess))
         for request, step, group, logits in zip(live, steps, groups, ahead, strict=True):
             request.observe(step, logits if group else None)
 

@@ -180,7 +180,7 @@ class Request:
         """Tell the drafter. It is others' code, and what it raises must not break the root rule: so this
         comes last. ahead: logits at the mask rows under the last accepted row."""
         if ahead is not None:
-            step = replace(step, ahead=self.draw.ahead(ahead))
+            step = replace(step, mask_scores=self.draw.ahead(ahead))
         self.drafter.observe(step)
 
     def _end(self, picks: Sequence[int]) -> int:

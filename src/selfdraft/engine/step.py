@@ -23,15 +23,15 @@ class Step:
     each row's position; -inf where the sampler excludes a token; of the rows with ordinary ids, which come
     first. picks: argmax of the scores per row. path: rows accepted, root first (never empty unless row 0 is
     still in flight). in_flight: rows still inside the model, whose picks are early ones; only looped models
-    leave any. ahead: [masks, vocabulary], scores at the mask rows under the last accepted row: the tokens
-    after the text as it stands now. None where there are no such rows, or the text has ended."""
+    leave any. mask_scores: [masks, vocabulary], scores at the mask rows under the last accepted row: the
+    tokens after the text as it stands now. None where there are no such rows, or the text has ended."""
 
     tree: Tree
     scores: Tensor
     picks: Sequence[int]
     path: Sequence[int]
     in_flight: Sequence[int]
-    ahead: Tensor | None = None
+    mask_scores: Tensor | None = None
 
     @property
     def emitted(self) -> list[int]:

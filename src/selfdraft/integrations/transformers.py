@@ -52,8 +52,8 @@ from ..engine.request import Limits, Request
 from ..errors import InvalidOption, InvalidPrompt
 from ..models.adapters import folder as adapter_folder
 from ..models.drive import drive
-from ..models.naming import CACHE
 from ..models.transformers import Numerics, TransformersModel
+from ..models.transformers_inputs import CACHE
 from ..sampling.detokenizer import StopStrings, StopWatch
 from ..sampling.sampler import Sampler
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
 
-Guess = Callable[[int, int, Tensor], int]  # request, offset, logits [1, vocabulary] -> token
+# request, offset of a mask, its logits [1, vocabulary] -> the token that the mask is taken to predict
+PickMask = Callable[[int, int, Tensor], int]
 
 
 class Cache(Protocol):
@@ -91,12 +92,14 @@ class Model(Protocol):
     def cost(self, rows: int) -> float:
         """What a step with so many rows takes, in units of one with a single row. Measured at first use."""
 
-    def ahead(
-        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
+    def mask_logits(
+        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
-        """Logits of the mask rows asked for, as `head` gives them. tokens: per request, the one picked at the
-        row that its mask rows stand behind. guess: what a mask will be taken to say, where the next one is
-        told."""
+        """Logits of the mask rows asked for, as `head` returns them.
+
+        tokens: per request, the token picked at the row that its mask rows stand behind. pick: chooses the
+        token of a mask, on which an adapter's sampler head conditions the next mask.
+        """
 
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits of the rows asked for: per request [len(index), vocab_size], in the model's dtype."""

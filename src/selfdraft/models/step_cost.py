@@ -1,8 +1,8 @@
-"""What a step costs by its rows, measured on this machine: drafts have to earn it.
+"""What a step costs by its number of rows, measured on this machine. Drafts are sized by it.
 
-Forward and head of chains of several lengths behind a short history, in turn, the best of a few rounds.
-Between the lengths measured the time is interpolated, beyond them continued. A step is never taken to
-be cheaper than one with fewer rows: where a measurement says so, it is the machine's noise.
+Measured are forward and head of chains of several lengths behind a short history, in turn, and the best of a
+few rounds counts. Between the lengths measured the time is interpolated, beyond them extrapolated. A step
+never counts as cheaper than one with fewer rows: where a measurement says so, it is noise.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, count
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..engine.tree import Tree
-
-if TYPE_CHECKING:
-    from .transformers import TransformersModel
+from .numerics import RowRange
+from .protocol import Model
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 HISTORY = 192
@@ -40,10 +38,12 @@ class StepTimes:
         return max(1.0, low + (high - low) * (rows - a) / (b - a))
 
 
-def step_times(model: TransformersModel) -> StepTimes:
+def step_times(model: Model, rows_per_call: RowRange) -> StepTimes:
     """Measure a model: the least of several rounds, so that a busy machine is seen through."""
     history = min(HISTORY, max(1, model.context - max(ROWS)))
-    widths = [rows for rows in _widths(model.rows.least, model.rows.most) if rows + history <= model.context]
+    widths = [
+        rows for rows in _widths(rows_per_call.least, rows_per_call.most) if rows + history <= model.context
+    ]
     pool = model.pool()
     cache = pool.open()
     model.forward([Tree.chain([0] * history)], [cache])
@@ -60,7 +60,7 @@ def step_times(model: TransformersModel) -> StepTimes:
             out = model.forward([tree], [cache])
             model.head(out, [own])
             if masks:
-                model.ahead(out, [masks], [0], lambda *_: 0)
+                model.mask_logits(out, [masks], [0], lambda *_: 0)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             took = time.perf_counter() - at
@@ -69,7 +69,7 @@ def step_times(model: TransformersModel) -> StepTimes:
     return StepTimes(best)
 
 
-def _tree(model: TransformersModel, rows: int) -> tuple[Tree, range, range]:
+def _tree(model: Model, rows: int) -> tuple[Tree, range, range]:
     """A tree of so many rows, its ordinary ones, and a group of its mask rows. With an adapter half of the
     rows carry mask tokens, as in its drafts."""
     look = model.lookahead

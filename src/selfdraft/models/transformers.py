@@ -7,7 +7,7 @@ because with a large vocabulary it decides the speed.
 
 Numerics. "fast" runs all rows in one call. "exact" gives every row the same bits whatever the tree,
 the batch or the step: attention in float64, and every call of the model within a range of row counts
-in which the machine's matrix kernels were seen to agree (`probe.row_range`). Wider forwards run in
+in which the machine's matrix kernels were seen to agree (`row_range`). Wider forwards run in
 pieces, parents first; a piece sees the earlier ones in the cache.
 """
 
@@ -29,16 +29,15 @@ from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
 from ..errors import ModelUnsupported
 from . import attention
-from . import attention_masks as masks
-from . import conformance as probe
 from .adapters.adapter import Adapter, Gate, attach, check_float, merge
+from .conformance import check_tree, context_length, naming_the_model
 from .head import Head, split
 from .kv_cache import Lane, Lanes, Pair
 from .loading import transformers_model
-from .naming import CACHE, cache_name
-from .protocol import Cache, Guess, Rows
+from .numerics import RowRange, row_range
+from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
-from .transformers_inputs import Layout, layout
+from .transformers_inputs import CACHE, Layout, cache_name, kind_masks, layer_kinds, layout, mask_rows
 
 Numerics = Literal["exact", "fast"]
 Grade = Literal["base", "tuned"]
@@ -73,9 +72,9 @@ class TransformersModel:
         self.model: Any = transformers_model(model)  # its class mixes in more than its type says
         self.device = self.model.device
         self.dtype = self.model.dtype
-        self.context = probe.context(self.model)
+        self.context = context_length(self.model)
         self.numerics: Numerics = "fast"  # until the probe has found exact to be possible
-        self.rows = probe.RowRange()  # the whole range, until a narrower one is found
+        self.rows = RowRange()  # the whole range, until a narrower one is found
         self.loaded = self  # what `adapted` started from
         self.base = self  # the same, or that with weights that an adapter has tuned: whose text it is
         self.adapter: Adapter | None = None
@@ -88,8 +87,8 @@ class TransformersModel:
         self._times: StepTimes | None = None
         own = self.model.config._attn_implementation
         self.own_attention: str = "eager" if own == attention.NAME else own  # as the model came here
-        with probe.naming(self.model, "its forward is not that of a causal language model"):
-            self.kinds = masks.kinds(self.model)
+        with naming_the_model(self.model, "its forward is not that of a causal language model"):
+            self.kinds = layer_kinds(self.model)
             self.model.set_attn_implementation(attention.NAME)
             self.vocab_size, self._base, self._head = self._split()
             self._cache_name = cache_name(self._base.forward) or CACHE
@@ -199,7 +198,7 @@ class TransformersModel:
         sure = [width if n == len(tree) else n for n, tree in zip(counts, trees, strict=True)]
         slots = pool.bind(lanes, width, sure)
         laid = self.layout(trees, lengths, width, slots, pool.dtype)
-        made = masks.masks(self.kinds, laid.seen, laid.positions, pool.fixed)
+        made = kind_masks(self.kinds, laid.seen, laid.positions, pool.fixed)
         hidden = []
         for start, stop in pieces:
             pool.start = start
@@ -222,11 +221,11 @@ class TransformersModel:
         self, laid: Layout, made: Mapping[str, Tensor], cache: transformers.Cache, start: int, stop: int
     ) -> Tensor:
         """Hidden states of some rows of a layout, with the masks made from it, [lanes, rows, hidden]."""
-        with self._gate.open(laid.rows(start, stop)):
+        with self._gate.open(laid.mask_tokens_of(start, stop)):
             output = self._base(
                 input_ids=laid.ids[:, start:stop],
                 position_ids=laid.positions[:, start:stop],
-                attention_mask=masks.rows(made, start, stop),
+                attention_mask=mask_rows(made, start, stop),
                 use_cache=True,
                 **{self._cache_name: cache},
             )
@@ -234,7 +233,7 @@ class TransformersModel:
 
     def cost(self, rows: int) -> float:
         if self._times is None:
-            self._times = step_times(self)
+            self._times = step_times(self, self.rows)
         return self._times(rows)
 
     @torch.inference_mode()
@@ -243,28 +242,31 @@ class TransformersModel:
         return list(logits.split([len(own) for own in index]))
 
     @torch.inference_mode()
-    def ahead(
-        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], guess: Guess
+    def mask_logits(
+        self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
         if self.adapter is None or self.adapter.sampler is None:
             return self.head(rows, index)
-        known = list(tokens)
-        told: list[list[Tensor]] = [[] for _ in index]
+        previous = list(tokens)
+        made: list[list[Tensor]] = [[] for _ in index]
         for offset in range(max(len(own) for own in index)):
             live = [i for i, own in enumerate(index) if len(own) > offset]
             asked = [own[offset : offset + 1] for own in index]
-            before = torch.tensor([known[i] for i in live], device=self.device)
-            logits = self.logits(self.told(_chosen(cast(TransformersRows, rows), asked), before))
+            before = torch.tensor([previous[i] for i in live], device=self.device)
+            logits = self.logits(
+                self.apply_sampler_head(_chosen(cast(TransformersRows, rows), asked), before)
+            )
             for i, row in zip(live, logits.split(1), strict=True):
-                told[i].append(row)
-                known[i] = guess(i, offset, row) if offset + 1 < len(index[i]) else -1
-        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in told]
+                made[i].append(row)
+                previous[i] = pick(i, offset, row) if offset + 1 < len(index[i]) else -1
+        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
 
-    def told(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Hidden states of mask rows, [rows, hidden], told the tokens before those they are about."""
+    def apply_sampler_head(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """Hidden states of mask rows, [rows, hidden], conditioned on the token before the one that each
+        predicts, [rows] int64."""
         if self.adapter is None or self.adapter.sampler is None:
             return hidden
-        embedded = self.model.get_input_embeddings()(tokens)
+        embedded = self.model.get_input_embeddings()(previous)
         return cast(Tensor, self.adapter.sampler(hidden, embedded))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -315,19 +317,21 @@ class TransformersModel:
     def _settle(self, asked: Numerics | None) -> None:
         """Pass the probe, and find the row counts of exact numerics if they are wanted; where there are
         none, refuse if they were asked for, else go on without."""
-        with probe.naming(self.model, "its forward does not take a tree"):
-            probe.check_tree(self)
+        with naming_the_model(self.model, "its forward does not take a tree"):
+            check_tree(self)
         if (asked or default_numerics(self.device, self.dtype)) == "fast":
             return
         self.numerics = "exact"
         try:
-            with probe.naming(self.model, "its attention does not take the float64 keys of exact numerics"):
-                self.rows = probe.row_range(self)
+            with naming_the_model(
+                self.model, "its attention does not take the float64 keys of exact numerics"
+            ):
+                self.rows = row_range(self)
         except ModelUnsupported as error:
             if asked == "exact":
                 raise
             warnings.warn(f"{error}. Going on with fast numerics", stacklevel=4)
-            self.numerics, self.rows = "fast", probe.RowRange()
+            self.numerics, self.rows = "fast", RowRange()
 
 
 def _chosen(rows: TransformersRows, index: Sequence[Sequence[int]]) -> Tensor:

@@ -28,7 +28,7 @@ from transformers import (
 
 from .._common import machine
 from ..errors import InvalidOption
-from ..models import conformance as probe
+from ..models import conformance
 from ..models.adapters.fingerprint import fingerprint
 from ..models.loading import load_pretrained
 from ..models.looped.decoder import LoopedForCausalLM
@@ -97,7 +97,12 @@ def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> d
     base, tokenizer = load_pretrained(plan.model, None, plan.device)
     plan, model = _started(plan, base)
     data = windows.read(
-        plan.data, tokenizer, plan.length, plan.column, probe.context(base), base.config.vocab_size
+        plan.data,
+        tokenizer,
+        plan.length,
+        plan.column,
+        conformance.context_length(base),
+        base.config.vocab_size,
     )
     teacher = _teacher(plan, base)
     settings = _asked(plan, base, teacher, tokenizer, data)

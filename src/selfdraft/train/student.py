@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..engine.tree import Tree
 from ..errors import AdapterError
-from ..models import attention_masks as masks
+from ..models import transformers_inputs
 from ..models.adapters import folder as adapter_folder
 from ..models.adapters.adapter import Adapter, AdapterConfig, all_targets, linear_layers
 from ..models.kv_cache import Pair
@@ -174,7 +174,7 @@ class Student(torch.nn.Module):
         with torch.no_grad():
             own = self.model.output(text[lanes, true.clamp(max=ids.shape[1] - 1)].flatten(0, 2)).float()
         before = ids[lanes, true.clamp(max=ids.shape[1] - 1)].flatten()
-        return self.model.output(self.model.told(ahead.flatten(0, 1), before)).float(), own
+        return self.model.output(self.model.apply_sampler_head(ahead.flatten(0, 1), before)).float(), own
 
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the text, [lanes, length, hidden], without gradients, and of the mask rows,
@@ -186,7 +186,7 @@ class Student(torch.nn.Module):
         trees = [anchored(text, where, group) for text, where in pairs]
         width, fixed = len(trees[0]), self.adapter.config.prefix
         laid = model.layout(trees, [0] * len(trees), width, fixed + width)
-        made = masks.masks(model.kinds, laid.seen, laid.positions, fixed)
+        made = transformers_inputs.kind_masks(model.kinds, laid.seen, laid.positions, fixed)
         tape = Tape(self.adapter)
         with torch.no_grad():
             seen = {name: mask[..., : fixed + length] for name, mask in made.items()}

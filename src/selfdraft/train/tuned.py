@@ -26,7 +26,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from ..engine.tree import Tree
-from ..models import attention_masks as masks
+from ..models import transformers_inputs
 from ..models.adapters.adapter import Adapter
 from ..models.transformers import TransformersModel
 from .student import IGNORED, Tape
@@ -115,7 +115,7 @@ class TunedStudent(torch.nn.Module):
         flat, label = hidden.flatten(0, 1), labels.flatten()
         text = (label != IGNORED).nonzero().flatten()
         kept = self._kept(self.model.output(flat[text]).float(), tokens, parents, text, label[text])
-        scores = self.model.output(self.model.told(flat[rows], tokens.flatten()[aim])).float()
+        scores = self.model.output(self.model.apply_sampler_head(flat[rows], tokens.flatten()[aim])).float()
         with torch.no_grad():
             told = self.model.output(flat[aim]).float()
         target = told.softmax(-1) if self.loss.draft == "distill" else label[aim]
@@ -211,5 +211,5 @@ def _run(model: TransformersModel, grown: Sequence[Tree], width: int, adapter: A
     """Hidden states of trees without a history, [lanes, width, hidden]."""
     fixed = adapter.config.prefix if adapter is not None else 0
     laid = model.layout(grown, [0] * len(grown), width, fixed + width)
-    made = masks.masks(model.kinds, laid.seen, laid.positions, fixed)
+    made = transformers_inputs.kind_masks(model.kinds, laid.seen, laid.positions, fixed)
     return model.call(laid, made, Tape(adapter), 0, width)

@@ -34,8 +34,8 @@ from ..engine.request import Limits
 from ..errors import ModelUnsupported
 from ..llm import LLM
 from ..models.drive import drive
-from ..models.naming import CACHE
 from ..models.transformers import TransformersModel
+from ..models.transformers_inputs import CACHE
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle, Restless
 from .compare import Case, Check, Comparison, Difference, answer, batch, drafted, ends, follow, logits_after

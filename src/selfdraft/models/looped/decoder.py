@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.utils.generic import can_return_tuple
 
 from ...errors import InvalidOption, ModelUnsupported
-from ..naming import CACHE
+from ..transformers_inputs import CACHE
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [lanes, rows, head size]
 

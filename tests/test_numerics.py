@@ -1,4 +1,4 @@
-"""What the probe at load refuses, and what it measures."""
+"""What the checks at load refuse, and what they measure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from transformers.models.mistral import modeling_mistral
 
 from selfdraft import Tree
 from selfdraft.errors import ModelUnsupported
-from selfdraft.models import conformance as probe
-from selfdraft.models.conformance import RowRange
 from selfdraft.models.head import Tail
+from selfdraft.models.numerics import RANGES, RowRange
 from selfdraft.models.transformers import TransformersModel
 
 from conftest import tiny_llama
@@ -169,7 +168,7 @@ def test_row_ranges() -> None:
     assert [RowRange(8, 8).together(n) for n in (1, 3, 4, 7, 9)] == [1, 2, 4, 4, 8]
 
 
-@given(st.sampled_from(probe.RANGES), st.integers(1, 80), st.integers(1, 70))
+@given(st.sampled_from(RANGES), st.integers(1, 80), st.integers(1, 70))
 def test_every_call_stays_in_range(rows: RowRange, width: int, lanes: int) -> None:
     together = rows.together(lanes)
     pieces = rows.pieces(width, together)
@@ -196,7 +195,7 @@ def test_kernels_that_change_bits_with_the_row_count_are_seen(monkeypatch: pytes
 
     monkeypatch.setattr(torch.nn.Linear, "forward", few_rows_differ)
     assert TransformersModel(tiny_llama(torch.bfloat16)).rows == RowRange(8, 32)
-    monkeypatch.setattr(probe, "check_tree", lambda model: None)
+    monkeypatch.setattr("selfdraft.models.transformers.check_tree", lambda model: None)
     monkeypatch.setattr(torch.nn.Linear, "forward", all_differ)
     assert TransformersModel(tiny_llama(torch.bfloat16)).rows == RowRange(8, 8)
     monkeypatch.setattr(torch.nn.Linear, "forward", nothing_repeats)

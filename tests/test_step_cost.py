@@ -45,7 +45,7 @@ def test_drafters_are_told_the_cost_for_those_who_run(
     """With three requests, a row more of each is three rows more; measured once per model."""
     calls = []
 
-    def measured(model: TransformersModel) -> StepTimes:
+    def measured(model: TransformersModel, rows: object) -> StepTimes:
         calls.append(model)
         return StepTimes({1: 1.0, 2: 2.0, 100: 100.0})
 
@@ -63,7 +63,7 @@ def test_drafters_are_told_the_cost_for_those_who_run(
 
 
 def test_a_real_model_is_measured(exact: TransformersModel) -> None:
-    times = cost.step_times(exact)
+    times = cost.step_times(exact, exact.rows)
     assert times.costs[0] == 1.0
     assert times.rows[0] == 1
     assert times(64) >= times(8) >= 1.0
