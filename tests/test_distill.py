@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import selfdraft
 from selfdraft import LLM, Sampler
 from selfdraft._common.repetition import fresh
 from selfdraft.errors import InvalidOption, TrainingDataError
@@ -24,11 +26,12 @@ from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import shards
 from selfdraft.train.distill import Distillation, Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts
-from selfdraft.train.shards import MANIFEST, Shards
+from selfdraft.train.shards import MANIFEST, Row, Shards
 
 from conftest import Run
 
 TEXTS = [f"def f{i}(a, b):\n    return a {'+' * (i % 3 + 1)} b  # {'x' * i}\n" for i in range(9)]
+POSIX = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog"}
 RECIPE = Recipe(max_new_tokens=40, greedy_share=0.4, seed=3)
 
 
@@ -283,6 +286,19 @@ def test_prompts_come_from_everywhere(tmp_path: Path) -> None:
     assert Prompts([first]).sha256 == joined[0].sha256 != joined[1].sha256
 
 
+def test_the_same_prompts_in_any_format_are_the_same(tmp_path: Path) -> None:
+    made = [{"prompt": "a", "references": ["r"]}, {"prompt": "b", "references": []}]
+    plain = lines(tmp_path / "one.jsonl", *made)
+    datasets.Dataset.from_list(made).to_parquet(str(tmp_path / "two.parquet"))
+    (tmp_path / "three.json").write_text(json.dumps(made))
+    (tmp_path / "four.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+    others = ("two.parquet", "three.json", "four.jsonl.gz")
+    found = {Prompts([str(tmp_path / name)]).sha256 for name in others}
+    assert found == {Prompts([plain]).sha256}
+    both = Prompts([plain, str(tmp_path / "two.parquet")])
+    assert [both[index].text for index in range(4)] == ["a", "b", "a", "b"]
+
+
 @pytest.mark.parametrize(
     ("content", "column", "says"),
     [
@@ -312,8 +328,9 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(TrainingDataError, match="no/such-set cannot be read"):
         Prompts(["no/such-set"])
     monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "table.parquet").write_text("")
     with pytest.raises(TrainingDataError, match=r"selfdraft\[train\]"):
-        Prompts([str(tmp_path / "broken.jsonl")])
+        Prompts([str(tmp_path / "table.parquet")])
 
 
 def test_trainers_read_rows_in_the_order_of_prompts(generator: LLM, file: str, tmp_path: Path) -> None:
@@ -395,12 +412,62 @@ def test_command(command: Run, folder: Path, file: str, tmp_path: Path) -> None:
     assert code == 0
     assert "5 rows are there" in err
     assert "9 rows" in out
-    assert "this time 4 rows" in out
+    assert "in this run 4 rows" in out
     assert len(shards.read(tmp_path / "out").rows) == 9
     code, _, err = command(*words, "--seed", "1")
     assert code == 2
     assert "seed: 0 there, 1 asked for" in err
     assert len(err.strip().splitlines()) == 1
+
+
+CHAT = "{% for m in messages %}<|bos|>{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture
+def chatting(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    """A model whose tokenizer has a chat template."""
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = CHAT
+    return LLM(exact, templated, "plain", name="tiny")
+
+
+def test_text_prompts_go_through_the_chat_template(chatting: LLM, file: str, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, max_new_tokens=4)
+    for row in distil(chatting, file, tmp_path / "chat", recipe, limit=3):
+        text = f"<|bos|>user: {TEXTS[row['index']]}\nassistant:"
+        assert row["prompt"] == chatting.tokenizer.encode(text, add_special_tokens=False)
+    for row in distil(chatting, file, tmp_path / "raw", replace(recipe, raw=True), limit=3):
+        assert row["prompt"] == chatting.tokenizer.encode(TEXTS[row["index"]])
+    asked_for = [shards.manifest(tmp_path / name)["asked"]["chat"] for name in ("chat", "raw")]
+    assert asked_for == [True, False]
+    with pytest.raises(TrainingDataError, match="chat: true there, false asked for"):
+        distil(chatting, file, tmp_path / "chat", replace(recipe, raw=True))
+
+
+def test_without_a_template_raw_is_no_other_run(generator: LLM, file: str) -> None:
+    prompts = Prompts([file])
+    assert asked(generator, prompts, RECIPE) == asked(generator, prompts, replace(RECIPE, raw=True))
+
+
+def test_command_needs_no_datasets_for_json_lines(
+    command: Run, folder: Path, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    out = tmp_path / "out"
+    code, _, err = command("distill", "-p", file, "--model", str(folder), "-n", "4", "--out", str(out))
+    assert code == 0, err
+    assert len(rows(out)) == 9
+
+
+def test_modules_that_only_posix_has_are_imported_where_they_are_used() -> None:
+    """At the top of a file they would make the command fail to start on Windows."""
+    found = []
+    for path in Path(selfdraft.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path.name}: {name}" for name in names if name in POSIX]
+    assert not found
 
 
 def test_command_takes_messages(command: Run, folder: Path, tmp_path: Path) -> None:
@@ -412,17 +479,20 @@ def test_command_takes_messages(command: Run, folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_sigterm_keeps_what_there_is(folder: Path, file: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = ("distill", "-p", file, "--model", str(folder), "-n", "60", "--batch", "1", "--out", str(out))
-    code = "import sys; from selfdraft.cli import main; main()"
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    while process.poll() is None and not shards.shards(out):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"{len(rows(out))} rows are kept in {out}" in err
+def test_sigterm_keeps_what_there_is(
+    command: Run, folder: Path, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, add = tmp_path / "out", Shards.add
+
+    def terminated(self: Shards, row: Row) -> None:
+        add(self, row)
+        if len(self.done) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Shards, "add", terminated)
+    code, _, err = command("distill", "-p", file, "--model", str(folder), *WORDS, "--out", str(out))
+    assert code == 128 + signal.SIGTERM
+    assert len(rows(out)) == 3
+    assert f"3 rows are kept in {out}" in err
+    assert signal.getsignal(signal.SIGTERM) is before

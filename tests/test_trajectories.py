@@ -660,7 +660,7 @@ def test_command(command: Run, words: tuple[str, ...], tmp_path: Path) -> None:
     assert "3 rows are there" in err
     assert "7 rows" in out
     assert "0 degenerate" in out
-    assert "this time 4 rows" in out
+    assert "in this run 4 rows" in out
     assert len(shards.read(tmp_path / "out").rows) == 7
     for row in rows(tmp_path / "out"):
         settles(row, 6)

@@ -16,7 +16,7 @@ import datasets
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 import selfdraft
 from selfdraft import Limits, Tree
@@ -29,8 +29,9 @@ from selfdraft.errors import AdapterError, InvalidOption, TrainingDataError
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import AdapterConfig, LowRank
 from selfdraft.models.transformers import TransformersModel
-from selfdraft.train import packed, shards, tuned, tuning_cost
+from selfdraft.train import filler, packed, shards, tuned, tuning_cost
 from selfdraft.train import run as run_
+from selfdraft.train.filler import choose_filler
 from selfdraft.train.packed import Masked, NoiseConfig, Noisy
 from selfdraft.train.sequences import Batches, Draws
 from selfdraft.train.student import IGNORED, fresh
@@ -598,6 +599,46 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
     assert run(TransformersModel(tiny_llama(), "fast"), Plain(), [5], limits=Limits(2)).emitted
     with pytest.raises(TrainingDataError):
         shards.read(plain)
+
+
+TEMPLATE = "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|eos|>{% endfor %}<|start|>"
+
+
+def test_the_filler_stands_inside_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As in SmolLM2's template: the token that begins a text begins each message, too."""
+    mine = copy.deepcopy(tokenizer)
+    mine.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|tool|>", "<|spare|>"]})
+    start, tool, spare = range(len(tokenizer), len(tokenizer) + 3)
+    text = {"prompt": [0, 5, 6], "answer": [7, 8]}
+    ends, size = {1}, len(mine)
+    assert choose_filler(mine, size, ends, [text]) == 0, "it may begin texts"
+    assert choose_filler(mine, size, ends, [{**text, "prompt": [5, 0]}]) == start
+    mine.bos_token = "<|start|>"
+    mine.chat_template = TEMPLATE
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<"}]
+    said = set(mine.encode(mine.apply_chat_template(turns, tokenize=False), add_special_tokens=False))
+    assert start in said
+    assert choose_filler(mine, size, ends, [{**text, "prompt": [5, 0]}]) == tool
+    mine.chat_template = TEMPLATE + "{% if tools %}<|tool|>{{ tools }}{% endif %}"
+    assert choose_filler(mine, size, ends, [{**text, "prompt": [5, 0]}]) == spare
+    assert choose_filler(mine, size, ends, [text], kept=spare) == spare
+    assert choose_filler(mine, size, ends, [text], kept=start) == 0, "a start that was badly chosen"
+    with pytest.raises(InvalidOption, match="--unknown random"):
+        choose_filler(mine, spare, ends, [{**text, "prompt": [5, 0]}])
+
+
+def test_a_filler_that_templates_hold_is_seen(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filler, "template_ids", lambda tokenizer: set())
+    mine = copy.deepcopy(tokenizer)
+    mine.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|spare|>"]})
+    mine.bos_token = "<|start|>"
+    mine.chat_template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
+    start = len(tokenizer)
+    assert choose_filler(mine, len(mine), {1}, []) == start
+    monkeypatch.undo()
+    assert choose_filler(mine, len(mine), {1}, []) == 0
 
 
 def test_blocks_of_filler(rows: datasets.Dataset) -> None:

@@ -21,30 +21,52 @@ if TYPE_CHECKING:
 
 Prompts = Annotated[
     list[str],
-    typer.Option("--prompts", "-p", help="File, folder or hub id, see `selfdraft distill`; repeatable."),
+    typer.Option(
+        "--prompts",
+        "-p",
+        help="File, folder or hub id of prompts; repeatable. See `selfdraft distill --help`.",
+    ),
 ]
-Column = Annotated[str | None, typer.Option(help="Column of the prompts. Default: prompt, or messages.")]
-Split = Annotated[str, typer.Option(help="Split of a data set.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Answer the first prompts only.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", "-t", help="Of the answers drawn.")]
-GreedyShare = Annotated[float, typer.Option(help="Share of answers that are greedy.")]
-Seed = Annotated[int, typer.Option(help="Keys which are greedy, and the noise of the others.")]
+Column = Annotated[
+    str | None, typer.Option(help="Column that holds the prompts. Default: prompt, else messages.")
+]
+Split = Annotated[str, typer.Option(help="Split of a data set on the hub.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Answer only the first N prompts.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", help="Maximum length of an answer in tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="Temperature of the sampled answers.")
+]
+GreedyShare = Annotated[float, typer.Option(help="Share of the answers that are greedy instead of sampled.")]
+Seed = Annotated[
+    int, typer.Option(help="Random seed: chooses which answers are greedy and drives sampling of the rest.")
+]
 CutLoops = Annotated[
-    bool, typer.Option("--cut-loops/--keep-loops", help="End an answer where it begins to loop.")
+    bool, typer.Option("--cut-loops/--keep-loops", help="End an answer where it begins to repeat itself.")
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Answers under way at a time.")]
-Shard = Annotated[int, typer.Option(min=1, help="Rows a file.")]
+Batch = Annotated[int, typer.Option(min=1, help="Answers generated at a time.")]
+Shard = Annotated[int, typer.Option(min=1, help="Rows per file.")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Take text prompts as they are, without the model's chat template.")
+]
 Numerics = Annotated[
     str,
-    typer.Option(help="fast; exact: the same bits whatever the batch and the method, but slower."),
+    typer.Option(
+        help="exact: identical rows whatever the batch and the method, but slower; fast: rounding may differ."
+    ),
 ]
 
 
 def distill(
     prompts: Prompts,
-    out: Annotated[Path, typer.Option(help="Folder for the answers; one that holds this run is continued.")],
-    model: flags.Model = "pico",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the answers. If it holds an unfinished run of this command, that run continues."
+        ),
+    ],
+    model: flags.Model = "smollm2",
     column: Column = None,
     split: Split = "train",
     limit: Limit = None,
@@ -53,6 +75,7 @@ def distill(
     greedy_share: GreedyShare = 0.5,
     seed: Seed = 0,
     cut_loops: CutLoops = True,
+    raw: Raw = False,
     batch: Batch = 32,
     shard: Shard = 1000,
     method: flags.Method = "plain",
@@ -62,16 +85,20 @@ def distill(
     numerics: Numerics = "fast",
     as_json: flags.Json = False,
 ) -> None:
-    """Let the model answer prompts, for draft adapters to learn from: they guess what this model says.
+    """Let the model answer prompts. Draft adapters are trained on its answers, to predict what it would
+    write.
 
-    Prompts are JSON lines or parquet files, folders of them, or ids on the Hugging Face hub (owner/name, or
-    owner/name:subset), with a column `prompt` (text) or `messages` (a conversation, put into the chat
-    template), and if a method may copy from something, `references` (a list of texts).
+    Prompts are files of JSON lines or parquet, folders of them, or data sets on the Hugging Face hub
+    (owner/name, or owner/name:subset). They have a column `prompt` (a text) or `messages` (a conversation),
+    and optionally `references` (a list of texts that the answer may quote). JSON files need no further
+    package; everything else needs `pip install 'selfdraft[train]'`. A text is asked through the model's chat
+    template if it has one; `--raw` takes it as it is.
 
-    Rows come as JSON lines, shard-00000.jsonl and so on: {"index", "prompt", "answer", "temperature",
-    "seed", "finish_reason"}, prompt and answer as token ids. distill.json says what they depend on.
+    Answers are written as JSON lines to shard-00000.jsonl and so on, with the keys index, prompt, answer,
+    temperature, seed and finish_reason; prompt and answer are token ids. distill.json holds all settings that
+    the answers depend on.
 
-    Rows are kept as they come. Stop it at any time: the same command goes on where it stopped.
+    You can stop the command at any time: finished answers are kept, and the same command continues.
 
     Examples:
 
@@ -86,7 +113,7 @@ def distill(
     from ..train.prompts import Prompts as Read
     from ..train.shards import Shards
 
-    recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops)
+    recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops, raw)
     rows = Read(prompts, column, split)
     generator = load(
         model,
@@ -108,7 +135,7 @@ def distill(
 
 
 def work(running: Distillation) -> dict[str, Any]:
-    """The run, with a bar that is drawn between steps only."""
+    """Run the distillation with a progress bar, which is drawn between steps."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -117,28 +144,28 @@ def work(running: Distillation) -> dict[str, Any]:
     console = Console(stderr=True)
     shards, quiet = running.shards, not console.is_terminal
     if shards.found:
-        said = f"selfdraft: going on in {shards.folder}, {shards.found} rows are there"
-        console.print(said, soft_wrap=True)
+        found = f"selfdraft: continuing in {shards.folder}, {shards.found} rows are there"
+        console.print(found, soft_wrap=True)
     try:
         with _terminated(), Bar(*columns, console=console, auto_refresh=False, disable=quiet) as bar:
             there = sum(index in shards.done for index in running.wanted)
             task = bar.add_task("", total=len(running.wanted), completed=there)
 
-            def tell(progress: Progress) -> None:
+            def report(progress: Progress) -> None:
                 pace = f"{progress.tokens_per_second:,.0f} tokens/s"
                 done = there + progress.rows + progress.too_long
                 bar.update(task, completed=done, description=pace, refresh=True)
 
-            return running.run(tell)
+            return running.run(report)
     except (KeyboardInterrupt, SystemExit):
-        said = f"selfdraft: {shards.kept} rows are kept in {shards.folder}; the same command goes on"
+        said = f"selfdraft: {shards.kept} rows are kept in {shards.folder}; the same command continues"
         console.print(said, soft_wrap=True)
         raise
 
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, with its own exit code."""
+    """Let SIGTERM end the run like Ctrl-C, with its own exit code."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
@@ -153,10 +180,10 @@ def _terminated() -> Iterator[None]:
 def _show(summary: dict[str, Any], out: Path) -> None:
     print(
         f"{summary['rows']:,} rows, {summary['tokens']:,} tokens in {out}; "
-        f"{summary['ended_by_itself']:.0%} ended by themselves, {summary['loops_cut']:,} cut where they loop"
-        + (f", {summary['too_long']:,} prompts left out as too long" if summary["too_long"] else "")
+        f"{summary['ended_by_itself']:.0%} ended by themselves, {summary['loops_cut']:,} cut for repetition"
+        + (f", {summary['too_long']:,} prompts skipped as too long" if summary["too_long"] else "")
     )
     print(
-        f"this time {summary['new_rows']:,} rows, {summary['tokens_per_second']:,.0f} tokens/s, "
+        f"in this run {summary['new_rows']:,} rows, {summary['tokens_per_second']:,.0f} tokens/s, "
         f"{summary['tokens_per_forward']:.2f} tokens per forward"
     )

@@ -37,7 +37,7 @@ def speed(
         typer.Option(help="A `datasets` folder with windows (input_ids), or .jsonl, .parquet or .txt text."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the model; one that holds this run is continued.")],
-    model: flags.Model = "pico",
+    model: flags.Model = "smollm2",
     unique: Annotated[
         int | None, typer.Option(help="Layers of a pass. Default: 2, or those of a looped model.")
     ] = None,

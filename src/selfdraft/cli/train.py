@@ -174,7 +174,7 @@ Examples:
 def cllm(
     data: Annotated[Path, typer.Option(help="Folder written by `selfdraft trajectories`.")],
     out: Out,
-    model: flags.Model = "pico",
+    model: flags.Model = "smollm2",
     full: Full = False,
     rank: TunedRank = None,
     target: Target = None,
@@ -253,7 +253,7 @@ def cllm(
 def space_tuned(
     data: Data,
     out: Out,
-    model: flags.Model = "pico",
+    model: flags.Model = "smollm2",
     full: Full = False,
     masks: Masks = 4,
     shared_mask: Shared = False,
@@ -362,7 +362,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
     def train(
         data: Data,
         out: Out,
-        model: flags.Model = "pico",
+        model: flags.Model = "smollm2",
         masks: Masks = config.masks,
         shared_mask: Shared = False,
         prefix: Prefix = config.prefix,

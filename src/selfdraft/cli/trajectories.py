@@ -19,6 +19,7 @@ from .distill import (
     MaxNewTokens,
     Numerics,
     Prompts,
+    Raw,
     Seed,
     Shard,
     Split,
@@ -29,14 +30,21 @@ from .distill import (
 
 def trajectories(
     prompts: Prompts,
-    out: Annotated[Path, typer.Option(help="Folder for the rows; one that holds this run is continued.")],
-    model: flags.Model = "pico",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the answers. If it holds an unfinished run of this command, that run continues."
+        ),
+    ],
+    model: flags.Model = "smollm2",
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter that tunes the model, to record its own trajectories.")
+        str | None,
+        typer.Option(help="Adapter that tunes the model: record the trajectories of the tuned model."),
     ] = None,
-    block: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 16,
+    block: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 16,
     augment: Annotated[
-        bool, typer.Option("--augment", help="Put some wrong tokens of the states right, as published.")
+        bool,
+        typer.Option("--augment", help="Correct some wrong tokens of the recorded states, as published."),
     ] = False,
     column: Column = None,
     split: Split = "train",
@@ -46,6 +54,7 @@ def trajectories(
     greedy_share: GreedyShare = 0.5,
     seed: Seed = 0,
     cut_loops: CutLoops = True,
+    raw: Raw = False,
     batch: Batch = 32,
     shard: Shard = 1000,
     dtype: flags.Dtype = None,
@@ -53,15 +62,15 @@ def trajectories(
     numerics: Numerics = "fast",
     as_json: flags.Json = False,
 ) -> None:
-    """Record how Jacobi decoding comes to the model's answers, for `selfdraft train cllm` (arXiv 2403.00835).
+    """Record how Jacobi decoding converges to the model's answers. `selfdraft train cllm` learns from this.
 
-    Rows are those of `selfdraft distill`, with a column `states`: of each block of the answer the states that
-    it went through, a list of token ids each, from the first one, which is drawn from the text so far. A
-    trajectory ends where the text does. Answers that loop are cut there; one that is the same token again and
-    again, or loops within its first block, keeps no states and is counted as degenerate.
+    The output is that of `selfdraft distill`, with one more key, `states`: for each block of an answer the
+    lists of token ids that it went through. The first state of a block is drawn from the text so far. Answers
+    that repeat themselves are cut where they begin to; an answer that is one token repeated, or repeats
+    itself within its first block, has no states and is counted as degenerate.
 
-    Each answer takes about as many passes as it has tokens, of up to a block of rows each. Rows are kept as
-    they come. Stop it at any time: the same command goes on where it stopped.
+    An answer takes about as many forward passes as it has tokens. You can stop the command at any time:
+    finished answers are kept, and the same command continues. The paper is arXiv 2403.00835.
 
     Examples:
 
@@ -75,7 +84,7 @@ def trajectories(
     from ..train.shards import Shards
     from ..train.trajectories import Recorded, Recording
 
-    recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops)
+    recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops, raw)
     rows = Read(prompts, column, split)
     method = Recorded(block)
     generator = load(
@@ -88,7 +97,8 @@ def trajectories(
     )
     if block >= generator.model.context:
         raise InvalidOption(
-            f"--block {block}: the model's context is {generator.model.context} tokens; give less, such as 16"
+            f"--block {block}: the model's context is {generator.model.context} tokens; "
+            "give a smaller block, such as 16"
         )
     about = {"block": block, "augment": augment}
     shards = Shards(out, {**asked(generator, rows, recipe), **about}, shard)
@@ -101,10 +111,10 @@ def trajectories(
         return
     print(
         f"{summary['rows']:,} rows, {summary['tokens']:,} tokens in {out}; {summary['loops_cut']:,} cut "
-        f"where they loop, {summary['degenerate']:,} degenerate"
-        + (f", {summary['too_long']:,} prompts left out as too long" if summary["too_long"] else "")
+        f"for repetition, {summary['degenerate']:,} degenerate"
+        + (f", {summary['too_long']:,} prompts skipped as too long" if summary["too_long"] else "")
     )
     print(
-        f"this time {summary['new_rows']:,} rows, {summary['tokens_per_second']:,.0f} tokens/s, "
+        f"in this run {summary['new_rows']:,} rows, {summary['tokens_per_second']:,.0f} tokens/s, "
         f"{summary['tokens_per_forward']:.2f} tokens per pass"
     )

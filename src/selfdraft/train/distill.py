@@ -1,13 +1,13 @@
 """Answers by the model itself: the data that draft adapters learn from.
 
-A draft is right when it is the model's own pick, so an adapter is trained on what this model says, not
-on what people wrote. So many requests are kept alive all the time: as one ends, the next prompt joins.
-What a row is depends on the model, its prompt and its index alone: the index keys whether the answer is
-greedy or drawn, and its seed. A run that stops goes on as if it had not, and rows do not depend on
-which others ran beside them (with exact numerics to the bit, with fast ones up to rounding).
+A draft token is accepted when it is the model's own pick, so an adapter is trained on this model's answers,
+not on text that people wrote. A fixed number of requests runs at a time: when one ends, the next prompt
+joins. A row depends only on the model, its prompt and its index, which decides whether the answer is greedy
+or sampled, and its seed. So a run that was interrupted gives the same rows, whichever requests ran in one
+batch (bit for bit with exact numerics, up to rounding with fast ones).
 
-An answer that begins to loop teaches nothing more: it is cut at the end of the first copy, where the
-bench stops to count, too, and is not generated much further.
+A text prompt goes through the model's chat template as one user message, as it does when the model is used.
+An answer that begins to repeat itself teaches nothing more: it is cut after the first copy.
 """
 
 from __future__ import annotations
@@ -34,19 +34,23 @@ from ..sampling.sampler import Sampler
 from .prompts import Prompt, Prompts
 from .shards import Row, Shards
 
-LOOK = 32  # tokens after which an answer is looked at for loops again
+LOOK = 32  # an answer is searched for repetition after each so many tokens
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What rows depend on beside the model and the prompts. greedy_share: how many are greedy; the others
-    are drawn at the temperature. cut_loops: end an answer where it begins to loop."""
+    """What rows depend on, besides the model and the prompts."""
 
     max_new_tokens: int = 256
+    # Of the answers that are sampled.
     temperature: float = 0.8
+    # Share of the answers that are greedy.
     greedy_share: float = 0.5
     seed: int = 0
+    # End an answer where it begins to repeat itself.
     cut_loops: bool = True
+    # Take text prompts as they are, without the chat template.
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -55,11 +59,11 @@ class Recipe:
             raise InvalidOption(f"greedy_share must be from 0 to 1; got {self.greedy_share}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InvalidOption(
-                f"temperature must be above 0; got {self.temperature} (greedy_share=1 has greedy ones alone)"
+                f"temperature must be above 0; got {self.temperature} (greedy_share=1 for greedy answers)"
             )
 
     def sampler(self, index: int) -> Sampler:
-        """How the answer to that prompt is drawn."""
+        """The sampler of the answer to that prompt."""
         digest = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
         greedy = int.from_bytes(digest[:6], "big") / 2**48 < self.greedy_share
         seed = int.from_bytes(digest[8:16], "big") >> 1
@@ -68,12 +72,14 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """Of this start. tokens: generated, those cut off a loop among them. forwards: decode steps, counted for
-    each request. too_long: prompts left out, because they and an answer do not fit the context."""
+    """What this start of the command has done so far."""
 
     rows: int = 0
+    # Generated tokens, including those that were cut off as repetition.
     tokens: int = 0
+    # Decode steps, counted for each request.
     forwards: int = 0
+    # Prompts skipped because they do not fit the context together with an answer.
     too_long: int = 0
     began: float = field(default_factory=time.perf_counter)
 
@@ -84,14 +90,15 @@ class Progress:
 
 @dataclass
 class Distillation:
-    """A model, what it answers and how, and where the answers go. batch: requests alive at a time.
-    limit: answer the first prompts only."""
+    """A model, the prompts it answers, and the folder of the answers."""
 
     generator: LLM
     prompts: Prompts
     recipe: Recipe
     shards: Shards
+    # Requests decoded at a time.
     batch: int = 32
+    # Answer only the first so many prompts.
     limit: int | None = None
 
     @property
@@ -99,24 +106,27 @@ class Distillation:
         """Indices of the prompts to answer."""
         return range(min(len(self.prompts), self.limit or len(self.prompts)))
 
-    def run(self, tell: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
-        """Answer what has no answer yet; the summary. `tell` hears of each row. Raises TrainingDataError."""
+    def run(self, report: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
+        """Answer the prompts without an answer and return the summary; `report` is called after each row.
+
+        Raises TrainingDataError.
+        """
         self.shards.note(starts=[*self.shards.manifest["starts"], self._start()], summary=None)
         progress = Progress()
         for row in self._answers(progress):
             self.shards.add(row)
             progress.rows += 1
-            tell(progress)
+            report(progress)
         summary = self._summary(progress)
         self.shards.note(summary=summary)
         return summary
 
     def _answers(self, progress: Progress) -> Iterator[Row]:
-        """Rows as they finish: the loop over live requests."""
+        """Rows in the order in which they finish."""
         engine, live = Engine(self.generator.model), dict[Request, int]()
-        waiting = self._waiting(progress)
+        pending = self._pending(progress)
         while True:
-            while len(live) < self.batch and (following := next(waiting, None)) is not None:
+            while len(live) < self.batch and (following := next(pending, None)) is not None:
                 index, ids, prompt = following
                 live[self._submit(engine, index, ids, prompt)] = index
             if not live:
@@ -127,13 +137,13 @@ class Distillation:
                 progress.forwards += len(request.runs)
                 yield self._row(live.pop(request), request)
 
-    def _waiting(self, progress: Progress) -> Iterator[tuple[int, Sequence[int], Prompt]]:
-        """Prompts without an answer, those left out that do not fit."""
+    def _pending(self, progress: Progress) -> Iterator[tuple[int, Sequence[int], Prompt]]:
+        """Prompts without an answer that fit the context."""
         for index in self.wanted:
             if index in self.shards.done:
                 continue
             prompt = self.prompts[index]
-            ids = self.generator.ids(prompt.text, prompt.messages)
+            ids = prompt_ids(self.generator, prompt, self.recipe.raw)
             if len(ids) + self.recipe.max_new_tokens > self.generator.model.context:
                 progress.too_long += 1
             else:
@@ -153,7 +163,7 @@ class Distillation:
         return Row(index, list(request.prompt), answer[:kept], sampler.temperature, sampler.seed, reason)
 
     def _start(self) -> dict[str, Any]:
-        """How this start goes about it: what may change rows by rounding at most."""
+        """Provenance of this start. Nothing in it changes rows by more than rounding."""
         return {
             "argv": sys.argv,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -165,7 +175,7 @@ class Distillation:
         }
 
     def _summary(self, progress: Progress) -> dict[str, Any]:
-        """All rows of the folder; and of this start its pace."""
+        """Figures of all rows in the folder, and the speed of this start."""
         rows, reasons = len(self.shards.done), self.shards.reasons
         return {
             "rows": rows,
@@ -182,15 +192,14 @@ class Distillation:
 
 
 class Loops:
-    """An end of texts beside token ids: where they loop. See `request.Stop`."""
+    """Stops texts that repeat themselves; see `request.Stop`."""
 
     def watch(self, prompt: Sequence[int]) -> LoopWatch:
         return LoopWatch()
 
 
 class LoopWatch:
-    """One answer, looked at every so many tokens: it ends some tokens after it has begun to loop, and is cut
-    once it is a row."""
+    """Searches one answer for repetition after every `LOOK` tokens. The row is cut later."""
 
     def __init__(self) -> None:
         self.cut: int | None = None
@@ -205,8 +214,10 @@ class LoopWatch:
 
 
 def asked(generator: LLM, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
-    """All that rows depend on: no folder made with anything else is continued. Raises InvalidOption where
-    there are messages, but no chat template."""
+    """All settings that rows depend on: a folder is continued only with the same ones.
+
+    Raises InvalidOption for messages without a chat template.
+    """
     if prompts.conversation is not None:
         generator.ids(None, prompts.conversation)
     model = generator.model
@@ -219,14 +230,27 @@ def asked(generator: LLM, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
         "numerics": model.numerics,
         "eos": sorted(generator.eos),
         "prompts": {"rows": len(prompts), "sha256": prompts.sha256},
-        **asdict(recipe),
+        "chat": chats(generator, recipe.raw),
+        **{name: value for name, value in asdict(recipe).items() if name != "raw"},
     }
 
 
+def chats(generator: LLM, raw: bool) -> bool:
+    """True if text prompts go through the model's chat template."""
+    return not raw and bool(generator.tokenizer.chat_template)
+
+
+def prompt_ids(generator: LLM, prompt: Prompt, raw: bool) -> Sequence[int]:
+    """Token ids of a prompt; a text becomes one user message of the chat template unless `raw` is set."""
+    if prompt.text is not None and chats(generator, raw):
+        return generator.ids(None, [{"role": "user", "content": prompt.text}])
+    return generator.ids(prompt.text, prompt.messages)
+
+
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides which ids a text becomes, the chat template among it."""
+    """SHA-256 of everything that decides which ids a text becomes, including the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     known = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
-    said = [known, tokenizer.special_tokens_map, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    rules = [known, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode()).hexdigest()

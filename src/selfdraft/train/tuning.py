@@ -27,6 +27,7 @@ from ..models.transformers import MARK, TransformersModel
 from . import card, run, shards
 from .calibration import ahead, calibrate
 from .distill import tokenizer_sha256
+from .filler import choose_filler
 from .packed import Masked, NoiseConfig, Noisy
 from .sequences import Batches
 from .student import Loss, Student, fresh, started
@@ -77,7 +78,7 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     bases = [model] if begun is None else [model, model.adapted(begun).base]
     prints = [fingerprint(one.model) for one in bases]
     shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
-    plan = _filled(plan, tokenizer, model.vocab_size, distilled.manifest, begun)
+    plan = _filled(plan, tokenizer, model.vocab_size, distilled, begun)
     adapter = begun or fresh(model, plan.config, plan.schedule.seed)
     limits = Limits(LONGEST, frozenset(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
@@ -126,23 +127,17 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
 
 
 def _filled(
-    plan: TunedPlan, tokenizer: Any, vocabulary: int, manifest: Mapping[str, Any], begun: Adapter | None
+    plan: TunedPlan, tokenizer: Any, vocabulary: int, distilled: shards.Distilled, begun: Adapter | None
 ) -> TunedPlan:
-    """The plan with the shape of the adapter that it goes on from, and the id of its filler, if it wants one:
-    the token that begins a text or pads it, which no text has inside. Raises InvalidOption where there is
-    none."""
+    """The plan with the shape of the adapter that it starts from, and with the filler, if it uses one.
+
+    Raises InvalidOption if no token can be the filler.
+    """
     config = plan.config if begun is None else begun.config
     filler = None
     if plan.noise is not None and plan.unknown == "filler":
-        ends = manifest["asked"]["eos"]
-        known = (config.filler, tokenizer.bos_token_id, tokenizer.pad_token_id)
-        rare = [one for one in known if one is not None and one not in ends and one < vocabulary]
-        if not rare:
-            raise InvalidOption(
-                "unknown: the tokenizer has no token that begins or pads a text, and no other is sure to be "
-                "in no text; give --unknown random"
-            )
-        filler = rare[0]
+        ends = distilled.manifest["asked"]["eos"]
+        filler = choose_filler(tokenizer, vocabulary, ends, distilled.rows, config.filler)
     config = replace(config, filler=filler)
     if begun is not None:
         begun.config, begun.odds = config, {}

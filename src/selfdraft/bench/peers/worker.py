@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import resource
 import runpy
 import sys
 import threading
@@ -125,6 +124,8 @@ def peak() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
+    import resource  # POSIX only
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
