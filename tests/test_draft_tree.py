@@ -12,20 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft.drafting import draft_tree as worth
-from selfdraft.drafting.draft_tree import MARGIN, AcceptanceStats, Budget, Candidates, DraftTreeBuilder, wins
+from selfdraft.drafting import acceptance
+from selfdraft.drafting.acceptance import AcceptanceStats, Budget, Candidates
+from selfdraft.drafting.draft_tree import MARGIN, DraftTreeBuilder, wins
 
 
-class Told:
-    """A source of fixed bets: path of tokens -> chances of those that may follow, one bet each."""
+class Fixed:
+    """A source of fixed candidates: path of tokens -> acceptance rates of those that may follow."""
 
     def __init__(self, chances: Mapping[tuple[int, ...], Mapping[int, float]]) -> None:
         self.chances = chances
 
-    def odds(self) -> AcceptanceStats:
+    def rates(self) -> AcceptanceStats:
         return AcceptanceStats({(path, t): p for path, own in self.chances.items() for t, p in own.items()})
 
-    def bets(self, state: tuple[int, ...]) -> Sequence[Candidates]:
+    def candidates(self, state: tuple[int, ...]) -> Sequence[Candidates]:
         return [Candidates((state, token), {token: 1.0}) for token in self.chances.get(state, ())]
 
     def follow(self, state: tuple[int, ...], token: int) -> tuple[int, ...]:
@@ -37,11 +38,11 @@ chance = st.floats(0.01, 0.99)
 trees = st.fixed_dictionaries({path: st.tuples(chance, chance) for path in PATHS})
 
 
-def best_rate(told: Told, cost: Callable[[int], float], most: int) -> float:
+def best_rate(source: Fixed, cost: Callable[[int], float], most: int) -> float:
     """Over all trees: expected tokens per time."""
     reached = {(): 1.0}
     for path in PATHS:
-        first, second = told.chances[path][0], told.chances[path][1]
+        first, second = source.chances[path][0], source.chances[path][1]
         reached[(*path, 0)] = reached[path] * first
         reached[(*path, 1)] = reached[path] * (1 - first) * second
     nodes = [path for path in reached if path]
@@ -63,8 +64,8 @@ def test_no_tree_is_worth_more(
     def cost(rows: int) -> float:
         return 1 + slope * (rows - 1) + jump * (rows > 3)
 
-    told = Told({path: dict(enumerate(own)) for path, own in given.items()})
-    builder = DraftTreeBuilder(told, told.odds(), cost, None, most=5)
+    source = Fixed({path: dict(enumerate(own)) for path, own in given.items()})
+    builder = DraftTreeBuilder(source, source.rates(), cost, None, max_rows=5)
     builder.budget.credit = math.inf
     tree = builder.tree([5], ())
     reached, paths = [1.0], [()]
@@ -72,7 +73,7 @@ def test_no_tree_is_worth_more(
         first, second = given[paths[parent]]
         reached.append(reached[parent] * (first if token == 0 else (1 - first) * second))
         paths.append((*paths[parent], token))
-    best, mine = best_rate(told, cost, most=5), sum(reached) / cost(len(tree))
+    best, mine = best_rate(source, cost, most=5), sum(reached) / cost(len(tree))
     assert mine == pytest.approx(best, abs=1e-9) or (mine == 1 and best <= MARGIN + 1e-9)
 
 
@@ -107,8 +108,8 @@ def test_growth_asks_for_the_noise_of_the_right_position() -> None:
         asked.setdefault(position, set()).update(tokens)
         return [4.0 if token == 1 else -4.0 for token in tokens]
 
-    source = Told({(): {0: 0.4, 1: 0.4}, (1,): {1: 0.9}})
-    builder = DraftTreeBuilder(source, source.odds(), lambda rows: 1 + rows / 50, noise, most=8)
+    source = Fixed({(): {0: 0.4, 1: 0.4}, (1,): {1: 0.9}})
+    builder = DraftTreeBuilder(source, source.rates(), lambda rows: 1 + rows / 50, noise, max_rows=8)
     assert builder.tree([9, 9, 9], ()).tokens[:3] == (9, 1, 1)
     builder.tree([9, 9, 9], ())
     assert asked == {3: {0, 1}, 4: {1}} | {p: t for p, t in asked.items() if p > 4 or (p == 4 and t == {1})}
@@ -116,9 +117,9 @@ def test_growth_asks_for_the_noise_of_the_right_position() -> None:
 
 def success_ends_silence() -> list[int]:
     """Rows of 60 steps of a drafter whose guesses, thought unlikely, always come."""
-    source = Told({(): {1: 0.05}, (1,): {1: 0.9}})
-    odds = source.odds()
-    builder = DraftTreeBuilder(source, odds, lambda rows: 1 + rows / 10 - 1 / 10, None, most=8)
+    source = Fixed({(): {1: 0.05}, (1,): {1: 0.9}})
+    rates = source.rates()
+    builder = DraftTreeBuilder(source, rates, lambda rows: 1 + rows / 10 - 1 / 10, None, max_rows=8)
     rows = []
     for _ in range(60):
         rows.append(len(builder.tree([1], ())))
@@ -139,10 +140,10 @@ def test_silence_does_not_end_learning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lost(steps: int) -> float:
     """Time that a drafter loses which is sure of itself and always wrong, in steps of one row."""
-    source = Told({(): {1: 0.9}, (1,): {1: 0.9}})
+    source = Fixed({(): {1: 0.9}, (1,): {1: 0.9}})
     cost = lambda rows: 1 + rows / 8 - 1 / 8  # noqa: E731
     builder = DraftTreeBuilder(
-        source, Sure({"never": 0.0} | dict.fromkeys(source.odds().counts, 0.9)), cost, None, most=8
+        source, Sure({"never": 0.0} | dict.fromkeys(source.rates().counts, 0.9)), cost, None, max_rows=8
     )
     total = 0.0
     for _ in range(steps):
@@ -161,7 +162,7 @@ class Sure(AcceptanceStats):
 
 def test_what_drafts_lose_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for steps in (1, 10, 100):
-        assert 0 < lost(steps) <= worth.CREDIT + steps * worth.SHARE
+        assert 0 < lost(steps) <= acceptance.CREDIT + steps * acceptance.CREDIT_PER_STEP
     monkeypatch.setattr(Budget, "affords", lambda self, rows: True)
     assert lost(100) > 10
 
@@ -175,4 +176,4 @@ def test_odds_follow_what_happens() -> None:
     for _ in range(300):
         odds.learn("kind", True)
     assert odds["kind"] > 0.95
-    assert odds.counts["kind"][1] <= worth.MEMORY
+    assert odds.counts["kind"][1] <= acceptance.MEMORY

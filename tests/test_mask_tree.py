@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import DraftContext, Step, Tree
+from selfdraft.drafting.acceptance import Budget
 from selfdraft.drafting.bita import Bita
-from selfdraft.drafting.draft_tree import Budget
-from selfdraft.drafting.mask_tree import HAZARDS, GroupDrafter, Node, Plan, guesses
+from selfdraft.drafting.mask_tree import HAZARDS, GroupDrafter, Node, Plan, candidates
 from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.space import Space
 from selfdraft.engine.engine import _group
@@ -127,8 +127,8 @@ def test_no_chain_with_masks_is_worth_more(chances: list[float], slope: float, r
 
 def test_a_hazard_is_the_share_of_what_is_left() -> None:
     scores = torch.log(torch.tensor([[0.6, 0.3, 0.06, 0.04] + [1e-9] * 46]))
-    kinds = [guess.kind for guess in guesses(scores)[0]]
-    assert [guess.token for guess in guesses(scores)[0]][:4] == [0, 1, 2, 3]
+    kinds = [one.kind for one in candidates(scores)[0]]
+    assert [one.token for one in candidates(scores)[0]][:4] == [0, 1, 2, 3]
     bounds = [(0.0, *HAZARDS)[kind] for kind in kinds[:3]]
     assert bounds[0] <= 0.6 <= bounds[0] + 0.1
     assert bounds[1] <= 0.75 <= bounds[1] + 0.1  # 0.3 of 0.4

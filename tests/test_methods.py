@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from selfdraft import DraftContext, Drafter, Engine, Limits, Method, Sampler, Step
 from selfdraft.drafting import available, create
-from selfdraft.drafting.draft_tree import AcceptanceStats, Budget
+from selfdraft.drafting.acceptance import AcceptanceStats, Budget
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
@@ -63,7 +63,7 @@ def test_jacobi_converges_as_published(exact: TransformersModel, sampler: Sample
     request = run(exact, Jacobi(block, faithful=True), prompt, sampler)
 
     def pick(text: Sequence[int]) -> int:
-        return run(exact, Plain(), [*prompt, *text], sampler).emitted[0]
+        return run(exact, Plain(), [*prompt, *text], sampler, Limits(1)).emitted[0]
 
     dice, text, runs = random.Random(sampler.seed), [], []
     while len(text) < 20:
@@ -193,7 +193,7 @@ def test_jacobi_opens_its_window_as_far_as_guesses_come_true(right: float, rows:
 
 
 def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(AcceptanceStats, "learn", lambda self, kind, won: None)
+    monkeypatch.setattr(AcceptanceStats, "learn", lambda self, kind, accepted: None)
     with pytest.raises(AssertionError):
         test_jacobi_opens_its_window_as_far_as_guesses_come_true(0.97, 18)
     monkeypatch.setattr(Budget, "affords", lambda self, rows: True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from selfdraft import Limits
-from selfdraft.drafting import mask_tree as groups
+from selfdraft.drafting import mask_tree
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError
 from selfdraft.models.adapters import folder as adapter_folder
@@ -391,12 +391,12 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
     found = calibrate(cast(Student, student), [given])
     assert found.accuracy[0][:3] == [0.5, 0.25, 0]  # of four
     assert found.accuracy[1][:2] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]  # of three
-    middles, least = groups.middles(), calibration.LEAST
+    middles, least = mask_tree.hazard_middles(), calibration.LEAST
 
     def odds(offset: int, hazard: float, won: int, made: int) -> None:
-        kind = sum(bound <= hazard for bound in groups.HAZARDS)
-        expected = (won + least * groups.TRUST * middles[kind]) / (made + least)
-        assert found.odds[groups.ODDS][offset][kind] == pytest.approx(expected), (offset, hazard)
+        kind = sum(bound <= hazard for bound in mask_tree.HAZARDS)
+        expected = (won + least * mask_tree.TRUST * middles[kind]) / (made + least)
+        assert found.odds[mask_tree.ODDS][offset][kind] == pytest.approx(expected), (offset, hazard)
 
     odds(0, 0.55, 2, 4)
     odds(0, 0.35 / 0.45, 1, 2)  # the second guess, where the first was wrong
@@ -404,8 +404,11 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
     odds(1, 0.75, 1, 2)  # not where no guess told the first token
     odds(1, 0.23 / 0.25, 1, 1)
     odds(1, 0.25, 0, 0)
-    onward = [(3 + groups.FIRST * least) / (4 + least), (2 + groups.FIRST * least) / (2 + least)]
-    assert found.odds[groups.ONWARD][0] == pytest.approx(onward)
+    onward = [
+        (3 + mask_tree.FIRST_ONWARD * least) / (4 + least),
+        (2 + mask_tree.FIRST_ONWARD * least) / (2 + least),
+    ]
+    assert found.odds[mask_tree.ONWARD][0] == pytest.approx(onward)
 
 
 # Going on from an adapter of weights that were trained further

@@ -164,7 +164,7 @@ def first_state_left_out(patch: pytest.MonkeyPatch) -> None:
     propose = Recorder.propose
 
     def wrong(self: Recorder, tokens: Sequence[int]) -> Any:
-        begins = self.inner.guess is None
+        begins = self.inner.drafts is None
         tree = propose(self, tokens)
         if begins:
             self.blocks[-1] = []

@@ -1,21 +1,21 @@
 """Jacobi decoding, the decoding of CLLM (arXiv 2403.00835, section 3).
 
-A window of guesses stands behind the last token. Each pass replaces every guess by the model's pick
-after the token before it; the right prefix is emitted, and what is left moves up. The window is always
-refilled, from what the text's own n-grams and those of discarded tails would copy (Lookahead's pool,
-arXiv 2402.02057), so that no row is random where something is known. These are bets like the
-guesses themselves (`worth`), which may branch. Where nothing is known stands a token of the text at random,
-or the one that a tuned model was taught to read as unknown (`Lookahead.filler`).
+A window of draft tokens stands behind the last token. Each pass replaces every draft token by the model's
+pick after the token before it; the right prefix is emitted, and the rest moves up. The window is refilled
+from the n-grams of the text and from those of discarded tails (the pool of lookahead decoding, arXiv
+2402.02057), so that no row is random where something is known. These are candidates like the draft tokens
+themselves (`draft_tree`), and they may branch. Where nothing is known, a row carries a random token of the
+text, or the one that a tuned model was taught to read as unknown (`Lookahead.filler`).
 
-How long the window is follows from how often its guesses come true, by how far ahead they stand, and
-from what rows cost: on an ordinary model it is short or nothing, on one tuned for consistency (CLLM)
-tens of rows. Guesses are judged as the text comes, whether or not they were run; where none are made, a
-small share of the time is spent on making some. When sampling, a guess has the noise of its position in
-it already.
+The length of the window follows from the acceptance rates of its tokens, by distance, and from what rows
+cost: on an ordinary model it is short or empty, on one tuned for consistency (CLLM) tens of rows. Draft
+tokens are compared with the text as it comes, whether or not they were run; where there are none, a small
+share of the time is spent on producing some. When sampling, a draft token already includes the noise of its
+position.
 
-`faithful` is the method as published: a block of `block` tokens, the first of them known, the rest
-drawn at random from the text so far; the block goes on with what is left of it until it is empty. On an
-ordinary model this gains little; on one tuned for consistency several tokens settle per pass.
+`faithful` is the method as published: a block of `block` tokens, the first of them known, the rest drawn at
+random from the text so far; it is iterated until all of it has been emitted. On an ordinary model this gains
+little; on one tuned for consistency several tokens per pass converge.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from annotated_types import Ge
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .draft_tree import LEAST, MARGIN, AcceptanceStats, Candidates, DraftTreeBuilder
+from .acceptance import AcceptanceStats, Candidates
+from .draft_tree import MARGIN, MIN_REACHED, DraftTreeBuilder
 from .method import DraftContext, Drafter, Lookahead
 from .ngrams import PRIOR, NgramCopies, Places
 
-AHEAD = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)  # a guess 1, 2, 3-4, 5-8, ... rows ahead, after right ones
-TAUGHT = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # the same of a model that was tuned to guess,
-GUESSED = "ahead"  # unless its adapter was calibrated, under this name
-POOL = 0.1  # what once followed the same two tokens, off the text
+# Acceptance rates of a draft token 1, 2, 3-4, 5-8, ... rows ahead, where those before it were right:
+UNTUNED = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)
+TUNED = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # of a model that was tuned for it but not calibrated
+RATES = "ahead"  # the name of calibrated rates in an adapter
+POOL_RATE = 0.1  # acceptance rate of what once followed the same two tokens, off the text
 PROBE = 8  # rows of a window that is run to learn
-SHARE = 0.01  # of the time, for probing
+PROBING_TIME = 0.01  # share of the time that goes to such windows
 
 
 @dataclass(frozen=True)
 class Jacobi:
-    """block: rows a step may have, the known token's own among them (n). faithful: draft as published,
-    where block is 16, the rows of a fresh block."""
+    """Iterate a window of draft tokens towards the model's own picks."""
 
+    # Rows of a step, at most, the known token's own included (n). None: 64, or 16 if faithful.
     block: Annotated[int, Ge(1)] | None = None
-    faithful: bool = False
+    faithful: bool = False  # draft as published
 
     def drafter(self, context: DraftContext) -> Drafter:
         if self.faithful:
@@ -57,11 +59,11 @@ class Jacobi:
 
 
 class Point(NamedTuple):
-    """A point of a draft. at: index of the next token in the text; before: the two tokens before it."""
+    """A point of a draft."""
 
-    at: int
-    before: tuple[int, int]
-    places: Places
+    at: int  # index in the text of the next token
+    before: tuple[int, int]  # the two tokens before it
+    places: Places  # that the n-grams copy from
 
 
 class JacobiDrafter:
@@ -69,16 +71,16 @@ class JacobiDrafter:
         self.block = block
         self.dice = random.Random(context.seed)
         self.copies = NgramCopies((), context.prompt)
-        self.guesses: dict[int, int] = {}  # index in the text -> token
-        self.pool: dict[tuple[int, int], int] = {}
+        self.drafts: dict[int, int] = {}  # index in the text -> the pick of the last pass
+        self.pool: dict[tuple[int, int], int] = {}  # two tokens -> what once followed them, off the text
         look = context.lookahead
         self.filler = look.filler if look is not None else None
-        prior = AHEAD if look is None or self.filler is None else _calibrated(look)
-        self.ahead = AcceptanceStats(dict(enumerate(prior)))
-        guessed: dict[Hashable, float] = {("guess", i): odds for i, odds in enumerate(prior)}
+        prior = UNTUNED if look is None or self.filler is None else _calibrated(look)
+        self.rates = AcceptanceStats(dict(enumerate(prior)))
+        drafted: dict[Hashable, float] = {("draft", i): rate for i, rate in enumerate(prior)}
         noise = context.noise if context.temperature > 0 else None
         self.builder = DraftTreeBuilder(
-            self, AcceptanceStats(PRIOR | guessed | {"pool": POOL}), context.cost, noise, block
+            self, AcceptanceStats(PRIOR | drafted | {"pool": POOL_RATE}), context.cost, noise, block
         )
         self.length = 0
         self.probing = 0.0  # time that may go to probing, in steps of one row
@@ -93,46 +95,46 @@ class JacobiDrafter:
         emitted = step.emitted
         self.builder.learn(emitted, len(step.tree))
         for i, token in enumerate(emitted):
-            guess = self.guesses.get(self.length + i)
-            if guess is not None:
-                self.ahead.learn(_far(i), guess == token)
-            if guess != token:
+            draft = self.drafts.get(self.length + i)
+            if draft is not None:
+                self.rates.learn(_distance(i), draft == token)
+            if draft != token:
                 break
         self._remember(step)
 
-    def bets(self, state: Point) -> Sequence[Candidates]:
-        bets: list[Candidates] = self.copies.bets(state.places)
-        guess = self.guesses.get(state.at)
-        if guess is not None:
-            bets.append(Candidates(("guess", _far(state.at - self.length)), {guess: 1.0}))
+    def candidates(self, state: Point) -> Sequence[Candidates]:
+        found: list[Candidates] = self.copies.candidates(state.places)
+        draft = self.drafts.get(state.at)
+        if draft is not None:
+            found.append(Candidates(("draft", _distance(state.at - self.length)), {draft: 1.0}))
         pooled = self.pool.get(state.before)
         if pooled is not None:
-            bets.append(Candidates("pool", {pooled: 1.0}))
-        return bets
+            found.append(Candidates("pool", {pooled: 1.0}))
+        return found
 
     def follow(self, state: Point, token: int) -> Point:
         return Point(state.at + 1, (state.before[1], token), self.copies.follow(state.places, token))
 
     def _window(self, rows: int) -> int:
-        """Rows that the window is worth; those of a probe, where there is time for one.
+        """Rows of the window that pay; those of a probe, where there is time for one.
 
-        With so many guesses standing, a step yields the tokens that they promise, and as many rows more
-        are needed for as many guesses to stand after it.
+        With so many draft tokens in the window, a step yields the tokens that they promise, and needs as many
+        rows more so that the window is as long after it.
         """
         best, window, tokens, reached = MARGIN, 1, 1.0, 1.0
-        for guesses in range(1, self.block):
-            reached *= self.ahead[_far(guesses - 1)]
+        for drafts in range(1, self.block):
+            reached *= self.rates[_distance(drafts - 1)]
             tokens += reached
-            if reached < LEAST or guesses + int(tokens) > self.block:
+            if reached < MIN_REACHED or drafts + int(tokens) > self.block:
                 break
-            wanted = guesses + int(tokens)
+            wanted = drafts + int(tokens)
             rate = tokens / self.builder.budget.cost(wanted)
             if rate > best and self.builder.budget.affords(wanted):
                 best, window = rate, wanted
         probe = min(PROBE, self.block)
         if max(rows, window) >= probe:
             return window
-        self.probing += SHARE
+        self.probing += PROBING_TIME
         extra = self.builder.budget.cost(probe) - self.builder.budget.cost(max(rows, window))
         if extra > self.probing or not self.builder.budget.affords(probe):
             return window
@@ -150,7 +152,7 @@ class JacobiDrafter:
         more: list[int] = []
         first = len(tokens) + tree.depth[row]
         for at in range(first, min(len(tokens) + window - 1, first + self.block - len(tree))):
-            known = self.guesses.get(at, self.pool.get((line[-2], line[-1])) if len(line) > 1 else None)
+            known = self.drafts.get(at, self.pool.get((line[-2], line[-1])) if len(line) > 1 else None)
             line.append(self._unknown(tokens) if known is None else known)
             more.append(line[-1])
         return tree.hang(row, more) if more else tree
@@ -159,24 +161,25 @@ class JacobiDrafter:
         return self.dice.choice(tokens) if self.filler is None else self.filler
 
     def _remember(self, step: Step) -> None:
-        """The picks off the path: guesses for positions to come, n-grams for the pool."""
+        """Keep the picks off the path: draft tokens of positions to come, and n-grams for the pool."""
         tree, path = step.tree, set(step.path)
         far = len(step.path)
-        self.guesses = {}
+        self.drafts = {}
         for row, depth in enumerate(tree.depth):
             if depth >= far:
-                self.guesses.setdefault(self.length + depth, step.picks[row])
+                self.drafts.setdefault(self.length + depth, step.picks[row])
             if row not in path and row:
                 self.pool[tree.tokens[tree.parents[row]], tree.tokens[row]] = step.picks[row]
 
 
-def _far(ahead: int) -> int:
-    return min(ahead.bit_length(), len(AHEAD) - 1)
+def _distance(ahead: int) -> int:
+    """The class of a distance, as in UNTUNED."""
+    return min(ahead.bit_length(), len(UNTUNED) - 1)
 
 
 def _calibrated(look: Lookahead) -> Sequence[float]:
-    table = look.odds.get(GUESSED, ())
-    return table[0] if [len(row) for row in table] == [len(AHEAD)] else TAUGHT
+    table = look.odds.get(RATES, ())
+    return table[0] if [len(row) for row in table] == [len(UNTUNED)] else TUNED
 
 
 class FaithfulDrafter:
@@ -184,16 +187,16 @@ class FaithfulDrafter:
         self.block = block
         self.dice = dice
         self.filler = filler
-        self.guess: Sequence[int] | None = None  # None: the block is used up
+        self.drafts: Sequence[int] | None = None  # None: the block has been emitted
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        if self.guess is None:
+        if self.drafts is None:
             unknown = tokens if self.filler is None else [self.filler]
-            self.guess = self.dice.choices(unknown, k=self.block - 1)
-        return Tree.chain([tokens[-1], *self.guess])
+            self.drafts = self.dice.choices(unknown, k=self.block - 1)
+        return Tree.chain([tokens[-1], *self.drafts])
 
     def observe(self, step: Step) -> None:
         kept = len(step.path)
-        # The pick after row i is the new guess for row i + 1; the pick after the last row lies
+        # The pick after row i is the new draft token of row i + 1; the pick after the last row lies
         # outside the block and is dropped, as in the published code.
-        self.guess = step.picks[kept : len(step.tree) - 1] if kept < len(step.tree) else None
+        self.drafts = step.picks[kept : len(step.tree) - 1] if kept < len(step.tree) else None

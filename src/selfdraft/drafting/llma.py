@@ -1,16 +1,16 @@
 """LLMA (arXiv 2304.04487): copy spans from reference text and verify them in one pass.
 
-The places are looked up that follow what the text ends with: in the references, the prompt and the
-text so far, the longest contexts first. What stood there is drafted as a tree. How likely a copied
-token is right is learned by the length of its context, the tokens already copied among it, and by
-whether the places agree: so the copy grows with the match and with past success, and where nothing is
-likely enough to pay for its rows, nothing is drafted (`worth`).
+The end of the text is looked up in the references, the prompt and the text so far, and what followed there is
+drafted as a tree, the longest matches first. How likely a copied token is right is learned by the length of
+its context (including tokens already copied) and by whether the places agree. So the copy grows with the
+match and with past success, and where nothing is likely enough to pay for its rows, nothing is drafted
+(`draft_tree`).
 
-`faithful` is the method as published: when the last tokens generated occur in a reference, propose the
-tokens that follow there. The longest match counts, its first occurrence is taken, references in the
-order given. Only generated tokens trigger, so the first step drafts nothing. Where the published code
-rebuilds the n-grams of the whole output at every step and keys them by joined strings, this one indexes
-the references once, by ids. Without references the prompt is one: the paper's multi-turn setting.
+`faithful` is the method as published: when the last tokens generated occur in a reference, propose the tokens
+that follow there. The longest match counts, its first occurrence is taken, references in the order given.
+Only generated tokens trigger, so the first step drafts nothing. The published code rebuilds the n-grams of
+the whole output at every step; this one indexes the references once. Without references the prompt serves as
+one: the paper's multi-turn setting.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from annotated_types import Ge
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..errors import InvalidOption
-from .draft_tree import AcceptanceStats, DraftTreeBuilder
+from .acceptance import AcceptanceStats
+from .draft_tree import DraftTreeBuilder
 from .method import DraftContext, Drafter
 from .ngrams import PRIOR, NgramCopies
 
 
 @dataclass(frozen=True)
 class Llma:
-    """block: rows a step may have, the last token's own among them (k). trigger: shortest match that
-    drafts (n). faithful: draft as published, where block is 20, and `match` the longest match looked up."""
+    """Copy from references, the prompt and the text so far."""
 
+    # Rows of a step, at most, the last token's own included (k). None: 64, or 20 if faithful.
     block: Annotated[int, Ge(1)] | None = None
-    trigger: Annotated[int, Ge(1)] = 1
-    faithful: bool = False
-    match: Annotated[int, Ge(1)] = 5
+    trigger: Annotated[int, Ge(1)] = 1  # the shortest match that drafts (n)
+    faithful: bool = False  # draft as published
+    match: Annotated[int, Ge(1)] = 5  # if faithful, the longest match looked up
 
     def __post_init__(self) -> None:
         if self.faithful and self.trigger > self.match:

@@ -1,26 +1,27 @@
-"""Mask groups: drafts of a model's own adapter, verified in the pass that draws up the next ones.
+"""Mask groups: drafts of a model's own adapter, verified in the pass that produces the next ones.
 
-A row of the text and each candidate may have a group behind it: a chain of mask tokens, whose scores are
-guesses at the tokens after the next one (SPACE, arXiv 2402.11809; BiTA, 2401.12522). The group under the
-row at which the walk ends is looked at, and what it guesses are the candidates of the next tree.
+Each row of a tree may have a group under it: a chain of mask tokens, whose scores predict the tokens after
+the next one (SPACE, arXiv 2402.11809; BiTA, 2401.12522). The group under the row at which the walk ends is
+read, and its best tokens are the candidates of the next tree.
 
-Which rows are worth their time (a sparse tree, as in PPD, arXiv 2405.18628, section 4, but grown anew at
-every step, from how sure the model is here):
+Which rows are run (a sparse tree, as in PPD, arXiv 2405.18628, section 4, but grown anew at every step, from
+how confident the model is here):
 
-- A candidate is a bet. Its kind is its offset and its hazard: the share of the probability that the scores
-  leave after the candidates before it. How often bets of a kind win was counted when the adapter was
-  calibrated and is learned on (`AcceptanceStats`). The scores have the noise of sampling in them, so a kind
-  means the same at every temperature.
-- Guesses at one offset are the same under every parent, so a path's probability is a product, and nodes
-  come in the order of it.
-- A mask under a node pays in the next step, if the walk ends at that node. How often the guesses of an
-  offset come to be accepted is learned too, an offset that is not tried going along with the last one that
-  is; it is discounted by the probability of that end, and by the row that the guess will need.
+- The kind of a candidate is its offset and its hazard: its share of the probability that is left after the
+  candidates before it. The acceptance rate of each kind was counted when the adapter was calibrated, and goes
+  on being learned (`AcceptanceStats`). Scores include the sampling noise, so a kind means the same at every
+  temperature.
+- The candidates of an offset are the same under every parent, so the probability of a path is a product, and
+  nodes come in the order of it.
+- A mask under a node pays in the next step, if the walk ends at that node. How often the candidates of an
+  offset come to be accepted is learned too, an offset that is not tried being treated like the last one that
+  is. The gain is discounted by the probability of that end, and by the cost of the row that the candidate
+  will need.
 - Of all sizes the one is taken whose tokens, now and by its masks, exceed by most what its measured time
-  would bring at this text's own rate.
+  would yield at this text's own rate.
 
-What a text can lose is bounded as elsewhere (`worth.Budget`): masks must be within the budget, candidates
-need not be, since what they cost was granted with the masks that guessed them.
+What a text can lose is bounded (`Budget`): new masks must be within the budget. Candidates need not be, since
+their cost was granted with the masks that predicted them.
 """
 
 from __future__ import annotations
@@ -38,36 +39,35 @@ from torch import Tensor
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..errors import AdapterError
-from .draft_tree import LEAST, AcceptanceStats, Budget
+from .acceptance import AcceptanceStats, Budget
+from .draft_tree import MIN_REACHED
 from .method import DraftContext, Lookahead
 
-WIDTH = 6  # candidates looked at per offset
+WIDTH = 6  # candidates per offset
 HAZARDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # bounds of the kinds
-ODDS = "hazard"  # the name of their odds in an adapter, [offset][kind]
-ONWARD = (
-    "onward"  # and of the masks': how often a walk that comes to an offset goes on through it, [0][offset]
-)
-TRUST = 0.7  # of the hazard itself, where nothing was calibrated: guesses are surer than right
-FIRST = 0.4  # and how often walks are taken to go on there
-PACE = 8.0  # steps that the rate expected at first counts for
-CREDIT = 2.0  # steps that drafts may lose at first: some rounds of masks and of what they guess
+ODDS = "hazard"  # the name of the calibrated rates in an adapter, [offset][kind]
+ONWARD = "onward"  # and of how often a walk that comes to an offset goes on through it, [0][offset]
+TRUST = 0.7  # rate per hazard where nothing was calibrated: hazards are overconfident
+FIRST_ONWARD = 0.4  # and the rate of going on through an offset there
+PRIOR_STEPS = 8.0  # steps that the rate expected at first counts for
+CREDIT = 2.0  # steps that drafts may lose at first: a few rounds of masks and their candidates
 PROBING = 0.01  # share of the time that goes to masks when they do not seem to pay
 
 
-class Guess(NamedTuple):
-    """A candidate at one offset."""
+class Candidate(NamedTuple):
+    """A draft token of one offset."""
 
     token: int
-    kind: int
+    kind: int  # class of its hazard, see HAZARDS
 
 
 class Node(NamedTuple):
-    """A point of a draft. reached: probability that the walk comes here."""
+    """A point of a draft."""
 
     token: int
-    parent: int
+    parent: int  # index of the node above; -1 for the root
     depth: int
-    reached: float
+    reached: float  # probability that the walk comes here
 
 
 def lookahead(context: DraftContext, method: str) -> Lookahead:
@@ -80,37 +80,40 @@ def lookahead(context: DraftContext, method: str) -> Lookahead:
     return context.lookahead
 
 
-def guesses(scores: Tensor) -> list[list[Guess]]:
+def candidates(scores: Tensor) -> list[list[Candidate]]:
     """Candidates by offset, the likeliest first. scores: [masks, vocabulary]."""
     likely = scores.softmax(-1).topk(min(WIDTH, scores.shape[-1]))
     found = []
     for tokens, shares in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
         left, row = 1.0, []
         for token, share in zip(tokens, shares, strict=True):
-            row.append(Guess(token, bisect_right(HAZARDS, share / left if left > share else 1.0)))
+            row.append(Candidate(token, bisect_right(HAZARDS, share / left if left > share else 1.0)))
             left -= share
         found.append(row)
     return found
 
 
 class GroupDrafter:
-    """Sparse trees. most: rows of a step, at most."""
+    """Drafts sparse trees with groups of masks."""
 
     def __init__(self, look: Lookahead, cost: Callable[[int], float], most: int) -> None:
+        """most: rows of a step, at most."""
         self.ids, self.most = tuple(look.ids), most
         self.budget = Budget(cost, CREDIT)
         offsets = range(len(self.ids))
-        odds = _known(look, ODDS, len(self.ids), len(middles())) or [
-            [TRUST * at for at in middles()] for _ in offsets
+        odds = _known(look, ODDS, len(self.ids), len(hazard_middles())) or [
+            [TRUST * at for at in hazard_middles()] for _ in offsets
         ]
-        onward = (_known(look, ONWARD, 1, len(self.ids)) or [[FIRST] * len(self.ids)])[0]
+        onward = (_known(look, ONWARD, 1, len(self.ids)) or [[FIRST_ONWARD] * len(self.ids)])[0]
         prior: dict[Hashable, float] = {(i, kind): p for i in offsets for kind, p in enumerate(odds[i])}
-        self.odds = AcceptanceStats(prior | dict(enumerate(onward)))  # of bets; of going on through an offset
-        self.pace = [
-            PACE * (1 + sum(accumulate(onward, mul))),
-            PACE * self.budget.cost(2 + 3 * len(self.ids)),
+        # Acceptance rates of candidates by (offset, kind); and by offset, how often the walk goes on through
+        # it.
+        self.rates = AcceptanceStats(prior | dict(enumerate(onward)))
+        self.expected = [
+            PRIOR_STEPS * (1 + sum(accumulate(onward, mul))),
+            PRIOR_STEPS * self.budget.cost(2 + 3 * len(self.ids)),
         ]
-        self.ahead: list[list[Guess]] = []
+        self.candidates: list[list[Candidate]] = []
         self.nodes: list[Node] = []
         self.probing = 0.0
 
@@ -129,50 +132,50 @@ class GroupDrafter:
         emitted = step.emitted
         rows = len(step.tree)
         self.budget.settle(len(emitted), rows)
-        self.pace = [self.pace[0] + len(emitted), self.pace[1] + self.budget.cost(rows)]
-        for i, offered in enumerate(self.ahead[: len(emitted)]):
-            last = i + 1 == len(self.ahead)
+        self.expected = [self.expected[0] + len(emitted), self.expected[1] + self.budget.cost(rows)]
+        for i, offered in enumerate(self.candidates[: len(emitted)]):
+            last = i + 1 == len(self.candidates)
             for offset in range(i, len(self.ids) if last else i + 1):
-                self.odds.learn(offset, len(emitted) > i + 1)
+                self.rates.learn(offset, len(emitted) > i + 1)
             self._learn(i, offered, emitted[i])
-        self.ahead = [] if step.mask_scores is None else guesses(step.mask_scores)
+        self.candidates = [] if step.mask_scores is None else candidates(step.mask_scores)
 
-    def _learn(self, offset: int, offered: Sequence[Guess], token: int) -> None:
-        for guess in offered:
-            self.odds.learn((offset, guess.kind), guess.token == token)
-            if guess.token == token:
+    def _learn(self, offset: int, offered: Sequence[Candidate], token: int) -> None:
+        for candidate in offered:
+            self.rates.learn((offset, candidate.kind), candidate.token == token)
+            if candidate.token == token:
                 return
 
     def _plan(self, last: int) -> tuple[list[Node], list[int]]:
-        """The nodes worth their rows, and how many masks each has behind it."""
-        reach = list(accumulate((self.odds[i] for i in range(len(self.ids))), mul))
-        plan = Plan(self.budget, self.pace[0] / self.pace[1], reach)
+        """The nodes that pay for their rows, and how many masks stand under each."""
+        reach = list(accumulate((self.rates[i] for i in range(len(self.ids))), mul))
+        plan = Plan(self.budget, self.expected[0] / self.expected[1], reach)
         plan.add(Node(last, -1, 0, 1.0))
-        chances = [self._chances(i, offered) for i, offered in enumerate(self.ahead)]
+        chances = [self._chances(i, offered) for i, offered in enumerate(self.candidates)]
         queue: list[tuple[float, int, int, int]] = []  # minus reached, order of arrival, parent, token
         order = 0
         while True:
             node, count = plan.nodes[-1], len(plan.nodes)
             for token, chance in chances[node.depth] if node.depth < len(chances) else ():
-                if chance * node.reached >= LEAST:
+                if chance * node.reached >= MIN_REACHED:
                     order += 1
                     heappush(queue, (-chance * node.reached, order, count - 1, token))
-            if not queue or count + 1 > self.most or -queue[0][0] * plan.worth < plan.price:
+            if not queue or count + 1 > self.most or -queue[0][0] * plan.max_node_value < plan.row_value:
                 break
             reached, _, parent, token = heappop(queue)
             plan.add(Node(token, parent, plan.nodes[parent].depth + 1, -reached))
         return self._probe(*plan.best(self.most))
 
-    def _chances(self, offset: int, offered: Sequence[Guess]) -> list[tuple[int, float]]:
+    def _chances(self, offset: int, offered: Sequence[Candidate]) -> list[tuple[int, float]]:
         left, chances = 1.0, []
         for token, kind in offered:
-            odds = self.odds[offset, kind]
-            chances.append((token, left * odds))
-            left *= 1 - odds
+            rate = self.rates[offset, kind]
+            chances.append((token, left * rate))
+            left *= 1 - rate
         return chances
 
     def _probe(self, nodes: list[Node], masks: list[int]) -> tuple[list[Node], list[int]]:
-        """The plan; where it is to stay silent, now and then masks to learn from."""
+        """The plan; where it proposes nothing, now and then masks to learn from."""
         if any(masks) or len(nodes) > 1:
             return nodes, masks
         self.probing += PROBING
@@ -185,22 +188,23 @@ class GroupDrafter:
 
 
 class Plan:
-    """A tree that grows node by node, with the masks that its nodes are worth.
+    """A tree that grows node by node, with the masks that pay under its nodes.
 
-    rate: tokens per time of this text so far; time is in steps of one row. reach: how often the guesses of
-    each offset are accepted, where there are any.
+    Time is in steps of one row.
     """
 
     def __init__(self, budget: Budget, rate: float, reach: Sequence[float]) -> None:
+        """rate: tokens per time of this text so far. reach: by offset, how often its candidates are accepted,
+        where there are any."""
         self.budget, self.rate = budget, rate
         width = 2 + 2 * len(reach)
         slope = (budget.cost(2 * width) - budget.cost(width)) / width
-        self.price = rate * slope  # of one more row, in tokens
-        self.gains = [share - self.price for share in reach]
-        self.totals = [0.0]  # by how many masks there are
+        self.row_value = rate * slope  # what one more row costs, in tokens at this rate
+        self.gains = [share - self.row_value for share in reach]
+        self.totals = [0.0]  # gain by the number of masks under a node
         for gain in self.gains:
             self.totals.append(self.totals[-1] + max(0.0, gain))
-        self.worth = 1 + self.totals[-1]  # of a node that is reached for sure, at most
+        self.max_node_value = 1 + self.totals[-1]  # tokens gained by a node that is always reached, at most
         self.nodes: list[Node] = []
         self.ends: list[float] = []  # probability that the walk ends there
         self.value, self.rows = 0.0, 0
@@ -219,8 +223,11 @@ class Plan:
         self.scores.append((self.value - self.rate * self.budget.cost(self.rows), self.rows))
 
     def best(self, most: int) -> tuple[list[Node], list[int]]:
-        """Nodes, and masks of each: of the sizes with at most so many rows the best. New masks must be within
-        the budget; what masks have guessed already is paid for, and run without new ones if need be."""
+        """Nodes, and the number of masks under each, of the best size with at most so many rows.
+
+        New masks must be within the budget. Pending candidates were paid for with the masks that predicted
+        them, and are verified even when no new masks fit the budget.
+        """
         found, count, masked = -math.inf, 1, False
         for i, (score, rows) in enumerate(self.scores, start=1):
             if score > found and rows <= most and self.budget.affords(rows):
@@ -239,49 +246,48 @@ class Plan:
         return self.nodes[:count], [self._masks(end) for end in ends]
 
     def _count(self, node: int, sign: int) -> None:
-        """Take what a node's masks are worth, and cost, into the sums, or out of them."""
+        """Add what the masks under a node gain and cost to the sums, or take it out of them."""
         masks = self._masks(self.ends[node])
         self.value += sign * self.ends[node] * self.totals[masks]
         self.rows += sign * masks
 
     def _masks(self, end: float) -> int:
         count = 0
-        while count < len(self.gains) and end * self.gains[count] > self.price:
+        while count < len(self.gains) and end * self.gains[count] > self.row_value:
             count += 1
         return count
 
 
 def _known(look: Lookahead, name: str, rows: int, columns: int) -> Sequence[Sequence[float]] | None:
-    """Odds that an adapter was calibrated to; None where it was not, or by another count of kinds."""
+    """Rates of a calibrated adapter; None where it was not calibrated, or with another number of kinds."""
     table = look.odds.get(name, ())
     return table if [len(row) for row in table] == [columns] * rows else None
 
 
-def middles() -> list[float]:
-    """The middle of each kind of hazard."""
+def hazard_middles() -> list[float]:
+    """The middle of each class of hazards."""
     return [(a + b) / 2 for a, b in zip((0.0, *HAZARDS), (*HAZARDS, 1.0), strict=True)]
 
 
 class FixedDrafter:
-    """Draws up the same tree at every step, as published.
-
-    nodes: in order, each (parent, offset, rank): the guess of that rank at that offset, under the node of
-    that index, of which 0 is the last token. Every one of them has a whole group of masks under it.
-    """
+    """Drafts a tree of the same shape at every step, as published."""
 
     def __init__(self, look: Lookahead, nodes: Sequence[tuple[int, int, int]]) -> None:
+        """nodes: in order, each (parent, offset, rank): the candidate of that rank at that offset, under the
+        node of that index, of which 0 is the last token. Each has a whole group of masks under it."""
         self.ids, self.nodes = tuple(look.ids), nodes
         self.width = 1 + max((rank for _, _, rank in nodes), default=0)
-        self.ahead: list[list[int]] = []
+        self.candidates: list[list[int]] = []
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        # At first nothing is known, towards the end of the text not every offset; nodes come by offset.
-        nodes = [node for node in self.nodes if node[1] < len(self.ahead)]
-        known = [self.ahead[offset][rank] for _, offset, rank in nodes]
+        # In the first step there are no candidates, near the end of the text not of every offset.
+        nodes = [node for node in self.nodes if node[1] < len(self.candidates)]
+        known = [self.candidates[offset][rank] for _, offset, rank in nodes]
         tree = Tree((tokens[-1], *known), (-1, *(parent for parent, _, _ in nodes)))
         for row in range(len(tree)):
             tree = tree.hang(row, self.ids)
         return tree
 
     def observe(self, step: Step) -> None:
-        self.ahead = [] if step.mask_scores is None else step.mask_scores.topk(self.width).indices.tolist()
+        scores = step.mask_scores
+        self.candidates = [] if scores is None else scores.topk(self.width).indices.tolist()

@@ -1,8 +1,8 @@
-"""Copies as bets: what stood after the places where a text's end occurred before.
+"""Candidates copied from where the end of a text occurred before, in references, the prompt or the text.
 
-How likely a copied token is right depends on the length of the context its place shares with the draft,
-tokens already copied among it, and on whether the places agree. A state is a list of places, the
-longest contexts first.
+How likely a copied token is right depends on the length of the context that its place shares with the draft
+(including tokens already copied), and on whether the places agree. A state is a list of places, the longest
+contexts first.
 """
 
 from __future__ import annotations
@@ -10,43 +10,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from .draft_tree import Candidates
+from .acceptance import Candidates
 from .suffix_index import BORDER, SuffixIndex
 
-PLACES = 8  # looked at, at most; more of them gain nothing
-# How often a copied token is right after a context of 1, 2, 3-4, 5-8, 9-16, 17 and more tokens: measured
-# on edits and on code, between the two. AGREED: all places of such a context go on alike, or there is one.
+PLACES = 8  # places considered, at most; more of them gain nothing
+# Acceptance rates of a copied token after a context of 1, 2, 3-4, 5-8, 9-16, 17 and more tokens: between what
+# was measured on edits and on code. AGREED: all places of such a context continue alike, or there is one.
 AGREED = (0.25, 0.55, 0.8, 0.9, 0.95, 0.97)
 DIVIDED = (0.2, 0.4, 0.5, 0.7, 0.85, 0.9)
 PRIOR: dict[Hashable, float] = {
-    **{(size, True): odds for size, odds in enumerate(AGREED)},
-    **{(size, False): odds for size, odds in enumerate(DIVIDED)},
+    **{(size, True): rate for size, rate in enumerate(AGREED)},
+    **{(size, False): rate for size, rate in enumerate(DIVIDED)},
 }
 
 Places = Sequence[tuple[int, int]]  # place, length of the context it shares with the draft
 
 
 class NgramCopies:
-    """What references, a prompt and the text after it would copy (a `worth.Source`). trigger: shortest
-    context that counts."""
+    """Copies from references, a prompt and the text after it, as a `draft_tree.Source`.
+
+    trigger: the shortest context that counts.
+    """
 
     def __init__(self, references: Sequence[Sequence[int]], prompt: Sequence[int], trigger: int = 1) -> None:
-        self.occurrences = SuffixIndex(references, prompt)
+        self.index = SuffixIndex(references, prompt)
         self.trigger = trigger
         self.length = len(prompt)
 
     def read(self, tokens: Sequence[int]) -> Places:
         """The state at the end of the text so far."""
-        self.occurrences.extend(tokens[self.length :])
+        self.index.extend(tokens[self.length :])
         self.length = len(tokens)
-        found = self.occurrences.find(PLACES)
+        found = self.index.find(PLACES)
         return [match for match in found if match.length >= self.trigger]
 
-    def bets(self, state: Places) -> list[Candidates]:
-        """One bet for each size of context, the largest first."""
+    def candidates(self, state: Places) -> list[Candidates]:
+        """Candidates for each size of context, the largest first."""
         if not state:
             return []
-        ids = self.occurrences.ids
+        ids = self.index.ids
         tokens = [ids[place] for place, _ in state]
         size = _size(state[0][1])
         if tokens.count(tokens[0]) == len(tokens) and _size(state[-1][1]) == size:
@@ -61,7 +63,7 @@ class NgramCopies:
 
     def follow(self, state: Places, token: int) -> Places:
         """The places that go on with this token, one further."""
-        ids = self.occurrences.ids
+        ids = self.index.ids
         end = len(ids)
         return [
             (place + 1, length + 1)

@@ -14,9 +14,9 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..drafting import mask_tree as groups
-from ..drafting.jacobi import GUESSED, JacobiDrafter
-from ..drafting.mask_tree import FIRST, HAZARDS, ODDS, ONWARD, WIDTH
+from ..drafting import mask_tree
+from ..drafting.jacobi import RATES, JacobiDrafter
+from ..drafting.mask_tree import FIRST_ONWARD, HAZARDS, ODDS, ONWARD, WIDTH, Candidate
 from ..drafting.method import DraftContext, Drafter, free
 from ..engine.request import Limits
 from ..models.transformers import TransformersModel
@@ -56,16 +56,17 @@ def calibrate(student: Student, batches: Iterable[Mapping[str, Tensor]]) -> Cali
         labels = batch["labels"].flatten(0, 1)
         for mine, told in zip(scores.split(len(offsets)), labels.tolist(), strict=True):
             if told[0] != IGNORED:
-                _count(offsets, groups.guesses(mine), told)
+                _count(offsets, mask_tree.candidates(mine), told)
     accuracy = [[won / max(1.0, made) for won, made in counts.ranks] for counts in offsets]
     odds = [
         [
-            (won + LEAST * groups.TRUST * middle) / (made + LEAST)
-            for (won, made), middle in zip(counts.kinds, groups.middles(), strict=True)
+            (won + LEAST * mask_tree.TRUST * middle) / (made + LEAST)
+            for (won, made), middle in zip(counts.kinds, mask_tree.hazard_middles(), strict=True)
         ]
         for counts in offsets
     ]
-    onward = [(won + FIRST * LEAST) / (made + LEAST) for won, made in (counts.onward for counts in offsets)]
+    walks = [counts.onward for counts in offsets]
+    onward = [(on + FIRST_ONWARD * LEAST) / (came + LEAST) for on, came in walks]
     return Calibration(accuracy, {ODDS: odds, ONWARD: [onward]})
 
 
@@ -88,11 +89,11 @@ def ahead(
     answers. See `Lookahead`."""
     method = Unpriced()
     answer_all(model, method, prompts, limits)
-    tables = [[drafter.ahead[far] for far in range(len(drafter.ahead.counts))] for drafter in method.drafters]
-    return {GUESSED: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
+    tables = [[drafter.rates[far] for far in range(len(drafter.rates.counts))] for drafter in method.drafters]
+    return {RATES: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 
 
-def _count(offsets: Sequence[Counts], guessed: Sequence[Sequence[groups.Guess]], told: Sequence[int]) -> None:
+def _count(offsets: Sequence[Counts], guessed: Sequence[Sequence[Candidate]], told: Sequence[int]) -> None:
     """One anchor. told: the tokens that came."""
     walked = runs = True
     for counts, offered, token in zip(offsets, guessed, told, strict=True):

@@ -59,7 +59,7 @@ class Recorder:
         self.known: list[int] = []  # the right prefix of the block
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        begins = self.inner.guess is None
+        begins = self.inner.drafts is None
         tree = self.inner.propose(tokens)
         if begins:  # a pass runs the token before the block and all guesses but the last
             self.known = []

@@ -1,0 +1,76 @@
+"""How often draft tokens are accepted, and what a text may lose by drafting.
+
+Acceptance rates are learned while a text is drafted, by the kind of candidate. They are estimates, so what a
+text can lose is bounded (`Budget`): a draft is run only if it could fail altogether and be paid for by what
+drafts have gained in this text, plus a small initial credit and a little more for each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
+
+PRIOR_COUNT = 8.0  # outcomes that a prior rate counts for
+MEMORY = 64.0  # outcomes of a kind that count, about; older ones fade
+CREDIT = 0.3  # time that drafts may lose in all, in units of a step of one row,
+CREDIT_PER_STEP = 0.02  # and more of it for each step
+COST_STEPS = 16  # steps for which a cost is remembered; requests that join or leave may change it
+
+
+class AcceptanceStats:
+    """Acceptance rates by kind of candidate: running means that start at a prior."""
+
+    def __init__(self, prior: Mapping[Hashable, float]) -> None:
+        # Kind -> how many candidates of it were accepted, and how many there were.
+        self.counts = {kind: [rate * PRIOR_COUNT, PRIOR_COUNT] for kind, rate in prior.items()}
+
+    def __getitem__(self, kind: Hashable) -> float:
+        accepted, made = self.counts[kind]
+        return accepted / made
+
+    def learn(self, kind: Hashable, accepted: bool) -> None:
+        count = self.counts[kind]
+        fade = min(1.0, MEMORY / (count[1] + 1))
+        count[0] = (count[0] + accepted) * fade
+        count[1] = (count[1] + 1) * fade
+
+
+class Candidates(NamedTuple):
+    """Tokens one of which may come next, drafted for the same reason."""
+
+    kind: Hashable  # whose acceptance rate says how likely it is that one of them comes next
+    shares: Mapping[int, float]  # token -> its share of that rate; they sum to 1
+
+
+class Budget:
+    """The time of one request: what rows cost, and how much drafts may still lose.
+
+    The unit of time is a step of one row.
+    """
+
+    def __init__(self, cost: Callable[[int], float], credit: float = CREDIT) -> None:
+        self.measured = cost
+        self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
+        self.steps = 0
+        self.credit = credit
+
+    def begin(self) -> None:
+        """Called when a step begins."""
+        self.steps += 1
+        if self.steps % COST_STEPS == 0:
+            self.costs.clear()
+
+    def cost(self, rows: int) -> float:
+        """The time of a step with so many rows; remembered for a few steps, since it is asked often."""
+        cost = self.costs.get(rows)
+        if cost is None:
+            cost = self.costs[rows] = self.measured(rows)
+        return cost
+
+    def affords(self, rows: int) -> bool:
+        """Is the credit enough for a step of so many rows whose draft is rejected altogether?"""
+        return self.cost(rows) - 1 <= self.credit
+
+    def settle(self, tokens: int, rows: int) -> None:
+        """Account for a step of so many rows that emitted so many tokens."""
+        self.credit += CREDIT_PER_STEP + tokens - self.cost(rows)
