@@ -2,7 +2,8 @@
 # make test    install, then run the tests
 # make check   install, then check format, lint, types and documents, as CI does
 # make format  rewrite the sources in the project's format
-# make conformance  all model types of docs/models.md instead of the nine that `make test` runs; nightly
+# make conformance  test every model type of docs/models.md, not the nine of `make test`; for every night
+# make models  write docs/models.md anew, for another transformers
 #
 # Each target makes and fills .venv by itself. TORCH picks the torch build; the default is the version
 # that the figures in docs/ were measured with. TRANSFORMERS tries another transformers: make test
@@ -17,7 +18,7 @@ SOURCES := src tests benchmarks scripts
 # Another build or version is another installation.
 INSTALLED := .venv/installed-$(subst =,-,$(TORCH)-$(TRANSFORMERS))
 
-.PHONY: demo test conformance check format
+.PHONY: demo test conformance models check format
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -26,9 +27,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -q -n 2
 
-# It also compares docs/models.md with what was seen; `$(BIN)/python tests/test_conformance.py` writes the page.
+# It also compares docs/models.md, which `make models` writes, with what was seen.
 conformance: $(INSTALLED)-dev
 	$(BIN)/python -m pytest -q -n 2 -m "" tests/test_conformance.py
+
+models: $(INSTALLED)-dev
+	$(BIN)/python tests/models_page.py
 
 check: $(INSTALLED)-dev
 	$(BIN)/ruff format --check $(SOURCES)

@@ -2,16 +2,14 @@
 
 The reference is transformers' own forward without cache, mask or attention of ours. Histories are longer
 than two and a half windows and read in pieces, two requests of different lengths run together, and the
-rows of an accepted branch are kept and built upon. Each planted fault is refused at load, by the conformance.
-
-`python tests/test_conformance.py` writes docs/models.md from the same tables.
+rows of an accepted branch are kept and built upon. Each planted fault is refused when a model is loaded.
+Every commit runs a few types, `make conformance` runs all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,26 +17,24 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from selfdraft import Limits, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError, ModelUnsupported
-from selfdraft.models import attention, transformers_inputs
-from selfdraft.models.adapters.adapter import AdapterConfig, all_targets
+from selfdraft.models import transformers_inputs
+from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.drive import drive
-from selfdraft.models.head import Tail
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.student import Loss, Student, fresh
 from selfdraft.verify.adversaries import Oracle
 
 import faults
 from adapting import Helped
-from architectures import REFUSED, WINDOW, WORKING, build, known
+from architectures import REFUSED, WORKING, build, known
+from models_page import PAGE, page
 from runs import random_prompt, run
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TREES = (
     Tree(tuple(random_prompt(12, 3)), (-1, 0, 0, 1, 1, 2, 3, 0, 7, 3, 4, 10)),
     Tree(tuple(random_prompt(5, 4)), (-1, 0, 1, 0, 3)),
@@ -242,96 +238,6 @@ def test_exact_texts_over_windows(kind: str) -> None:
     assert len(drafted.runs) < len(plain)
 
 
-def features(kind: str) -> str:
-    """A row of the page: what was seen while the probe ran."""
-    seen: set[str] = set()
-    scores, read = attention._scores, attention._read
-
-    def spy_scores(*args: Any) -> Tensor:
-        seen.update(["capped scores"] if args[-1] is not None else [])
-        return scores(*args)
-
-    def spy_read(*args: Any) -> Tensor:
-        seen.update(["sinks"] if args[2] is not None else [])
-        return read(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_scores", spy_scores)
-        patch.setattr(attention, "_read", spy_read)
-        model = TransformersModel(build(kind, WORKING[kind]), "fast")
-    kinds = {name.split("_")[0] or "sliding" if k.size else "full" for name, k in model.kinds.items()}
-    head = "whole forward" if model._base is model.model else "output layer"
-    if isinstance(model._head, Tail):
-        head = "output layer and what follows it"
-    lora = ", ".join(f"`{target}`" for target in all_targets(model.model))
-    parts = [f"`{kind}`", ", ".join(sorted(kinds)), ", ".join(sorted(seen)), head, wide(kind), lora]
-    return f"| {' | '.join(parts)} |"
-
-
-def wide(kind: str) -> str:
-    """Do its layers take keys in float64, as exact numerics need it?"""
-    model = TransformersModel(build(kind, WORKING[kind], torch.float32), "fast")
-    model.numerics = "exact"
-    try:
-        model.forward([AFTER], [model.pool().open()])
-    except RuntimeError:
-        return "no"
-    return "if the rows allow"
-
-
-def refusal(kind: str) -> str:
-    reason, extra = REFUSED[kind]
-    why = {
-        "keep a state": "layers that keep a running state",
-        "does not verify a tree": "other logits than its own forward, silently",
-        "does not take a tree": "its forward raises",
-    }[reason]
-    given = ", ".join(f"`{name}`" for name in extra if name in ("alibi",))
-    return f"| `{kind}`{' with ' + given if given else ''} | {why} |"
-
-
-def page() -> str:
-    works = "\n".join(features(kind) for kind in sorted(WORKING))
-    refused = "\n".join(refusal(kind) for kind in sorted(REFUSED))
-    return TEMPLATE.format(
-        version=transformers.__version__, count=len(WORKING), works=works, refused=refused, window=WINDOW
-    )
-
-
-TEMPLATE = """\
-# Models
-
-Written by `python tests/test_conformance.py`; the test suite compares. transformers {version}.
-
-Whether a model can be used is measured when it is loaded, not looked up: the logits of a tree of tokens
-are compared with the model's own forward of its branches, and what differs is refused with the reason.
-So a type that is missing here may well work. The {count} types of the first table were tried as tiny
-random models, every weight moved, windows of {window} tokens, in float64: trees behind histories of
-several windows, two requests together, branches kept and built upon, and a text.
-
-- layers: whether they see all of the text (full), a sliding window or a chunk. Mixed types get one mask each.
-- scores: capped (Gemma 2), and attention sinks (GPT-OSS).
-- logits: from the rows asked for alone. "What follows" are scales, caps and such, by the model's own code.
-- exact: whether exact numerics are possible, if at some number of rows every row keeps its bits; that is
-  measured at load and differs by machine and dtype. "No": the layers compute with cached keys in the model's
-  own dtype, by code of their own. Mixtures of experts change row counts by routing and often keep no bits.
-- LoRA: linear layers that adapters can change for the rows of mask tokens (`train space --target`). With
-  each type adapters were trained a step, with mask tokens, soft prefix and sampler head, and with LoRA on
-  all these layers: every part learned, masks said the same in training and decoding, and a text drafted with
-  them was the model's own.
-
-| type | layers | scores | logits | exact | LoRA |
-|---|---|---|---|---|---|
-{works}
-
-Types that were tried and are refused:
-
-| type | why |
-|---|---|
-{refused}
-"""
-
-
 @pytest.mark.conformance
 @pytest.mark.skipif(
     PAGE.exists() and f"transformers {transformers.__version__}." not in PAGE.read_text(),
@@ -339,8 +245,3 @@ Types that were tried and are refused:
 )
 def test_the_page_says_what_is_measured() -> None:
     assert PAGE.read_text() == page()
-
-
-if __name__ == "__main__":
-    logging.set_verbosity_error()
-    PAGE.write_text(page())
