@@ -1,5 +1,5 @@
 """Adapters to draft with: random ones, whose every part is at work; drafters that use them although they know
-the answer; and what mask rows must say, from the definitions alone."""
+the answer; and the logits that mask rows must have, from the definitions alone."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def adapter(
 
 
 @torch.no_grad()
-def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int], told: Sequence[int]) -> Tensor:
+def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int], previous: Sequence[int]) -> Tensor:
     """Logits of a whole group of masks under the last row of a text, [masks, vocabulary].
 
     By transformers' own forward: the text first; then, behind prefix and text, the masks alone, with the LoRA
-    merged into the weights, a mask that is written down here, and the sampler head, which is told the tokens
-    before theirs, in front of the output layer.
+    merged into the weights, a mask that is written down here, and the sampler head, which sees the tokens
+    before theirs (previous), in front of the output layer.
     """
     config, length = adapter.config, len(text)
     cache = DynamicCache()
@@ -76,22 +76,22 @@ def defined(model: PreTrainedModel, adapter: Adapter, text: Sequence[int], told:
     if len(set(kinds)) > 1:
         mask = {"sliding_attention": seen(window), "full_attention": seen(10**9)}
     if (head := adapter.sampler) is not None:
-        before = model.get_input_embeddings()(torch.tensor([list(told)]))
+        before = model.get_input_embeddings()(torch.tensor([list(previous)]))
 
-        def tell(module: object, args: tuple[Tensor]) -> Tensor:
+        def apply_head(module: object, args: tuple[Tensor]) -> Tensor:
             both = [x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (args[0], before)]
             inner = torch.cat(both, -1) @ head.inner.T
             return args[0] + (inner * inner.sigmoid()) @ head.outer.T
 
-        tuned.get_output_embeddings().register_forward_pre_hook(tell)
+        tuned.get_output_embeddings().register_forward_pre_hook(apply_head)
     rows = adapter.masks.expand(config.masks, -1)[None]
     out = tuned(inputs_embeds=rows, attention_mask=mask, position_ids=at.T, **{CACHE: cache})
     return cast(Tensor, out.logits[0])
 
 
 @dataclass
-class Heard:
-    """What a drafter was told after a step. text: all of it then."""
+class Observed:
+    """What a drafter observed after a step, and the whole text then."""
 
     text: Sequence[int]
     step: Step
@@ -110,21 +110,21 @@ class Heard:
 
 
 @dataclass
-class Knowing:
+class MaskOracle:
     """Proposes the answer in a bushy tree, with groups of masks under random rows, their rows in any order.
-    Notes all that it hears."""
+    Records every step it observes."""
 
     adapted: ClassVar[bool] = True
     answer: Sequence[int]
-    heard: list[Heard] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
 
-    def drafter(self, context: DraftContext) -> KnowingDrafter:
-        return KnowingDrafter(self, context, Oracle(self.answer).drafter(context))
+    def drafter(self, context: DraftContext) -> MaskOracleDrafter:
+        return MaskOracleDrafter(self, context, Oracle(self.answer).drafter(context))
 
 
 @dataclass
-class KnowingDrafter:
-    method: Knowing
+class MaskOracleDrafter:
+    method: MaskOracle
     context: DraftContext
     oracle: Drafter
     dice: random.Random = field(default_factory=lambda: random.Random(0))
@@ -144,12 +144,12 @@ class KnowingDrafter:
         return tree
 
     def observe(self, step: Step) -> None:
-        self.method.heard.append(Heard([*self.text, *step.emitted], step))
+        self.method.observed.append(Observed([*self.text, *step.emitted], step))
 
 
 @dataclass
 class Helped:
-    """A method whose guesses are put right, most of them and at some rank, so that its trees are walked.
+    """A method whose mask scores are corrected, most of them and to some rank, so that its trees are walked.
     Rows cost nothing, so that its trees are large."""
 
     adapted: ClassVar[bool] = True
@@ -174,10 +174,10 @@ class HelpedDrafter:
 
     def observe(self, step: Step) -> None:
         if step.mask_scores is not None:
-            told = self.method.answer[self.length + len(step.emitted) - self.start :]
-            ahead = step.mask_scores.clone()
-            for row, token in zip(ahead, told, strict=False):
+            right = self.method.answer[self.length + len(step.emitted) - self.start :]
+            scores = step.mask_scores.clone()
+            for row, token in zip(scores, right, strict=False):
                 first, second, third = row.topk(3).values
                 row[token] = self.dice.choice([first + 5, first + 5, (first + second) / 2, third])
-            step = replace(step, mask_scores=ahead)
+            step = replace(step, mask_scores=scores)
         self.drafter.observe(step)

@@ -211,13 +211,13 @@ def noise_behind(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def told_nothing(patch: pytest.MonkeyPatch) -> None:
-    """The sampler head is not told what the masks before say."""
+def sampler_head_sees_token_zero(patch: pytest.MonkeyPatch) -> None:
+    """The sampler head sees token 0 instead of what the mask before predicts."""
     patch.setattr(Draw, "guess", lambda self, offset, logits: 0)
 
 
-def told_too_late(patch: pytest.MonkeyPatch) -> None:
-    """What it is told has the noise of the position after."""
+def sampler_head_noise_shifted(patch: pytest.MonkeyPatch) -> None:
+    """The token that the sampler head sees is chosen with the noise of the position after."""
     guess = Draw.guess
     patch.setattr(Draw, "guess", lambda self, offset, logits: guess(self, offset + 1, logits))
 

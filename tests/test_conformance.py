@@ -135,7 +135,7 @@ def test_what_cannot_verify_a_tree_is_refused_by_name(kind: str) -> None:
         TransformersModel(build(kind, extra), "fast")
 
 
-def ahead(model: TransformersModel, text: Sequence[int], masks: int) -> Tensor:
+def mask_states(model: TransformersModel, text: Sequence[int], masks: int) -> Tensor:
     """Hidden states of a group of masks under the last row of a text, as decoding comes to them."""
     ids, cache = range(model.vocab_size, model.vocab_size + masks), model.pool().open()
     model.forward([Tree.chain(text[:-1])], [cache])
@@ -166,9 +166,11 @@ def test_adapters_learn_and_draft(kind: str) -> None:
             assert part.grad.any(), name
         part.data -= 0.5 * part.grad.sign()  # far from what it was
     assert learned == set(student.adapter.config.targets)
-    told = student.hidden(texts, torch.tensor([[20]] * 2))[1].detach()
-    for text, right in zip(texts.tolist(), told, strict=True):
-        error = (ahead(student.model, text[:21], config.masks) - right).norm(dim=-1) / right.norm(dim=-1)
+    trained = student.hidden(texts, torch.tensor([[20]] * 2))[1].detach()
+    for text, right in zip(texts.tolist(), trained, strict=True):
+        error = (mask_states(student.model, text[:21], config.masks) - right).norm(dim=-1) / right.norm(
+            dim=-1
+        )
         assert error.max() <= (2e-5 if model.dtype == torch.float64 else 1e-4)
     drafted = run(
         student.model, Helped(Bita(faithful=True, width=2), plain), HISTORIES[1], limits=Limits(NEW)

@@ -26,7 +26,7 @@ from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from selfdraft.models.transformers import MARK, TransformersModel
 
-from adapting import LAYERS, Helped, Knowing
+from adapting import LAYERS, Helped, MaskOracle
 from conftest import Run, tiny_llama
 from runs import random_prompt, run
 
@@ -50,7 +50,7 @@ def tuner(
 
 def methods(answer: Any) -> list[Method]:
     """Some that draft with masks come first."""
-    masked = [Helped(SpaceTuned(), answer), Helped(SpaceTuned(faithful=True), answer), Knowing(answer)]
+    masked = [Helped(SpaceTuned(), answer), Helped(SpaceTuned(faithful=True), answer), MaskOracle(answer)]
     return [*masked, SpaceTuned(), Jacobi(12), Jacobi(8, faithful=True), Llma(trigger=1, block=8), Plain()]
 
 
