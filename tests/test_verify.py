@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from selfdraft.engine import request
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
 from selfdraft.verify.distribution import fits
-from selfdraft.verify.verify import Verification, verify
+from selfdraft.verify.verdict import Verification
+from selfdraft.verify.verify import THOROUGH, verify
 
 from conftest import tiny_llama
 from faults import FAULTS, Patch
@@ -29,7 +31,7 @@ def generator(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> L
 
 def check(generator: LLM, seed: int) -> Verification:
     prompts = [random_prompt(15, seed + i) for i in range(2)]
-    return verify(generator, prompts, max_new_tokens=24, seeds=1, seed=seed)
+    return verify(generator, prompts, replace(THOROUGH, max_new_tokens=24, seeds=1), seed)
 
 
 def test_a_clean_run_is_exact(generator: LLM) -> None:
@@ -37,8 +39,8 @@ def test_a_clean_run_is_exact(generator: LLM) -> None:
         result = check(generator, seed)
         assert result.verdict == "exact"
         assert result.record()["differences"] == 0
-        assert {judged.check for judged in result.checks} == {"method", "garbage", "bushy", "ends", "batch"}
-        assert all(judged.compared >= 2 * 24 for judged in result.checks)
+        assert {found.check for found in result.checks} == {"method", "garbage", "bushy", "ends", "batch"}
+        assert all(found.compared >= 2 * 24 for found in result.checks)
 
 
 def test_defaults_of_a_generation_config_are_no_difference(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -74,14 +76,14 @@ def test_rounding_is_told_from_breakage(
         )
 
     monkeypatch.setattr(TransformersModel, "logits", rounded)
-    monkeypatch.setattr("selfdraft.verify.verify.row_noise", lambda *_: 0.5)
-    monkeypatch.setattr("selfdraft.verify.verify._generated", lambda m, c, p: engine_agrees(p))
+    monkeypatch.setattr("selfdraft.verify.verify.rounding", lambda *_: 0.5)
+    monkeypatch.setattr("selfdraft.verify.verify.generated", lambda m, c, p: engine_agrees(p))
     result = check(LLM(model, tokenizer, "jacobi"), 3)
-    assert result.verdict == "tie-bounded"
-    found = [d for judged in result.checks for d in judged.differences]
+    assert result.verdict == "rounding"
+    found = [d for one in result.checks for d in one.differences]
     assert found
     assert all(abs(d.margin) <= 1.0 and d.expected != d.got for d in found)
-    monkeypatch.setattr("selfdraft.verify.verify.row_noise", lambda *_: 1e-6)
+    monkeypatch.setattr("selfdraft.verify.verify.rounding", lambda *_: 1e-6)
     assert check(LLM(model, tokenizer, "jacobi"), 3).verdict == "broken"
 
 
@@ -121,7 +123,8 @@ def test_command_line(
         return (int(stop.value.code or 0), *capsys.readouterr())
 
     prompts.write_text('{"prompt": "def add"}\n\n{"prompt": "class"}\n')
-    code, out, _ = run("--json")
+    code, out, err = run("--json")
+    assert "answer 1 of 6" in err, "progress is written although this is no terminal"
     record = json.loads(out.splitlines()[-1])
     assert (code, record["verdict"], record["method"]) == (0, "exact", "llma")
     assert record["compared"] > 0

@@ -4,35 +4,89 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InvalidOption
 
-Model = Annotated[str, typer.Option(help="pico (embedded), a model folder, or a hub id.")]
-Method = Annotated[str, typer.Option(help="How to draft: plain, llma, jacobi, or an installed one.")]
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_METHOD = "llma"
+
+Model = Annotated[
+    str, typer.Option(help="smollm2, looped-tiny, a model folder, a GGUF file, or a Hugging Face id.")
+]
+Method = Annotated[str, typer.Option(help="Drafting method: plain, llma, jacobi, or another installed one.")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable.")
 ]
 Adapter = Annotated[
-    str | None, typer.Option(help="Adapter to draft with, or that tunes the model: a name or a folder.")
+    str | None, typer.Option(help="Adapter that the method drafts with, or that tunes the model: a folder.")
 ]
 References = Annotated[
     list[Path] | None,
-    typer.Option("--reference", "-r", help="Text file the answer may quote; repeatable."),
+    typer.Option("--reference", "-r", help="Text file that the answer may quote; repeatable."),
 ]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: as stored.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: cuda if present.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16, float16, float32 or float64. [default: as stored]", show_default=False),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1. [default: cuda if there is one]", show_default=False)
+]
 Numerics = Annotated[
     str | None,
-    typer.Option(help="exact: the same bits whatever the method; fast. Default: exact on the CPU."),
+    typer.Option(
+        help="exact: identical results with or without drafting; fast: rounding may differ. "
+        "[default: exact on a CPU]",
+        show_default=False,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on the last line.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line.")]
+
+
+def load(
+    model: str,
+    method: str,
+    option: Sequence[str] | None,
+    adapter: str | None,
+    dtype: str | None,
+    device: str | None,
+    numerics: str | None,
+) -> LLM:
+    """The model that the flags name."""
+    from ..llm import load as load_llm
+
+    return load_llm(
+        model,
+        method,
+        options=pairs("--option", option),
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        numerics=numerics,  # type: ignore[arg-type]
+    )
+
+
+def chats(llm: LLM, raw: bool) -> bool:
+    """Whether prompts go through the model's chat template."""
+    return bool(llm.tokenizer.chat_template) and not raw
+
+
+def prompt_ids(llm: LLM, text: str, raw: bool, system: str | None = None) -> Sequence[int]:
+    """Token ids of a prompt, in the form of the model's chat template if it has one."""
+    if not chats(llm, raw):
+        return llm.ids(text)
+    above = [] if system is None else [{"role": "system", "content": system}]
+    return llm.ids(None, [*above, {"role": "user", "content": text}])
 
 
 def pairs(flag: str, given: Sequence[str] | None) -> dict[str, object]:
-    """NAME=VALUE pairs as a mapping; who takes them reads the values."""
+    """NAME=VALUE pairs as a mapping from name to the text of its value."""
     options: dict[str, object] = {}
     for pair in given or ():
         name, equals, value = pair.partition("=")

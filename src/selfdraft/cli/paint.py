@@ -15,10 +15,21 @@ RUNS = ("\x1b[32m", "\x1b[36m")  # forwards that yielded several tokens, in turn
 FRESH = "\x1b[0m"
 
 
+def console(stderr: bool = False) -> Console:
+    """The terminal. Colours follow rich: NO_COLOR, FORCE_COLOR, TERM, and whether this is a terminal."""
+    return Console(stderr=stderr)
+
+
+def has_colours(out: IO[str]) -> bool:
+    """Whether text written there may hold colours, by the same rules."""
+    screen = Console(file=out)
+    return screen.color_system is not None and not screen.no_color
+
+
 def printer(out: IO[str]) -> Callable[[Chunk | None], None]:
     """Prints chunks as they come, character for character; on a terminal, those of several tokens in
     colour. None ends the text."""
-    coloured = out.isatty()
+    coloured = has_colours(out)
     turn = 0
 
     def show(chunk: Chunk | None) -> None:

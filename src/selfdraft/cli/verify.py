@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InvalidOption, InvalidPrompt
+from ..errors import InvalidPrompt
 from . import flags
 
 if TYPE_CHECKING:
-    from ..verify.compare import Case
-    from ..verify.verify import Verification
+    from ..verify.compare import Difference
+    from ..verify.verdict import Verification
 
+CHECKS = {
+    "method": "your method",
+    "garbage": "random drafts",
+    "bushy": "right drafts among wrong ones",
+    "ends": "texts that end inside a draft",
+    "in flight": "rows in flight rearranged",
+    "batch": "several requests in one batch",
+    "generate": "plain decoding, transformers' generate",
+}
 MEANING = {
     "exact": "every token compared is plain decoding's",
-    "tie-bounded": "every difference is within this model's own rounding, and gone in float64",
-    "broken": "a difference that rounding does not explain: do not use this combination, and report it",
+    "rounding": "every difference is small enough to be rounding, and gone in float64",
+    "broken": "rounding does not explain a difference. Do not use this combination, and please report it",
 }
+SHOWN = 5  # differences shown per check
 
 
 def verify(
-    model: flags.Model = "pico",
-    method: flags.Method = "llma",
+    model: flags.Model = flags.DEFAULT_MODEL,
+    method: flags.Method = flags.DEFAULT_METHOD,
     option: flags.MethodOptions = None,
     adapter: flags.Adapter = None,
     reference: flags.References = None,
@@ -34,56 +46,74 @@ def verify(
         Path | None,
         typer.Option("--prompts", help='JSON lines, each {"prompt": "..."}; default: a built-in set.'),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer.")] = 48,
-    seeds: Annotated[int, typer.Option(help="Seeds at temperature 0.8, beside greedy.")] = 2,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
+    raw: flags.Raw = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="More prompts, longer answers, more samples; takes minutes.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", min=1, help="Tokens per answer. [default: 16, or 48 with --thorough]"
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Sampled answers per prompt, beside the greedy one. [default: 1, or 2 with --thorough]",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the first sampled answer.")] = 0,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Put the promise to the test: same seed, same text, drafted or not.
+    """Check that a method does not change the model's text on this machine.
 
-    Compares the method's texts, those of a drafter that proposes garbage and of a bushy tree with decoys,
-    alone and in a mixed batch, with plain decoding, and plain decoding with Hugging Face's generate. Tests
-    that samples follow the distribution of every filter.
+    Your method, and drafters that are bad on purpose, have to reproduce plain decoding's text, alone and in
+    a batch. Plain decoding is compared with transformers' generate, and sampled tokens with the
+    distribution that the sampling parameters ask for.
 
-    The verdict is exact, tie-bounded (each difference lies within the model's own rounding noise and is
-    gone in float64) or broken. Exit code 0, or 1 if broken.
+    The verdict is exact, rounding (there are differences, but rounding explains them) or broken. The exit
+    code is 1 if broken, otherwise 0.
 
     Examples:
 
-      selfdraft verify --model ./my-model --method jacobi
+      selfdraft verify
+
+      selfdraft verify --model ./my-model --method jacobi --thorough
 
       selfdraft verify --prompts mine.jsonl --numerics fast --json
     """
-    from ..llm import load, read_reference
-    from ..verify.prompts import PROMPTS
-    from ..verify.verify import verify as put_to_the_test
+    from ..llm import read_reference
+    from ..verify import prompts as built_in
+    from ..verify.verify import QUICK, THOROUGH
+    from ..verify.verify import verify as compare
 
-    if seeds < 0:
-        raise InvalidOption(f"seeds must be >= 0; got {seeds}")
-    texts = PROMPTS if prompts is None else _read(prompts)
+    texts: Sequence[str] = built_in.PROMPTS if thorough else built_in.PROMPTS[: built_in.QUICK]
+    if prompts is not None:
+        texts = _read(prompts)
     quoted = [read_reference(path) for path in reference or ()]
-    generator = load(
-        model,
-        method,
-        options=flags.pairs("--option", option),
-        adapter=adapter,
-        dtype=dtype,
-        device=device,
-        numerics=numerics,  # type: ignore[arg-type]
+    effort = THOROUGH if thorough else QUICK
+    effort = replace(
+        effort,
+        max_new_tokens=effort.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        seeds=effort.seeds if seeds is None else seeds,
     )
-    ids = [generator.encode(text) for text in texts]
-    copied = generator.references(quoted)
-    result = put_to_the_test(generator, ids, max_new_tokens, seeds, seed, copied, _progress)
+    with _progress() as report:
+        report(f"loading {model}")
+        llm = flags.load(model, method, option, adapter, dtype, device, numerics)
+        ids = [flags.prompt_ids(llm, text, raw) for text in texts]
+        result = compare(llm, ids, effort, seed, llm.references(quoted), report)
     about = {
         "model": model,
         "method": method,
-        "grade": generator.model.grade,
-        "dtype": str(generator.model.dtype).removeprefix("torch."),
-        "device": str(generator.model.device),
-        "numerics": generator.model.numerics,
+        "grade": llm.model.grade,
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "device": str(llm.model.device),
+        "numerics": llm.model.numerics,
+        "chat template": flags.chats(llm, raw),
     }
     if as_json:
         print(json.dumps(about | result.record()))
@@ -112,43 +142,71 @@ def _read(file: Path) -> list[str]:
     return texts
 
 
-def _progress(cases: Sequence[Case]) -> Iterable[Case]:
-    from rich.console import Console
-    from rich.progress import track
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is compared: in place on a terminal, else line by line, both on standard error."""
+    from .paint import console
 
-    return track(cases, "comparing", console=Console(stderr=True), transient=True)
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield lambda line: print(f"selfdraft verify: {line}", file=sys.stderr, flush=True)
+        return
+    with screen.status("starting") as status:
+        yield lambda line: status.update(line)
 
 
-def _show(result: Verification, about: dict[str, str]) -> None:
-    from rich.console import Console
+def _show(result: Verification, about: Mapping[str, object]) -> None:
     from rich.table import Table
 
-    table = Table("check", title=", ".join(about.values()), title_justify="left")
-    for heading in ("tokens compared", "differences", "verdict"):
+    from .paint import console
+
+    screen = console()
+    title = (
+        f"{about['model']}, {about['method']}, {about['dtype']} on {about['device']}, {about['numerics']} "
+        f"numerics{', chat template' if about['chat template'] else ''}; text of the {about['grade']} weights"
+    )
+    table = Table("compared with plain decoding", title=title, title_justify="left")
+    for heading in ("tokens", "differences", "verdict"):
         table.add_column(heading, justify="right")
-    for judged in (*result.checks, result.generate):
-        numbers = (f"{judged.compared:,}", str(len(judged.differences)))
-        table.add_row(judged.check, *numbers, judged.verdict)
-    for fit in result.distribution:
-        name = ", ".join(f"{key} {value:g}" for key, value in fit.setting.items())
-        found = f"p {fit.p:.2g}, variation {fit.variation:.3f} (true draws {fit.expected:.3f})"
-        table.add_row(f"samples: {name}", found, "", "holds" if fit.holds else "broken")
-    console = Console()
-    console.print(table)
-    for judged in (*result.checks, result.generate):
-        for d in judged.differences[:5]:
-            console.print(
-                f"{d.check}: prompt {d.case}, temperature {d.temperature:g}, seed {d.seed}, "
-                f"token {d.position}: plain {d.expected}, got {d.got}; margin {d.margin:.3g} "
-                f"({d.ulps:.1f} units in the last place), "
-                f"plain afresh {'agrees' if d.reproduces else 'differs'}",
-                style="dim",
-                highlight=False,
-            )
-    console.print(f"row noise of this model here: {result.row_noise:.3g} in logits", style="dim")
-    console.print(f"[bold]{result.verdict}[/bold]: {MEANING[result.verdict]}")
-    if result.verdict != "broken" and result.generate.differences:
-        console.print(
-            f"notice: generate differs at {len(result.generate.differences)} tokens, within rounding; its "
-            "kernels are other ones"
+    for found in (*result.checks, result.generate):
+        table.add_row(CHECKS[found.check], f"{found.compared:,}", str(len(found.differences)), found.verdict)
+    wrong = [fit for fit in result.distribution if not fit.holds]
+    table.add_row("distribution of samples", "", str(len(wrong)), "broken" if wrong else "right")
+    screen.print(table)
+    for found in (*result.checks, result.generate):
+        for difference in found.differences[:SHOWN]:
+            screen.print(_sentence(difference), style="dim", highlight=False)
+    for fit in wrong:
+        setting = ", ".join(f"{name} {value:g}" for name, value in fit.setting.items())
+        screen.print(
+            f"samples at {setting}: p-value {fit.p:.2g}; total variation {fit.variation:.3f}, at most "
+            f"{fit.limit:.3f} expected",
+            style="dim",
+            highlight=False,
         )
+    screen.print(_rounding(result.rounding), style="dim", highlight=False)
+    screen.print(f"[bold]{result.verdict}[/bold]: {MEANING[result.verdict]}.")
+    if result.verdict != "broken" and result.generate.differences:
+        screen.print(
+            f"Note: transformers' generate, which rounds in its own way, differs at "
+            f"{len(result.generate.differences)} tokens, within rounding."
+        )
+
+
+def _rounding(size: float) -> str:
+    if size == 0:
+        return "Rounding on this machine does not move this model's logits."
+    return f"Rounding on this machine moves this model's logits by up to {size:.3g}."
+
+
+def _sentence(difference: Difference) -> str:
+    where = (
+        f"{CHECKS[difference.check]}: prompt {difference.case}, temperature {difference.temperature:g}, "
+        f"seed {difference.seed}, token {difference.position}"
+    )
+    again = "again" if difference.reproduces else "not again"
+    return (
+        f"{where}: plain decoding picks {difference.expected}, here {difference.got}; the scores are "
+        f"{difference.margin:.3g} apart ({difference.ulps:.1f} units in the last place); plain decoding "
+        f"started afresh picks it {again}"
+    )

@@ -1,4 +1,4 @@
-"""Drafters that know nothing or too much. Nothing that they do may change a text."""
+"""Drafters that are bad on purpose. Nothing that they propose may change a text."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class GarbageDrafter:
 
 @dataclass
 class Oracle:
-    """Knows the answer and hides it in a bushy tree: the right path starts at random rows, between
-    decoys, sometimes twice, and breaks off at random."""
+    """Proposes bushy trees that hold the right tokens: each stands between wrong siblings, sometimes twice,
+    and the right path stops at a random depth."""
 
+    # The text that plain decoding gives.
     answer: Sequence[int]
     depth: int = 6
     vocabulary: int = 320
@@ -79,9 +80,8 @@ class OracleDrafter:
 
 @dataclass
 class Restless:
-    """Drafts from early picks of a looped model, and never leaves what is in flight alone: it drops some of
-    it, puts the rest in another order, hangs early picks, right tokens and random ones under any row, starts
-    anew."""
+    """For looped models: changes the rows in flight at every step. It drops some, reorders the rest, adds
+    early picks, right tokens or random ones under any row, or starts over."""
 
     early: ClassVar[bool] = True
     answer: Sequence[int] = ()
@@ -94,19 +94,20 @@ class Restless:
 
 @dataclass
 class Draft:
-    """A tree that can be changed: of each row its token, the row above it, and its early pick, if any."""
+    """A tree that can be changed: for each row its token, its parent, and its early pick, if any."""
 
     tokens: list[int]
     parents: list[int]
     picks: list[int | None]
 
     def take(self, rows: Sequence[int]) -> Draft:
-        """These rows, parents first, the root among them."""
+        """Only these rows. They include the root, and parents come before children."""
         new = {row: i for i, row in enumerate(rows)}
         parents = [new.get(self.parents[row], -1) for row in rows]
         return Draft([self.tokens[row] for row in rows], parents, [self.picks[row] for row in rows])
 
     def below(self, top: int) -> set[int]:
+        """A row and all its descendants."""
         found = {top}
         for row, parent in enumerate(self.parents):
             if parent in found:
@@ -145,7 +146,7 @@ class RestlessDrafter:
         self.in_flight = whole.take(step.in_flight) if step.in_flight else None
 
     def _shuffled(self, rows: Draft) -> list[int]:
-        """All rows in another order, parents first."""
+        """All rows in another order, parents before children."""
         order, left = [0], set(range(1, len(rows.tokens)))
         while left:
             free = sorted(row for row in left if rows.parents[row] in order)

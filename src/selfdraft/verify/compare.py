@@ -1,8 +1,8 @@
-"""Drafted against plain, token by token, past the first difference.
+"""Compare drafted with plain decoding, token by token, beyond the first difference too.
 
-Where a drafted text leaves the plain one, the difference is noted and the drafted request starts again
-from the plain text up to there, so that every token of the plain text is compared in the same context.
-The noise is keyed by position, hence the same after the restart.
+Where the texts part, the difference is noted and the drafted request starts again from the plain text up to
+there, so that every token is compared in the same context. Sampling noise is keyed by position, so it is the
+same after the restart.
 """
 
 from __future__ import annotations
@@ -26,41 +26,42 @@ from ..sampling.processors import Draw
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle
 
-MOST = 20  # differences noted per text; a broken one has no end of them
+MAX_DIFFERENCES = 20  # noted per text: a broken text differs everywhere
 
 
 @dataclass(frozen=True)
 class Case:
-    """One text to compare: its prompt, its sampler, its limits. index: of the prompt in the set.
-    references: what drafters may copy from."""
+    """One text to compare."""
 
+    # Of the prompt in the set.
     index: int
     prompt: Sequence[int]
     sampler: Sampler
     limits: Limits
+    # Token ids that drafters may copy from.
     references: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A token that is not plain decoding's.
-
-    position: in the answer. expected: plain's token, got: the other's; None where one text has ended.
-    margin: how far plain's score of `expected` lies above that of `got`, or how far `got` lies behind the
-    edge of a filter that excludes it; ulps: the same in units in the
-    last place of the logit, in the model's dtype. reproduces: does plain decoding, started afresh from the
-    text before, pick `expected` again?
-    """
+    """A token that is not plain decoding's."""
 
     check: str
+    # Index of the prompt.
     case: int
     temperature: float
     seed: int
+    # In the answer.
     position: int
+    # Plain decoding's token, and the other one; None where that text has ended.
     expected: int | None
     got: int | None
+    # How far plain decoding's score of `expected` is above that of `got`; if a filter excludes `got`, how far
+    # its logit is from passing the filter.
     margin: float
+    # The margin in units in the last place of the logit, in the model's dtype.
     ulps: float
+    # Whether plain decoding, started afresh from the text before, picks `expected` again.
     reproduces: bool
 
 
@@ -85,7 +86,7 @@ def answer(model: TransformersModel, method: Method, case: Case) -> Sequence[int
 
 
 def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
-    """The check that a method's text is plain's. make: the method, given plain's text."""
+    """The check that a method's text is plain decoding's. make: the method, given that text."""
 
     def check(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
         method = make(plain)
@@ -99,7 +100,8 @@ def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
 
 
 def ends(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
-    """Texts that end inside a draft, at tokens that plain's text holds, end where plain's would."""
+    """Make tokens of the plain text end it, so that the end lies inside a draft: the drafted text has to
+    end at the same place."""
     dice = random.Random(case.sampler.seed)
     found: list[Difference] = []
     compared = 0
@@ -117,7 +119,8 @@ def ends(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparis
 def batch(
     model: TransformersModel, method: Method, cases: Sequence[Case], plains: Sequence[Sequence[int]]
 ) -> list[Comparison]:
-    """All cases in one engine, four at a time, the method and others mixed; against their texts alone."""
+    """Compare all cases in one engine, four at a time and with several methods mixed, with each case
+    alone."""
     engine = Engine(model)
     waiting = list(range(len(cases)))
     joined: dict[int, Request] = {}
@@ -144,22 +147,22 @@ def follow(
     plain: Sequence[int],
     again: Callable[[int], Sequence[int]],
 ) -> Comparison:
-    """Compare with plain's text; `again(start)` gives the other text behind plain's first `start` tokens."""
+    """Compare with the plain text; `again(start)` gives the other text after its first `start` tokens."""
     found: list[Difference] = []
     start = 0
-    while start < len(plain) and len(found) < MOST:
+    while start < len(plain) and len(found) < MAX_DIFFERENCES:
         first = _first(check, model, case, plain, [*plain[:start], *again(start)])
         found += first.differences
         start = first.compared
     return Comparison(min(start, len(plain)), found)
 
 
-class _Watch:
-    """Plain decoding that remembers its last scores; a method and its drafter in one, for one request."""
+class _KeepScores:
+    """Plain decoding that keeps its last scores: a method and its drafter in one, for one request."""
 
     scores: Tensor
 
-    def drafter(self, context: DraftContext) -> _Watch:
+    def drafter(self, context: DraftContext) -> _KeepScores:
         return self
 
     def propose(self, tokens: Sequence[int]) -> Tree:
@@ -170,10 +173,10 @@ class _Watch:
 
 
 def logits_after(model: TransformersModel, case: Case, text: Sequence[int]) -> Tensor:
-    """Logits of the token behind prompt and text, by plain decoding started afresh, [vocabulary]."""
-    watch = _Watch()
-    answer(model, watch, replace(_from(case, text, len(text)), sampler=Sampler(), limits=Limits(1)))
-    return watch.scores  # greedy scores are the logits
+    """Logits of the token after prompt and text, by plain decoding started afresh, [vocabulary]."""
+    keeper = _KeepScores()
+    answer(model, keeper, replace(_from(case, text, len(text)), sampler=Sampler(), limits=Limits(1)))
+    return keeper.scores  # greedy scores are the logits
 
 
 def _first(
@@ -206,7 +209,7 @@ def _difference(
 
 
 def _scores(sampler: Sampler, text: Sequence[int], logits: Tensor) -> Tensor:
-    """Scores of the token behind a text, [vocabulary]."""
+    """Scores of the token after a text, [vocabulary]."""
     return Draw(sampler, text, len(logits), logits.device).scores(logits[None], [()])[0]
 
 
@@ -222,8 +225,8 @@ def _margin(sampler: Sampler, text: Sequence[int], logits: Tensor, expected: int
 
 
 def _from(case: Case, plain: Sequence[int], start: int) -> Case:
-    """The case with plain's first tokens as part of its prompt. Of the penalties, only repetition takes
-    prompt and answer alike, so only that may be set."""
+    """The case with the first tokens of the plain text moved into its prompt. Only the repetition penalty
+    treats prompt and answer alike, so no other penalty may be set."""
     left = Limits(max(1, case.limits.max_new_tokens - start), case.limits.eos)
     return replace(case, prompt=[*case.prompt, *plain[:start]], limits=left)
 

@@ -1,8 +1,8 @@
-"""Are sampled tokens draws from the distribution that transformers' own processors define?
+"""Do sampled tokens follow the distribution that transformers' own logits processors define?
 
-Two tests per setting. Over a small enumerated vocabulary, a chi-square test of many picks. On the model's
-own next-token distributions, the total variation between picks and probabilities, against the spread that
-as many true draws show. Both use the noise of many positions, as a text does.
+Two tests per setting. With a vocabulary of eight tokens: a chi-square test of many picks. With the model's
+own next-token distributions: the total variation between picks and probabilities, compared with what the
+same number of independent draws shows. Both use the noise of many positions, as a text does.
 """
 
 from __future__ import annotations
@@ -39,13 +39,16 @@ BATCH = 500  # positions per call, so that a large vocabulary fits
 
 @dataclass(frozen=True)
 class Fit:
-    """One setting. p: of the chi-square test. variation: total variation on the model's distributions;
-    expected: its mean for true draws; limit: what they exceed with chance ALPHA at most."""
+    """What was found at one setting."""
 
     setting: Mapping[str, float]
+    # p-value of the chi-square test.
     p: float
+    # Total variation on the model's distributions.
     variation: float
+    # Its mean over independent draws.
     expected: float
+    # What independent draws exceed with a chance of ALPHA at most.
     limit: float
 
     @property
@@ -54,7 +57,7 @@ class Fit:
 
 
 def fits(logits: Tensor, seed: int, picks: int = 2_000) -> list[Fit]:
-    """All settings, on some next-token logits of the model, [rows, vocabulary]."""
+    """Test all settings on next-token logits of the model, [rows, vocabulary]."""
     return [_fit(setting, logits.float(), seed, picks) for setting in SETTINGS]
 
 
@@ -77,7 +80,7 @@ def _counts(sampler: Sampler, logits: Tensor, picks: int) -> Tensor:
 
 
 def _probabilities(setting: Mapping[str, float], logits: Tensor) -> Tensor:
-    """As transformers computes them, but with all tokens of equal logit at a filter's edge kept."""
+    """As transformers computes them, except that tokens which tie with the last one kept are kept too."""
     chain = LogitsProcessorList([TemperatureLogitsWarper(setting["temperature"])])
     if "top_k" in setting:
         chain.append(TopKLogitsWarper(int(setting["top_k"])))
@@ -93,7 +96,7 @@ def _probabilities(setting: Mapping[str, float], logits: Tensor) -> Tensor:
 
 
 def _chi_square(counts: Tensor, probabilities: Tensor) -> float:
-    """p-value; 0 where a token was picked that has no probability."""
+    """p-value; 0 if a token of probability 0 was picked."""
     possible = probabilities > 0
     if counts[~possible].sum() > 0:
         return 0.0
@@ -106,15 +109,15 @@ def _chi_square(counts: Tensor, probabilities: Tensor) -> float:
 def _variation(
     sampler: Sampler, logits: Tensor, probabilities: Tensor, picks: int
 ) -> tuple[float, float, float]:
-    """Total variation of the picks; its mean and a limit for as many true draws.
+    """Total variation of the picks; its mean and a limit for the same number of independent draws.
 
     One draw moves the total variation by at most 1 / picks, so by McDiarmid's inequality it exceeds its
     mean by t with chance exp(-2 picks t^2) at most.
     """
     found = (_counts(sampler, logits, picks) / picks - probabilities).abs().sum() / 2
-    dice = torch.Generator().manual_seed(sampler.seed)
+    generator = torch.Generator().manual_seed(sampler.seed)
     draws = [
-        torch.multinomial(probabilities, picks, replacement=True, generator=dice).bincount(
+        torch.multinomial(probabilities, picks, replacement=True, generator=generator).bincount(
             minlength=len(probabilities)
         )
         for _ in range(20)
