@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,13 @@ from selfdraft.sampling.gumbel import Noise
 from selfdraft.sampling.processors import Draw
 
 Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def replace_function(patch: pytest.MonkeyPatch, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Replace a function of the package in each module that has imported it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("selfdraft.") and vars(module).get(old.__name__) is old:
+            patch.setattr(module, old.__name__, new)
 
 
 def tree_mask(patch: pytest.MonkeyPatch) -> None:
@@ -111,7 +119,7 @@ def prefix_in_windows(patch: pytest.MonkeyPatch) -> None:
                 made[name][..., :fixed] = torch.finfo(seen.dtype).min
         return made
 
-    patch.setattr(transformers_inputs, "kind_masks", hide)
+    replace_function(patch, make, hide)
 
 
 def mask_positions(patch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,9 @@ def test_lora_on_routers_of_their_own_kind_is_refused(kind: str) -> None:
 
 def whole_text(patch: pytest.MonkeyPatch) -> None:
     """One mask for all layers."""
-    patch.setattr(transformers_inputs, "kind_masks", lambda kinds, seen, *_: dict.fromkeys(kinds, seen))
+    faults.replace_function(
+        patch, transformers_inputs.kind_masks, lambda kinds, seen, *_: dict.fromkeys(kinds, seen)
+    )
 
 
 def one_more(patch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def one_more(patch: pytest.MonkeyPatch) -> None:
         size = kind.size or 0
         return replace(kind, rule=lambda lane, head, q, k: kind.rule(lane, head, q, k) | (k == q - size))
 
-    patch.setattr(transformers_inputs, "layer_kinds", wider)
+    faults.replace_function(patch, kinds, wider)
 
 
 @types(WINDOWED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from selfdraft.sampling.detokenizer import StopStrings, StopWatch
 from selfdraft.sampling.processors import Draw
 from selfdraft.verify.adversaries import Garbage, Oracle
 
-from faults import Patch, noise_key, penalties, rows_kept
+from faults import Patch, penalties
 from runs import random_prompt
 
 EXAMPLES = 50  # of one to seven requests each, four on average: 200 requests
@@ -47,11 +47,14 @@ class Asked:
         )
 
 
-def some(**kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({}, optional=kinds)
+def some(always: Collection[str] = (), **kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Some of these options, and always those that are named."""
+    given = {name: kinds.pop(name) for name in always}
+    return st.fixed_dictionaries(given, optional=kinds)
 
 
-def asked() -> st.SearchStrategy[Asked]:
+def asked(always: Collection[str] = ()) -> st.SearchStrategy[Asked]:
+    """A request of random options; always: limits that it has in any case."""
     ids = st.integers(0, 319)
     sampling = some(
         temperature=st.sampled_from([0.3, 0.8, 1.5]),
@@ -66,6 +69,7 @@ def asked() -> st.SearchStrategy[Asked]:
         sample=st.integers(0, 9),
     )
     limits = some(
+        always,
         max_new_tokens=st.integers(12, 40),
         min_new_tokens=st.integers(0, 12),
         eos=st.builds(lambda first, many: frozenset(range(first, first + many)), ids, st.integers(1, 60)),
@@ -122,10 +126,15 @@ def together(
     return [joined[i] for i in range(len(crowd))]
 
 
-def compare(model: TransformersModel, tokenizer: PreTrainedTokenizerFast, examples: int = EXAMPLES) -> None:
+def compare(
+    model: TransformersModel,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: int = EXAMPLES,
+    always: Collection[str] = (),
+) -> None:
     """Crowds of requests against each one alone; stops at the first difference."""
 
-    @given(st.lists(asked(), min_size=1, max_size=7))
+    @given(st.lists(asked(always), min_size=1, max_size=7))
     @hypothesis_settings(
         max_examples=examples,
         deadline=None,
@@ -181,13 +190,16 @@ def early_ends(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Draw, "scores", coarse)
 
 
-@pytest.mark.parametrize("fault", [stop_late, early_ends, penalties, rows_kept, noise_key])
+@pytest.mark.parametrize(
+    ("fault", "limits"), [(stop_late, ["stop"]), (early_ends, ["eos", "min_new_tokens"]), (penalties, [])]
+)
 def test_a_fault_is_seen(
     fault: Patch,
+    limits: Sequence[str],
     double: TransformersModel,
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        compare(double, tokenizer, SEEN * EXAMPLES)
+        compare(double, tokenizer, SEEN * EXAMPLES, limits)
