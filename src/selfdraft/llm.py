@@ -16,8 +16,7 @@ from .engine.engine import Engine, check_early
 from .engine.request import Request
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
-from .models.drive import drive
-from .models.loading import load_pretrained
+from .models.loading import drive, load_pretrained
 from .models.transformers import Numerics, TransformersModel
 from .params import Chunk, Completion, SamplingParams
 from .sampling.detokenizer import Detokenizer, StopStrings

@@ -25,8 +25,7 @@ def info(
     from rich.table import Table
 
     from .. import drafting
-    from ..models.drive import drive
-    from ..models.loading import load_pretrained
+    from ..models.loading import drive, load_pretrained
 
     pretrained, tokenizer = load_pretrained(model, dtype, device)
     loaded = drive(pretrained)

@@ -51,7 +51,7 @@ from ..engine.engine import Engine
 from ..engine.request import Limits, Request
 from ..errors import InvalidOption, InvalidPrompt
 from ..models.adapters import folder as adapter_folder
-from ..models.drive import drive
+from ..models.loading import drive
 from ..models.transformers import Numerics, TransformersModel
 from ..models.transformers_inputs import CACHE
 from ..sampling.detokenizer import StopStrings, StopWatch

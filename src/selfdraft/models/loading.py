@@ -1,8 +1,22 @@
-"""From a name to a model and its tokenizer: an embedded model, a folder, or an id on the Hugging Face hub.
-From an object that a user has loaded to the transformers model in it."""
+"""From a name to a model and its tokenizer. A name is one of
+
+    smollm2, looped-tiny      a model known here
+    path/to/folder            a transformers model, or a folder with one GGUF file
+    path/to/file.gguf         a GGUF file
+    owner/name                a transformers model on the Hugging Face hub
+    owner/name:file.gguf      a GGUF file on the hub
+
+A GGUF file is converted once into a transformers folder in the cache (`cache_folder`).
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,66 +27,87 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
+from . import cache_folder, hub, smollm2
+from .gguf.convert import convert
+from .gguf.reader import GgufFile
 from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
+from .looped.stages import StagedModel
+from .transformers import Numerics, TransformersModel, transformers_model
 
+LOG = logging.getLogger("selfdraft")
+DEFAULT_MODEL = smollm2.NAME
 EMBEDDED = {"looped-tiny": Path(__file__).parent / "looped" / "looped-tiny"}
+KNOWN = (DEFAULT_MODEL, *EMBEDDED)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+HUB_FILE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<file>.+\.gguf)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What transformers is asked to load."""
+
+    path: str
+    """A folder here or a hub id."""
+    is_folder: bool
+    converted: bool = False
+    """A folder that this package has written from a GGUF file."""
+    download: bool = False
+    """A hub id whose files may have to be fetched."""
 
 
 def load_pretrained(
-    name: str, dtype: str | None = None, device: str | None = None
+    name: str = DEFAULT_MODEL, dtype: str | None = None, device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Weights in `dtype` (None: as stored) on `device` (None: CUDA if there is one, else the CPU).
+    """Loads weights in `dtype` (None: as stored, bfloat16 for GGUF) on `device` (None: CUDA if there is one,
+    else the CPU).
 
-    Raises ModelNotFound, ModelCorrupt or ModelUnsupported, and InvalidOption for a dtype or device
-    that does not exist here.
+    Raises ModelNotFound, ModelCorrupt or ModelUnsupported, and InvalidOption for a dtype or device that does
+    not exist here.
     """
     where = torch_device(device)
     kind = "auto" if dtype is None else getattr(torch, _one_of("dtype", dtype, DTYPES))
-    source = str(EMBEDDED.get(name) or (Path(name).expanduser() if name.startswith("~") else name))
-    local = _is_folder(name, source)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=kind, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (InvalidOption, ModelUnsupported) as error:  # what the config of a looped model says of itself
-        raise type(error)(f"{name}: {error}") from error
-    except Exception as error:  # whatever a damaged file can raise in the libraries that read it
-        raise _named(name, local, error) from error
-    model, report = cast(Any, loaded)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelCorrupt(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
-    left = sorted(report["unexpected_keys"])
-    if left and isinstance(model, LoopedForCausalLM):  # others may leave heads of other tasks behind
-        raise ModelCorrupt(
-            f"{name}: {len(left)} weights have no place in the model, {left[0]} among them; its config is of "
-            "another shape"
-        )
-    return model.to(where), tokenizer
+    with _source(name) as source, _quiet():
+        try:
+            model, report, tokenizer = _load(source, kind)
+        except (InvalidOption, ModelUnsupported) as error:  # raised by the config of a looped model
+            raise type(error)(f"{name}: {error}") from error
+        except Exception as error:  # whatever a damaged file can raise in the libraries that read it
+            raise _named(name, source, error) from error
+    _check_weights(name, model, report)
+    return cast(Any, model).to(where), tokenizer
 
 
-def transformers_model(loaded: torch.nn.Module) -> PreTrainedModel:
-    """The model itself, or the one that a peft wrapper holds, with the wrapper's adapter at work in it.
+def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> TransformersModel:
+    """A transformers model behind the engine's interface: in whole forwards, or a looped one in stages."""
+    inside = transformers_model(model)
+    looped = isinstance(inside, LoopedForCausalLM) and inside.config.loops > 1
+    return StagedModel(model, numerics) if looped else TransformersModel(model, numerics)
 
-    Raises ModelUnsupported for any other object.
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that end a text: all that generation_config.json, the tokenizer and config.json declare.
+
+    A config class has a default of its own for what config.json leaves out (2 for a Llama). It counts only
+    where that token is special to the tokenizer.
     """
-    inside = cast(Any, loaded).get_base_model() if hasattr(loaded, "get_base_model") else loaded
-    if not isinstance(inside, PreTrainedModel):
-        raise ModelUnsupported(
-            f"{type(loaded).__name__} is not a model; give a name, a transformers model, or a peft model "
-            "around one"
-        )
-    return inside
+    ids: set[int] = set()
+    generation = getattr(model, "generation_config", None)
+    ids.update(_ids(getattr(generation, "eos_token_id", None)))
+    ids.update(_ids(tokenizer.eos_token_id))
+    config = model.config.get_text_config()
+    declared = _ids(getattr(config, "eos_token_id", None))
+    if declared == _ids(getattr(type(config)(), "eos_token_id", None)):
+        declared &= {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return frozenset(ids | declared)
 
 
 def torch_device(device: str | None) -> torch.device:
-    """The device of that name. Raises InvalidOption where it is not to be had."""
+    """The device of that name. Raises InvalidOption where it is not available."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -84,30 +119,138 @@ def torch_device(device: str | None) -> torch.device:
     return where
 
 
-def _is_folder(name: str, source: str) -> bool:
-    """Is the name a folder here (True) or a hub id (False)? Raises ModelNotFound for neither."""
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelCorrupt(f"{name}: the folder has no config.json, so it is not a model")
-        return True
-    if path.exists():
-        raise ModelNotFound(f"{name} is a file; give the folder that holds config.json and the weights")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local or name in EMBEDDED:
-        raise ModelNotFound(
-            f"no model folder {name}; give a folder, a hub id (owner/name) or one of {', '.join(EMBEDDED)}"
+@contextmanager
+def _source(name: str) -> Iterator[Source]:
+    """Finds what the name means. Raises ModelNotFound, ModelCorrupt or ModelUnsupported."""
+    path = Path(EMBEDDED.get(name) or Path(name).expanduser())
+    on_hub = HUB_FILE.fullmatch(name)
+    if name == DEFAULT_MODEL and cache_folder.is_converted(smollm2.SHA256):
+        yield Source(str(cache_folder.converted_folder(smollm2.SHA256)), is_folder=True, converted=True)
+    elif name == DEFAULT_MODEL:
+        with _converted(name, smollm2.gguf_file()) as source:
+            yield source
+    elif path.is_dir() and (path / "config.json").is_file():
+        yield Source(str(path), is_folder=True)
+    elif path.is_dir():
+        with _converted(name, _only_gguf(name, path)) as source:
+            yield source
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFound(f"{name} is not a GGUF file; give one, or the folder that holds config.json")
+        with _converted(name, path) as source:
+            yield source
+    elif on_hub:
+        with _converted(name, hub.file(on_hub["repository"], on_hub["file"])) as source:
+            yield source
+    else:
+        yield _hub_model(name)
+
+
+def _only_gguf(name: str, folder: Path) -> Path:
+    """The GGUF file in a folder. Raises ModelCorrupt for none and for several."""
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    if not files:
+        raise ModelCorrupt(
+            f"{name}: the folder has neither config.json nor a GGUF file, so it is not a model"
         )
-    return False
+    if len(files) > 1:
+        listed = ", ".join(file.name for file in files)
+        raise ModelNotFound(f"{name}: the folder has {len(files)} GGUF files; give one of them: {listed}")
+    return files[0]
 
 
-def _named(name: str, local: bool, error: Exception) -> ModelError:
+def _hub_model(name: str) -> Source:
+    """A hub id. Raises ModelNotFound, with names like that one."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(".gguf"):
+        raise ModelNotFound(
+            f"{name}: there is no such file or folder; give a folder, a GGUF file, a hub id (owner/name or "
+            f"owner/name:file.gguf) or one of {', '.join(KNOWN)}"
+        )
+    try:
+        return Source(name, is_folder=False, download=hub.locate(name, "config.json"))
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{error}{hub.near(name, KNOWN)}") from error
+
+
+@contextmanager
+def _converted(name: str, path: Path) -> Iterator[Source]:
+    """A GGUF file as a transformers folder: in the cache, or a temporary one where the cache cannot be
+    written."""
+    try:
+        digest = cache_folder.sha256(path)
+    except OSError as error:
+        raise ModelNotFound(f"{name} cannot be read: {error.strerror or error}") from error
+    try:
+        folder = cache_folder.build(digest, lambda empty: convert(GgufFile(path, name), empty))
+    except OSError as error:
+        LOG.warning(
+            "the cache folder %s cannot be written (%s), so %s is converted anew each time; "
+            "set SELFDRAFT_CACHE to another folder",
+            cache_folder.cache_folder(),
+            error.strerror or error,
+            name,
+        )
+    else:
+        yield Source(str(folder), is_folder=True, converted=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="selfdraft-", ignore_cleanup_errors=True) as temporary:
+        try:
+            convert(GgufFile(path, name), Path(temporary))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelError(f"{name}: the conversion to {temporary} cannot be written: {reason}") from error
+        yield Source(temporary, is_folder=True, converted=True)
+
+
+def _load(source: Source, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase]:
+    where: Any = {"local_files_only": not source.download}
+    config = AutoConfig.from_pretrained(source.path, **where)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source.path, config=config, dtype=dtype, output_loading_info=True, **where
+    )
+    model, report = cast(Any, loaded)
+    kind = PreTrainedTokenizerFast if source.converted else AutoTokenizer
+    return model, report, cast(Any, kind).from_pretrained(source.path, **where)
+
+
+def _check_weights(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raises ModelCorrupt where the weights and the config are of different shapes."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelCorrupt(f"{name}: {len(missing)} weights are missing, {missing[0]} among them")
+    left = sorted(report["unexpected_keys"])
+    if left and isinstance(model, LoopedForCausalLM):  # others may hold heads for other tasks
+        raise ModelCorrupt(
+            f"{name}: {len(left)} weights have no place in the model, {left[0]} among them; its config is of "
+            "another shape"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _named(name: str, source: Source, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())[:300]
-    if not local:
-        return ModelNotFound(f"{name}: neither a folder here nor a model the hub gives out ({reason})")
     if isinstance(error, ValueError) and ("model type" in reason or "Unrecognized" in reason):
         return ModelUnsupported(f"{name}: not a causal language model that transformers knows ({reason})")
+    if not source.is_folder:
+        return ModelNotFound(f"{name}: the hub's model cannot be loaded ({reason})")
     return ModelCorrupt(f"{name}: the folder cannot be loaded whole ({reason})")
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -33,7 +33,6 @@ from .adapters.adapter import Adapter, Gate, attach, check_float, merge
 from .conformance import check_tree, context_length, naming_the_model
 from .head import Head, split
 from .kv_cache import Lane, Lanes, Pair
-from .loading import transformers_model
 from .numerics import RowRange, row_range
 from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
@@ -332,6 +331,20 @@ class TransformersModel:
                 raise
             warnings.warn(f"{error}. Going on with fast numerics", stacklevel=4)
             self.numerics, self.rows = "fast", RowRange()
+
+
+def transformers_model(loaded: torch.nn.Module) -> PreTrainedModel:
+    """The model itself, or the one inside a peft wrapper, whose adapter stays active in it.
+
+    Raises ModelUnsupported for any other object.
+    """
+    inside = cast(Any, loaded).get_base_model() if hasattr(loaded, "get_base_model") else loaded
+    if not isinstance(inside, PreTrainedModel):
+        raise ModelUnsupported(
+            f"{type(loaded).__name__} is not a model; give a name, a transformers model, or a peft model "
+            "around one"
+        )
+    return inside
 
 
 def _chosen(rows: TransformersRows, index: Sequence[Sequence[int]]) -> Tensor:

@@ -21,8 +21,7 @@ from ..errors import InvalidOption, TrainingDataError
 from ..models.adapters import folder as adapter_folder
 from ..models.adapters.adapter import Adapter, AdapterConfig
 from ..models.adapters.fingerprint import fingerprint
-from ..models.drive import drive
-from ..models.loading import load_pretrained
+from ..models.loading import drive, load_pretrained
 from . import card, shards
 from .calibration import calibrate
 from .distill import tokenizer_sha256

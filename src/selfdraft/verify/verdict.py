@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..drafting import create
 from ..drafting.method import Method
 from ..errors import ModelUnsupported
-from ..models.drive import drive
+from ..models.loading import drive
 from ..models.transformers import TransformersModel
 from .compare import Case, Check, Comparison, Difference, answer, batch
 from .distribution import Fit
