@@ -391,7 +391,7 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
     found = calibrate(cast(Student, student), [given])
     assert found.accuracy[0][:3] == [0.5, 0.25, 0]  # of four
     assert found.accuracy[1][:2] == [pytest.approx(2 / 3), pytest.approx(1 / 3)]  # of three
-    middles, least = mask_tree.hazard_middles(), calibration.LEAST
+    middles, least = mask_tree.hazard_middles(), calibration.PRIOR_WEIGHT
 
     def odds(offset: int, hazard: float, won: int, made: int) -> None:
         kind = sum(bound <= hazard for bound in mask_tree.HAZARDS)

@@ -37,7 +37,7 @@ from selfdraft.train.sequences import Batches, Draws
 from selfdraft.train.student import IGNORED, fresh
 from selfdraft.train.trainer import Schedule, train
 from selfdraft.train.trajectories import watch
-from selfdraft.train.tuned import NO_ROW, TunedLoss, TunedStudent, astray, trees
+from selfdraft.train.tuned import NO_ROW, TunedLoss, TunedStudent, deviates, trees
 from selfdraft.train.tuning import TunedPlan, tune
 
 from adapting import LAYERS, defined
@@ -161,7 +161,7 @@ def by_hand(model: TransformersModel, rows: datasets.Dataset, loss: TunedLoss, n
     merged = model.adapted(learner.adapter)
     batch = Noisy(CUT, BLOCK, noise, EOS, loss.keep == "base")(drawn(rows, 2, 5))
     draft, weights, weighed = 0.0, 0.0, 0
-    counted = astray(batch["tokens"], batch["parents"], batch["hung"], batch["aims"])
+    counted = deviates(batch["tokens"], batch["parents"], batch["hung"], batch["aims"])
     first: dict[tuple[int, int], int] = {}
     for lane, row, aim, tokens in paths(batch):
         group, place = next(
@@ -255,7 +255,7 @@ def test_wrong_trees_are_seen(
 
 def all_count(patch: pytest.MonkeyPatch) -> None:
     """Rows before the first wrong token count, too."""
-    patch.setattr(tuned, "astray", lambda tokens, *_: torch.ones_like(tokens, dtype=torch.bool))
+    patch.setattr(tuned, "deviates", lambda tokens, *_: torch.ones_like(tokens, dtype=torch.bool))
 
 
 def own_wrong_only(patch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def own_wrong_only(patch: pytest.MonkeyPatch) -> None:
         found[lane, hung[there]] = tokens[lane, hung[there]] != tokens[lane, aims[there]]
         return found
 
-    patch.setattr(tuned, "astray", wrong)
+    patch.setattr(tuned, "deviates", wrong)
 
 
 def of_the_learner(patch: pytest.MonkeyPatch) -> None:
@@ -677,9 +677,9 @@ def test_a_pass_leaves_filler_at_the_end(model: TransformersModel, rows: dataset
     after = learner.passed(*(batch[name] for name in ("tokens", "parents", "hung", "aims")))
     picks = {}
     for lane, row, aim, tokens in paths(batch):
-        astray = tokens[:-1] != batch["tokens"][lane, :aim].tolist()
+        deviates = tokens[:-1] != batch["tokens"][lane, :aim].tolist()
         pick = int(merged.reference(tokens[:-1])[-1].argmax())
-        picks[lane, row] = pick if astray else int(batch["tokens"][lane, aim])
+        picks[lane, row] = pick if deviates else int(batch["tokens"][lane, aim])
     cut = 0
     for lane in range(2):
         for group in batch["hung"][lane]:

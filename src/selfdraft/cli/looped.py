@@ -102,7 +102,7 @@ def speed(
     schedule = {"schedule": times | {"every": every, "seed": seed}}
     plan = options.read(LoopedPlan, given | how | cut | schedule, "train speed")
     keep_memory()
-    about = watched(lambda tell: loop(plan, tell), out)
+    about = watched(lambda report: loop(plan, report), out)
     if as_json:
         print(json.dumps({**about, "out": str(out)}))
         return

@@ -339,7 +339,7 @@ def _tuned(
 def _run_tuned(plan: TunedPlan, as_json: bool) -> None:
     from ..train.tuning import tune
 
-    about = watched(lambda tell: tune(plan, tell), plan.out)
+    about = watched(lambda report: tune(plan, report), plan.out)
     if as_json:
         print(json.dumps({**about, "out": str(plan.out)}))
         return
@@ -432,7 +432,7 @@ def need_trainer() -> None:
 def _run(plan: Plan, as_json: bool) -> None:
     from ..train.run import run
 
-    about = watched(lambda tell: run(plan, tell), plan.out)
+    about = watched(lambda report: run(plan, report), plan.out)
     if as_json:
         print(json.dumps({**about, "out": str(plan.out)}))
     else:

@@ -1,6 +1,7 @@
-"""Training: what draft adapters learn from. Needs the extra `train`.
+"""Training of draft adapters and of models that draft for themselves. Needs the extra `train`.
 
-distill.py   answers of the model itself, many at a time
-prompts.py   what it answers, from files, data sets and the hub
-shards.py    its answers on disk: written as they finish, read by trainers
+Data       prompts.py, distill.py, trajectories.py, shards.py; windows.py for looped models
+Adapters   run.py: sequences.py (batches), student.py (loss), trainer.py (loop), calibration.py, card.py
+Tuning     tuning.py: packed.py (batches), tuned.py (loss), filler.py, tuning_cost.py
+Looped     looped.py: exits.py (loss), optimizer.py, memory.py, looped_card.py
 """

@@ -1,8 +1,8 @@
-"""How good an adapter's guesses are: counted on held-out sequences.
+"""Calibration: how often an adapter's candidates are accepted, counted on held-out sequences.
 
-By offset and rank, for people; by offset and hazard, for the drafter (`groups`), which goes by how sure the
-guesses are at a place. A guess counts where the walk would come to it: where the guesses before it, of some
-rank, were right.
+The counts by offset and rank are for the card; those by offset and hazard are for the drafter (`mask_tree`),
+which uses the probabilities of the candidates at hand. A candidate counts only where the walk would reach it:
+where the candidates before it, of any rank, were right.
 """
 
 from __future__ import annotations
@@ -23,56 +23,60 @@ from ..models.transformers import TransformersModel
 from .student import IGNORED, Student
 from .tuning_cost import answer_all
 
-LEAST = 20.0  # outcomes that the untrained odds of a kind count for
-BLOCK = 16  # rows of a window that guesses are counted in
-DRAFTED = 2  # candidates per offset that a tree is taken to hold where the masks' worth is counted
+PRIOR_WEIGHT = 20.0  # observations that the prior of a kind counts for
+BLOCK = 16  # rows of the window in which candidates are counted
+DRAFTED = 2  # candidates per offset that a tree is assumed to hold when the value of masks is counted
 
 
 @dataclass
 class Counts:
-    """Of one offset. ranks, kinds: won and made, by rank and by hazard. onward: walks that went
-    on through this offset, and that came to it."""
+    """Counts of one offset, as pairs of accepted and proposed."""
 
+    # By rank.
     ranks: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0] for _ in range(WIDTH)])
+    # By class of hazard.
     kinds: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0] for _ in range(len(HAZARDS) + 1)])
+    # Walks that passed this offset, and walks that reached it.
     onward: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """accuracy: by offset and rank, how often the guess of that rank is the token that came. odds: see
-    `Lookahead`."""
+    """What calibration found."""
 
+    # By offset and rank: how often the candidate of that rank is the next token.
     accuracy: Sequence[Sequence[float]]
+    # Acceptance rates for the drafter; see `Lookahead`.
     odds: Mapping[str, Sequence[Sequence[float]]]
 
 
 @torch.no_grad()
 def calibrate(student: Student, batches: Iterable[Mapping[str, Tensor]]) -> Calibration:
-    """Count over some batches, whose labels are what the model said itself."""
+    """Count over batches whose labels are the model's own answers."""
     offsets = [Counts() for _ in range(student.adapter.config.masks)]
     for batch in batches:
         scores, _ = student.scores(batch["ids"], batch["anchors"])
         labels = batch["labels"].flatten(0, 1)
-        for mine, told in zip(scores.split(len(offsets)), labels.tolist(), strict=True):
-            if told[0] != IGNORED:
-                _count(offsets, mask_tree.candidates(mine), told)
+        for mine, came in zip(scores.split(len(offsets)), labels.tolist(), strict=True):
+            if came[0] != IGNORED:
+                _count(offsets, mask_tree.candidates(mine), came)
     accuracy = [[won / max(1.0, made) for won, made in counts.ranks] for counts in offsets]
     odds = [
         [
-            (won + LEAST * mask_tree.TRUST * middle) / (made + LEAST)
+            (won + PRIOR_WEIGHT * mask_tree.TRUST * middle) / (made + PRIOR_WEIGHT)
             for (won, made), middle in zip(counts.kinds, mask_tree.hazard_middles(), strict=True)
         ]
         for counts in offsets
     ]
     walks = [counts.onward for counts in offsets]
-    onward = [(on + FIRST_ONWARD * LEAST) / (came + LEAST) for on, came in walks]
+    onward = [(on + FIRST_ONWARD * PRIOR_WEIGHT) / (all_ + PRIOR_WEIGHT) for on, all_ in walks]
     return Calibration(accuracy, {ODDS: odds, ONWARD: [onward]})
 
 
 @dataclass
-class Unpriced:
-    """Jacobi decoding whose rows cost nothing, so that its windows are long. drafters: all there were."""
+class FreeRows:
+    """Jacobi decoding with long windows, because its rows cost nothing. Keeps its drafters to read their
+    counts."""
 
     drafters: list[JacobiDrafter] = field(default_factory=list)
 
@@ -82,34 +86,36 @@ class Unpriced:
         return made
 
 
-def ahead(
+def window_acceptance(
     model: TransformersModel, prompts: Iterable[Sequence[int]], limits: Limits
 ) -> Mapping[str, Sequence[Sequence[float]]]:
-    """How often the guesses of a tuned model come true, by how far ahead they stand: the mean over greedy
-    answers. See `Lookahead`."""
-    method = Unpriced()
+    """The acceptance rate of a tuned model's window by distance: the mean over greedy answers.
+
+    See `Lookahead`.
+    """
+    method = FreeRows()
     answer_all(model, method, prompts, limits)
     tables = [[drafter.rates[far] for far in range(len(drafter.rates.counts))] for drafter in method.drafters]
     return {RATES: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 
 
-def _count(offsets: Sequence[Counts], guessed: Sequence[Sequence[Candidate]], told: Sequence[int]) -> None:
-    """One anchor. told: the tokens that came."""
+def _count(offsets: Sequence[Counts], proposed: Sequence[Sequence[Candidate]], came: Sequence[int]) -> None:
+    """Add the candidates of one anchor. came: the tokens that followed it."""
     walked = runs = True
-    for counts, offered, token in zip(offsets, guessed, told, strict=True):
+    for counts, offered, token in zip(offsets, proposed, came, strict=True):
         if token == IGNORED:
             return
-        tokens = [guess.token for guess in offered]
+        tokens = [candidate.token for candidate in offered]
         if runs:
             runs = token in tokens[:DRAFTED]
             counts.onward[0] += runs
             counts.onward[1] += 1
-        for rank, guess in enumerate(offered):
-            counts.ranks[rank][0] += guess.token == token
+        for rank, candidate in enumerate(offered):
+            counts.ranks[rank][0] += candidate.token == token
             counts.ranks[rank][1] += 1
-        for guess in offered if walked else ():
-            counts.kinds[guess.kind][0] += guess.token == token
-            counts.kinds[guess.kind][1] += 1
-            if guess.token == token:
+        for candidate in offered if walked else ():
+            counts.kinds[candidate.kind][0] += candidate.token == token
+            counts.kinds[candidate.kind][1] += 1
+            if candidate.token == token:
                 break
         walked = walked and token in tokens

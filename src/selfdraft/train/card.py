@@ -34,7 +34,7 @@ How often a mask's guess of a rank is the token that came, on held-out answers o
 Trained for {steps:,} steps of {batch} sequences with {anchors} groups of masks each, loss `{loss}`,
 decay {decay}, in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}.
 Learning rates {rate} and {lora_rate} (LoRA, sampler head). Made by selfdraft {version}, torch {torch},
-transformers {transformers}, commit {commit}. `adapter_config.json` has every option.{begun}
+transformers {transformers}, commit {commit}. `adapter_config.json` has every option.{origin}
 """
 
 
@@ -68,7 +68,7 @@ On {tokens:,} tokens of held-out prompts, and on greedy answers to them:
 {found}
 Trained for {steps:,} steps of {batch} sequences in {minutes:.0f} minutes on {processor}, {threads} threads,
 {device}; peak memory {peak}. Losses: draft `{draft}`, keep `{keep}` x {weight:g}. Made by selfdraft
-{version}, torch {torch}, transformers {transformers}, commit {commit}. `{config}` has every option.{begun}
+{version}, torch {torch}, transformers {transformers}, commit {commit}. `{config}` has every option.{origin}
 """
 
 CONVERGENCE = """
@@ -137,7 +137,7 @@ def write_tuned(
         peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
         version=machine["selfdraft"],
         config="tuning.json" if asked["full"] else "adapter_config.json",
-        begun=begun(asked),
+        origin=origin(asked),
         **about["tuning_cost"],
         **{key: asked["loss"][key] for key in ("draft", "keep", "weight")},
         **{key: asked["schedule"][key] for key in ("steps", "batch")},
@@ -148,7 +148,7 @@ def write_tuned(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def begun(asked: Mapping[str, Any]) -> str:
+def origin(asked: Mapping[str, Any]) -> str:
     """That the run went on from an adapter which had been trained before, if it did."""
     start = asked.get("start")
     return f"\nIt went on from an adapter of an earlier training (digest {start[:12]})." if start else ""
@@ -211,7 +211,7 @@ def write(
         loss=asked["loss"]["kind"],
         decay=asked["loss"]["decay"],
         version=machine["selfdraft"],
-        begun=begun(asked),
+        origin=origin(asked),
         **{key: asked["schedule"][key] for key in ("steps", "batch", "anchors", "rate", "lora_rate")},
         **{
             key: machine[key] for key in ("processor", "threads", "device", "torch", "transformers", "commit")

@@ -1,11 +1,11 @@
-"""The loss of a looped model that is to be read after every group; and how well it can be.
+"""The training loss of a looped model that is read out after every pass, and the quality of its readouts.
 
-As SPEED (arXiv 2310.12072) trains: the sum of the cross-entropies after every group, through the one norm and
-head, later ones weighing more (`exit_weights`). Three things are ours. Early groups may learn the final
-readout's own distribution instead of what that one learns ("last"): a pick after an early group is worth
-something where it is the final pick. What the final readout learns may be a teacher's distribution, which
-says more a token than what came. And early groups are read at a share of the positions only, drawn anew each
-time, which leaves the expected loss and saves most of the head, as dear as a group of a small model.
+As in SPEED (arXiv 2310.12072), the loss is the sum of the cross-entropies after every pass, all through one
+norm and head, with larger weights for later passes (`exit_weights`). Three options are ours. Early passes may
+learn the distribution of the last pass instead of its target ("last"), since an early pick helps only where
+it is the final pick. The last pass may learn a teacher's distribution, which holds more information than the
+next token. And early passes are read at a random share of the positions. This keeps the expected loss and
+saves most of the head, which costs as much as a pass of a small model.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ Early = Literal["last", "same"]
 
 @dataclass(frozen=True)
 class Places:
-    """A data collator for rows with "draw", the number of the use. share: of the positions of a window at
-    which early groups are read. -> ids [windows, length], places [windows * read]: rows of the flattened
-    positions that have a next token."""
+    """A data collator that draws the positions at which early passes are read, keyed by a row's "draw".
 
+    Returns ids, [windows, length], and places, [windows * read]: indices into the flattened positions that
+    have a next token.
+    """
+
+    # Share of a window's positions to read.
     share: float
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -48,16 +51,19 @@ def _drawn(room: int, count: int, draw: int) -> Tensor:
 def exit_loss(
     model: LoopedForCausalLM, ids: Tensor, places: Tensor, early: Early, teacher: Tensor | None = None
 ) -> Tensor:
-    """ids, places: of `Places`. teacher: a distribution to learn instead of the tokens that came, [windows *
-    (length - 1), vocabulary]. With all places, early="same" and no teacher it is the model's own loss of
-    labels."""
+    """The loss of a batch of `Places`.
+
+    teacher: a distribution to learn instead of the next tokens, [windows * (length - 1), vocabulary]. With
+    all places, early="same" and no teacher this is the loss that the model computes from labels.
+    """
     aim = ids[:, 1:].flatten() if teacher is None else teacher
     return readout_loss(model, _states(model, ids), aim, places, early)
 
 
 @torch.no_grad()
 def distribution(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """What a model says at the positions with a next token, [windows * (length - 1), vocabulary]."""
+    """A model's probabilities at the positions that have a next token, [windows * (length - 1),
+    vocabulary]."""
     logits: Tensor = model(input_ids=ids[:, :-1], use_cache=False).logits
     return logits.flatten(0, 1).float().softmax(-1)
 
@@ -65,15 +71,17 @@ def distribution(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def readout_loss(
     model: LoopedForCausalLM, states: Sequence[Tensor], aim: Tensor, places: Tensor, early: Early
 ) -> Tensor:
-    """states: after every group, [rows, hidden]. aim: of the last one, tokens [rows] or distributions [rows,
-    vocabulary]. The last group is read at all rows."""
+    """The loss from hidden states after every pass, each [rows, hidden]; the last pass is read at all rows.
+
+    aim: the target of the last pass, tokens [rows] or distributions [rows, vocabulary].
+    """
     last = model.lm_head(model.model.readout(states[-1])).float()
     *weights, weight = exit_weights(len(states))
     loss = weight * cross_entropy(last, aim)
-    told = last[places].detach().softmax(-1) if early == "last" else aim[places]
+    target = last[places].detach().softmax(-1) if early == "last" else aim[places]
     for weight, state in zip(weights, states[:-1], strict=True):
         logits = model.lm_head(model.model.readout(_read(state, places))).float()
-        loss = loss + weight * cross_entropy(logits, told)
+        loss = loss + weight * cross_entropy(logits, target)
     return loss
 
 
@@ -82,22 +90,24 @@ def _read(state: Tensor, places: Tensor) -> Tensor:
 
 
 def _states(model: LoopedForCausalLM, ids: Tensor) -> list[Tensor]:
-    """After every group, of the positions with a next token, [windows * (length - 1), hidden]."""
+    """Hidden states after every pass at positions that have a next token, [windows * (length - 1),
+    hidden]."""
     out = model.model(ids, output_hidden_states=True, use_cache=False)
     return [state[:, :-1].flatten(0, 1) for state in out.hidden_states[1:]]
 
 
 @dataclass(frozen=True)
 class Exits:
-    """By group, on held-out windows. loss: nats per token. agreement: share of the positions at which the
-    likeliest token is that after the last group."""
+    """The quality of the readouts on held-out windows, by pass."""
 
     tokens: int
+    # Nats per token.
     loss: list[float]
+    # Share of the positions at which the most likely token is that of the last pass.
     agreement: list[float]
 
     def figures(self, prefix: str) -> dict[str, float]:
-        """As a flat log has them."""
+        """The figures as entries of a flat log."""
         named = {"loss": self.loss, "agreement": self.agreement}
         return {
             f"{prefix}_{name}_{g}": x for name, all_ in named.items() for g, x in enumerate(all_, start=1)
@@ -106,7 +116,8 @@ class Exits:
 
 @torch.no_grad()
 def measure(model: LoopedForCausalLM, rows: Any, batch: int, autocast: bool) -> Exits:
-    """autocast: products in bfloat16, as in training; else in the weights' own dtype."""
+    """Measure the readouts. autocast: multiply in bfloat16, as in training, not in the dtype of the
+    weights."""
     sums, same, count = torch.zeros(model.config.loops), torch.zeros(model.config.loops), 0
     with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
         for part in rows.iter(batch):

@@ -1,10 +1,10 @@
 """One run that makes a looped model: from windows of text to a model folder.
 
-Like `run`, whose folder and resumption it shares: `run.json`, `checkpoints/`, and at the end an ordinary
-transformers folder with the tokenizer, a card, and `training.json`. An ordinary checkpoint is retrofitted
-(`share`) and then trained; a looped one goes on; from scratch, fresh weights of the model's widths are.
-In training weights are float32 and products bfloat16; what is saved is in the model's own dtype, and measured
-so.
+The folder and the resumption are those of `run`: `run.json`, `checkpoints/`, and at the end an ordinary
+transformers folder with the tokenizer, a card, and `training.json`. A run starts from an ordinary checkpoint
+whose layers are shared (`share`), from a looped model, or from random weights of a model's widths (scratch).
+Weights are float32 and products bfloat16 in training. The saved model has its original dtype, and is measured
+in that dtype.
 """
 
 from __future__ import annotations
@@ -41,46 +41,56 @@ from .optimizer import muon
 from .sequences import Draws
 from .trainer import SECONDS, Clock, arguments, last_checkpoint
 
-WATCHED = 48  # held-out windows that are judged while training
-DECAY, BETAS = 0.1, (0.9, 0.95)  # as pico was trained (recipes/pico/settings.toml)
+WATCHED = 48  # held-out windows evaluated during training
+DECAY, BETAS = 0.1, (0.9, 0.95)  # of AdamW and Muon
 
 
 @dataclass(frozen=True)
 class LoopedSchedule:
-    """steps: of the optimizer. batch: windows of a step. rate: learning rate of the hidden matrices (Muon);
-    outer_rate: of embeddings, head and norms (AdamW); both rise for `warmup` steps, then fall to zero on a
-    line. every: steps between checkpoints, each with an evaluation."""
+    """How long and at which rates a looped model trains."""
 
+    # Optimizer steps.
     steps: Annotated[int, Ge(1)] = 1000
+    # Windows per step.
     batch: Annotated[int, Ge(1)] = 8
+    # Learning rate of the hidden matrices (Muon).
     rate: Annotated[float, Gt(0)] = 4e-3
+    # Learning rate of embeddings, head and norms (AdamW).
     outer_rate: Annotated[float, Gt(0)] = 2e-3
+    # Steps in which both rates rise; then they fall linearly to zero.
     warmup: Annotated[int, Ge(1)] = 20
+    # Steps between checkpoints, each with an evaluation.
     every: Annotated[int, Ge(1)] = 200
     seed: int = 0
 
     def factor(self, step: int) -> float:
-        """Of the rates at a step."""
+        """The factor of the learning rates at a step."""
         return min(1.0, (step + 1) / self.warmup, (self.steps - step) / max(1, self.steps - self.warmup))
 
 
 @dataclass(frozen=True)
 class LoopedPlan:
-    """What is asked for. data, column, length: see `windows`. unique, loops: None is that of a looped model.
-    scratch: fresh weights of the model's widths. share_rule, intermediate: see `share`. early, exit_share:
-    see `exits`. teacher: a model whose distribution is learned instead of what came; "none" for no one's;
-    None is the ordinary model whose layers are taken, where they are."""
+    """The settings of a run."""
 
     model: str
+    # A `datasets` folder or a file of documents; see `windows`.
     data: Path
     out: Path
+    # Layers with weights of their own. None: 2, or those of a looped model.
     unique: int | None = None
+    # Passes through them. None: 6, or those of a looped model.
     loops: int | None = None
+    # Start from random weights of the model's widths.
     scratch: bool = False
+    # How layers are made from those of the model, and the width of their MLPs; see `share`.
     share_rule: Rule = "step"
     intermediate: int | None = None
+    # What early passes learn; see `exits`.
     early: Early = "same"
+    # Teacher to distill from; "none": train on the reference tokens. None: the ordinary model whose layers are
+    # shared; without one, the reference tokens.
     teacher: str | None = None
+    # Share of the positions at which early passes are read.
     exit_share: Annotated[float, Gt(0), Le(1)] = 0.25
     column: str = "text"
     length: Annotated[int, Ge(2)] = 512
@@ -89,8 +99,8 @@ class LoopedPlan:
     device: str | None = None
 
 
-def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Train, measure, save; what came of it. tell: hears what is being done.
+def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train, measure and save a looped model; returns its figures. report: gets progress lines.
 
     Raises ModelError, TrainingDataError, and InvalidOption for a folder of another run.
     """
@@ -110,40 +120,40 @@ def loop(plan: LoopedPlan, tell: Callable[[str], None] = lambda line: None) -> d
     recast(model, torch.float32)
     model.train()
     size, depth = model.num_parameters(), model.config.num_hidden_layers
-    tell(f"{plan.unique} x {plan.loops}: {size:,} parameters, depth {depth}; {len(data.train):,} windows")
+    report(f"{plan.unique} x {plan.loops}: {size:,} parameters, depth {depth}; {len(data.train):,} windows")
     machine.reset_peak(model.device)
     log = train(model, plan, data, teacher)
     peak = machine.peak(model.device)
-    tell("measuring the model on held-out windows")
+    report("measuring the model on held-out windows")
     recast(model, base.dtype)
     found = measure(model, data.held_out, plan.schedule.batch, autocast=False)
     mark = getattr(model.config, MARK, None)
     own_loss = None if plan.scratch else _own_loss(base, data, plan.schedule.batch)
-    told_loss = own_loss
+    teacher_loss = own_loss
     if teacher is not None and teacher is not base:
-        told_loss = _own_loss(teacher, data, plan.schedule.batch)
+        teacher_loss = _own_loss(teacher, data, plan.schedule.batch)
     if mark and teacher is not None:
-        setattr(model.config, MARK, {**mark, "tuning_cost": _price(told_loss, found)})
+        setattr(model.config, MARK, {**mark, "tuning_cost": _tuning_cost(teacher_loss, found)})
     about: dict[str, Any] = {
         "base": mark["base"] if mark else plan.model,
         "parameters": size,
         "exits": asdict(found),
         "base_loss": own_loss,
-        "teacher_loss": None if teacher is None else told_loss,
+        "teacher_loss": None if teacher is None else teacher_loss,
         "grade": "tuned" if mark else "base",
         "seconds": log[-1][SECONDS],
         "peak_bytes": peak,
         "run": settings,
     }
     _save(plan, model, tokenizer, found)
-    told = json.dumps({**about, "log": log}, indent=1)
-    (plan.out / "training.json").write_text(told + "\n", encoding="utf-8")
+    record = json.dumps({**about, "log": log}, indent=1)
+    (plan.out / "training.json").write_text(record + "\n", encoding="utf-8")
     looped_card.write(plan.out, model.config.model_type, about, machine.describe(model.device))
     return about
 
 
 def _started(plan: LoopedPlan, base: PreTrainedModel) -> tuple[LoopedPlan, LoopedForCausalLM]:
-    """The plan with what follows from the model, and the model before training."""
+    """The plan with the defaults that depend on the model filled in, and the model before training."""
     own = base.config if isinstance(base, LoopedForCausalLM) else None
     unique = plan.unique if plan.unique is not None else own.unique_layers if own else 2
     loops = plan.loops if plan.loops is not None else own.loops if own else 6
@@ -159,7 +169,7 @@ def _started(plan: LoopedPlan, base: PreTrainedModel) -> tuple[LoopedPlan, Loope
 
 
 def _teacher(plan: LoopedPlan, base: PreTrainedModel) -> PreTrainedModel | None:
-    """Whose distribution is learned, frozen; None: no one's. Raises InvalidOption for another vocabulary."""
+    """The frozen teacher, if there is one. Raises InvalidOption if its vocabulary differs."""
     if plan.teacher is None:
         return None
     teacher = base if plan.teacher == plan.model else load_pretrained(plan.teacher, None, plan.device)[0]
@@ -172,14 +182,13 @@ def _teacher(plan: LoopedPlan, base: PreTrainedModel) -> PreTrainedModel | None:
     return teacher
 
 
-def _price(loss: float | None, found: Exits) -> dict[str, Any]:
-    """What it costs to say what this model says instead of what its teacher says, as `train.price` puts it;
-    of the held-out windows only the losses are known."""
+def _tuning_cost(loss: float | None, found: Exits) -> dict[str, Any]:
+    """The losses of teacher and model as a `tuning_cost.TuningCost`, whose other figures are not measured."""
     return {"tokens": found.tokens, "loss": [loss, found.loss[-1]], "agreement": None, "repeated": None}
 
 
 def _own_loss(base: PreTrainedModel, data: windows.Windows, batch: int) -> float:
-    """Of the model that the run started from, at its full depth."""
+    """The loss of the model that the run started from, at its full depth."""
     looped = base if isinstance(base, LoopedForCausalLM) else share(base, base.config.num_hidden_layers, 1)
     return measure(looped, data.held_out, batch, autocast=False).loss[-1]
 
@@ -191,7 +200,7 @@ def _asked(
     tokenizer: PreTrainedTokenizerBase,
     data: windows.Windows,
 ) -> dict[str, Any]:
-    """Everything that comes of a plan depends on; windows and weights by what they are."""
+    """All settings that the result depends on, with the hashes of windows and weights."""
     given = json.loads(json.dumps(asdict(plan), default=str))
     del given["out"], given["device"], given["compile"], given["column"], given["length"]
     given["data"] = {
@@ -200,8 +209,8 @@ def _asked(
         "length": data.length,
         "sha256": data.sha256,
     }
-    told = None if teacher is None else fingerprint(teacher)
-    weights = {"fingerprint": fingerprint(base), "teacher_fingerprint": told}
+    teacher_print = None if teacher is None else fingerprint(teacher)
+    weights = {"fingerprint": fingerprint(base), "teacher_fingerprint": teacher_print}
     return {**given, **weights, "tokenizer": tokenizer_sha256(tokenizer)}
 
 
@@ -212,7 +221,7 @@ def train(
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train, from the last checkpoint in the plan's folder if there is one. Returns the log."""
+    """Train from the last checkpoint in the plan's folder, if there is one. Returns the log."""
     folder, schedule = plan.out / "checkpoints", plan.schedule
     args = arguments(schedule, folder, model.device)
     if args.world_size > 1:
@@ -234,7 +243,7 @@ def train(
 
 
 class LoopedTrainer(Trainer):
-    """A Trainer with this loss, optimizer and schedule, whose log has loss and agreement by group."""
+    """A Trainer with this loss, optimizer and schedule. It logs loss and agreement by pass."""
 
     def __init__(
         self, model: LoopedForCausalLM, plan: LoopedPlan, teacher: PreTrainedModel | None, **options: Any
@@ -243,14 +252,14 @@ class LoopedTrainer(Trainer):
         optimizer = muon(model, schedule.rate, schedule.outer_rate, DECAY, BETAS)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.factor)
         super().__init__(model=model, optimizers=(optimizer, falling), **options)
-        self.model_accepts_loss_kwargs = False  # batches are equal: a plain mean is right
+        self.model_accepts_loss_kwargs = False  # batches are of equal size, so the plain mean is right
         self.network, self.early, self.teacher = model, plan.early, teacher
         self.loss = torch.compile(exit_loss, dynamic=False) if plan.compile else exit_loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         with torch.autocast(self.args.device.type, torch.bfloat16):
-            told = None if self.teacher is None else distribution(self.teacher, inputs["ids"])
-            return self.loss(self.network, inputs["ids"], inputs["places"], self.early, told)
+            target = None if self.teacher is None else distribution(self.teacher, inputs["ids"])
+            return self.loss(self.network, inputs["ids"], inputs["places"], self.early, target)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         found = measure(self.network, self.eval_dataset, self.args.eval_batch_size, autocast=True)

@@ -1,4 +1,4 @@
-"""The card of a looped model: what it is, how good its readouts are, how it was made."""
+"""The model card of a looped model: what it is, the quality of its readouts, and how it was trained."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ tags: [speculative-decoding, speed, looped]
 
 # {name}: {unique} layers, used {loops} times
 
-A decoder of depth {depth} with the weights of {unique} layers ({parameters:,} parameters): a token runs
-through them {loops} times, and one norm and head can read it out after every pass. {origin}
+A decoder of depth {depth} with the weights of {unique} layers ({parameters:,} parameters). A token passes
+through them {loops} times, and the same norm and head can predict the next token after every pass. {origin}
 
 ```bash
 {command}
 ```
 
-It is a transformers folder of model type `{kind}`, whose class `selfdraft.models.looped.decoder` registers.
+This is a transformers folder of model type `{kind}`; `import selfdraft.models.looped.decoder` registers it.
 
-## How good its readouts are
+## Readouts
 
-On {tokens:,} held-out tokens; agreement is how often the likeliest token is that after the last pass:
+On {tokens:,} held-out tokens. Agreement: how often the most likely token is that of the last pass.
 
 | after pass | loss, nats per token | agreement |
 |---|---|---|
 {rows}
 {compared}
 Trained for {steps:,} steps of {batch} windows of {length} tokens ({seen:,} tokens, of {windows:,} windows)
-in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}. The loss sums those
-after every pass, later ones weighing more (arXiv 2310.12072). The last one learns {aim};
-the others learn {early}, at {exit_share:.0%} of the positions. Learning rates {rate} (Muon) and
+in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}. The loss is the
+weighted sum of the losses after every pass (arXiv 2310.12072). The last pass learns {aim};
+earlier passes learn {early}, at {exit_share:.0%} of the positions. Learning rates {rate} (Muon) and
 {outer_rate} (embeddings, head, norms). Made by selfdraft {version}, torch {torch}, transformers
-{transformers}, commit {commit}. `training.json` has every option and the log.
+{transformers}, commit {commit}. `training.json` holds all options and the log.
 """
 
-SCRATCH = """Its weights began at
-random, with the widths and the tokenizer of {base}: drafting is lossless to them (grade: lossless to the
-**base** weights)."""
-TUNED = """Its weights were made
-from those of {base} and trained: drafting is lossless to them, but they do not say what {base} says
-(grade: lossless to the **tuned** weights)."""
+SCRATCH = """It was trained
+from random weights, with the widths and the tokenizer of {base}. Drafting does not change its text (grade:
+lossless to the **base** weights)."""
+TUNED = """It was trained
+from the weights of {base}. Drafting does not change its text, but its text is not that of {base} (grade:
+lossless to the **tuned** weights)."""
 SPEED = " --method speed"
 EARLY = {"last": "its distribution", "same": "the same"}
 
 
 def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
-    """Write README.md. about: of `looped.loop`. kind: the model type."""
+    """Write README.md from the figures of `looped.loop`. kind: the model type."""
     asked, exits, peak = about["run"], about["exits"], about["peak_bytes"]
     base, schedule, data = about["base"], asked["schedule"], asked["data"]
     text = TEMPLATE.format(
@@ -67,7 +67,7 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
         minutes=about["seconds"] / 60,
         peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
         command=f'selfdraft generate "def mean(" --model {folder.name}' + SPEED * (asked["loops"] > 1),
-        aim=f"the distribution of {asked['teacher']}" if asked["teacher"] else "what came",
+        aim=f"the distribution of {asked['teacher']}" if asked["teacher"] else "the reference tokens",
         early=EARLY[asked["early"]],
         version=machine["selfdraft"],
         **{key: asked[key] for key in ("unique", "loops", "exit_share")},
@@ -86,7 +86,7 @@ def _table(exits: Mapping[str, Any]) -> str:
 
 
 def _compared(asked: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    """The losses there of the model that the run started from, and of the one it learns from, if another."""
+    """The losses of the model that the run started from and of its teacher, if that is another one."""
     lines = ""
     if about["base_loss"] is not None:
         start = Path(asked["model"]).name

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory."""
+"""How the C library treats freed memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import sys
 
 
 def keep_memory() -> None:
-    """Let glibc keep freed memory: fresh pages for each step's logits cost more than the step (measured in
-    recipes/pico/README.md). For a process that trains; nothing happens elsewhere than on Linux."""
+    """Let glibc keep freed memory, because fresh pages for the logits of each step cost more than the step.
+
+    For processes that train a small model. Does nothing on other systems than Linux.
+    """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for large blocks
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no mmap for large blocks
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap

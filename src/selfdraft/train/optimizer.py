@@ -1,5 +1,7 @@
-"""Muon for the hidden matrices, AdamW for embeddings, head and norms: better than AdamW for all where a whole
-model learns (recipes/pico/README.md has the figures)."""
+"""Muon for the hidden matrices, AdamW for embeddings, head and norms.
+
+Where a whole model learned, this trained better than AdamW alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import nn
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers as one: the groups are shared, each part keeps its own state."""
+    """Several optimizers as one. They share the list of parameter groups; each keeps its own state."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -33,10 +35,13 @@ class Together(torch.optim.Optimizer):
 
 
 class Kinds(NamedTuple):
-    """hidden: matrices between hidden states. matrices: embeddings and heads. vectors: norms and biases."""
+    """The parameters of a model by kind."""
 
+    # Matrices between hidden states.
     hidden: list[nn.Parameter]
+    # Embeddings and heads.
     matrices: list[nn.Parameter]
+    # Norms and biases.
     vectors: list[nn.Parameter]
 
 
@@ -52,7 +57,8 @@ def kinds(model: nn.Module) -> Kinds:
 def muon(
     model: nn.Module, rate: float, adamw_rate: float, weight_decay: float, betas: tuple[float, float]
 ) -> Together:
-    """rate: of Muon, whose update is scaled to AdamW's size. No decay on vectors."""
+    """The optimizer of a whole model. rate: of Muon, whose update is scaled to AdamW's. Vectors do not
+    decay."""
     found = kinds(model)
     return Together(
         torch.optim.Muon(found.hidden, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),

@@ -1,15 +1,14 @@
-"""From rows of prompt and answer to trees for a tuned student: the text, and what hangs from it.
+"""From rows of prompt and answer to training trees for a tuned student: the text with branches.
 
-`Masked` hangs groups of mask tokens under anchors of the text (SPACE). `Noisy` hangs blocks of a recorded
-Jacobi trajectory beside the answer (CLLM), each behind the text before its block; or, for a window of several
-blocks, behind the noisy block before it, so that a row sees noise as far back as in decoding with several
-blocks (the packed training of Jacobi Forcing). How noisy a block is, is drawn at random, or rises over its
-window.
+`Masked` adds groups of mask tokens under anchors of the text (SPACE). `Noisy` adds blocks of a recorded
+Jacobi trajectory beside the answer (CLLM). Each noisy block follows the text before its place; in a window of
+several blocks it follows the noisy block before it, so that a row sees as much noise as in decoding with
+several blocks (the packed training of Jacobi Forcing). The noise of a block is drawn at random or increases
+over the window.
 
-A noisy row counts from the first wrong token on, since before it sees nothing wrong and is the text's own
-row; and not where it stands behind the end of the text. All draws are keyed by the number of the use
-(`Draws`), so masks and states are other ones each time a row is used, and the same ones in a run that was
-interrupted.
+A noisy row has a loss from the first wrong token on, because a row before it sees the text alone, and none
+after the end of the text. All draws are keyed by the number of the use (`Draws`): masks and states differ
+each time a row is used, and a run that was interrupted draws the same ones.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ from .sequences import Batches
 from .student import IGNORED
 from .tuned import NO_ROW
 
-PAD = -2  # the parent of a row that pads
+PAD = -2  # the parent of a padding row
 
 
 @dataclass
 class Packing:
-    """The tree of one sequence, as it grows. groups: pairs of hung row and aim, NO_ROW
-    where it has none."""
+    """The tree of one sequence while it is built."""
 
     text: Sequence[int]
+    # Of all rows, those of the text first.
     tokens: list[int] = field(init=False)
     parents: list[int] = field(init=False)
+    # Pairs of a branch row and its target row; NO_ROW if it has none.
     groups: list[list[tuple[int, int]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Packing:
         self.parents = list(range(-1, len(self.text) - 1))
 
     def hang(self, row: int, tokens: Sequence[int]) -> range:
-        """A chain of tokens under a row; the rows it became."""
+        """Add a chain of tokens under a row. Returns its rows."""
         first = len(self.tokens)
         self.tokens += tokens
         self.parents += [row, *range(first, first + len(tokens) - 1)][: len(tokens)]
@@ -55,11 +55,13 @@ class Packing:
 
 @dataclass(frozen=True)
 class Masked:
-    """A data collator. anchors: groups of masks a sequence; 1 is as published. ids: of the masks, in order.
-    prompts: do the rows of the prompt count, too, in what the text's rows learn?"""
+    """A data collator that adds mask tokens (SPACE)."""
 
+    # Cuts texts and draws anchors; the published training has one anchor per sequence.
     cut: Batches
+    # The ids of the mask tokens, in order.
     ids: Sequence[int]
+    # True if the rows of the prompt have a loss, too.
     prompts: bool
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -70,12 +72,12 @@ class Masked:
         ):
             text, start = self.cut.cut(row["prompt"], row["answer"])
             packing = Packing(text)
-            for anchor, told in zip(anchors, labels, strict=True):
-                if told[0] == IGNORED:
+            for anchor, targets in zip(anchors, labels, strict=True):
+                if targets[0] == IGNORED:
                     continue
                 hung = packing.hang(anchor, self.ids)
-                aims = range(anchor + 1, anchor + 1 + len(told))
-                ends = [NO_ROW if token == IGNORED else row for row, token in zip(aims, told, strict=True)]
+                aims = range(anchor + 1, anchor + 1 + len(targets))
+                ends = [NO_ROW if token == IGNORED else row for row, token in zip(aims, targets, strict=True)]
                 packing.groups.append(list(zip(hung, ends, strict=True)))
             made.append(packing)
             starts.append(0 if self.prompts else start)
@@ -87,17 +89,19 @@ Noise = Literal["random", "progressive", "reverse"]
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """window: noisy blocks in a row; 1 is as published. noise: how noisy they are: random; progressive, which
-    rises over the window; reverse. consistency: to what a noisy row should agree, the text (global) or the
-    next state (local; with a window of 1). copies: of the noisy answer, each with its own draws. filler: a
-    token that stands for those not known yet: all copies but the first are then blocks of it alone, `reach`
-    rows each, from a random row on, and in the first it takes the end of each state, as it does when
-    decoding."""
+    """Which noisy blocks a sequence gets."""
 
+    # Noisy blocks in a row; the published training has 1.
     window: Annotated[int, Ge(1)] = 1
+    # Which state of its trajectory a block has: a random one, or one that is noisier (progressive) or less
+    # noisy (reverse) the later the block stands in its window.
     noise: Noise = "random"
+    # The target of a noisy row: the text (global) or the next state (local, only with a window of 1).
     consistency: Literal["global", "local"] = "global"
+    # Noisy copies of the answer, each with its own draws.
     copies: Annotated[int, Ge(1)] = 3
+    # A token that stands for positions not known yet. With it, the first copy has states that end in it, as in
+    # decoding, and the others have blocks of nothing else, `reach` rows each, that begin at a random row.
     filler: Annotated[int, Ge(0)] | None = None
     reach: Annotated[int, Ge(1)] = 8
 

@@ -53,8 +53,8 @@ class Prompts:
             row = self._row(index)
             _check(row, f"--prompts, row {index + 1}")
             self.conversation = self.conversation or row["messages"]
-            told = json.dumps([row[name] for name in COLUMNS], sort_keys=True)
-            digest.update(told.encode() + b"\n")
+            line = json.dumps([row[name] for name in COLUMNS], sort_keys=True)
+            digest.update(line.encode() + b"\n")
         # SHA-256 of all prompts.
         self.sha256 = digest.hexdigest()
 

@@ -1,8 +1,8 @@
 """One training run: from a folder of answers to a folder with an adapter.
 
-The folder holds `run.json` (everything the run depends on, and each start's command, commit and versions),
-`checkpoints/`, and at the end the adapter, its calibration and its card. The same command goes on where it
-stopped; with other options the folder is refused.
+The folder holds `run.json` (all settings, and the command and commit of each start), `checkpoints/`, and at
+the end the adapter with its calibration and its card. The same command continues a run that was stopped; with
+other settings the folder is refused.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ from .distill import tokenizer_sha256
 from .student import Loss, Student, fresh, started
 from .trainer import SECONDS, Schedule, batches, train
 
-LEAST = 4  # tokens of an answer that can be trained on
-HELD_OUT = 0.02  # share of the rows that is not trained on, at most
-MOST = 64  # rows
+MIN_ANSWER = 4  # tokens; shorter answers are not trained on
+HELD_OUT = 0.02  # share of the rows that is held out
+MAX_HELD_OUT = 64  # rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for. method: whose adapter it is. data: a folder of `selfdraft distill`. start: an
-    adapter of this kind to go on from, see `student.started`."""
+    """The settings of a run."""
 
+    # The method that drafts with the adapter.
     method: str
     model: str
+    # A folder written by `selfdraft distill`.
     data: Path
     out: Path
     config: AdapterConfig
     loss: Loss = field(default_factory=Loss)
     schedule: Schedule = field(default_factory=Schedule)
+    # An adapter of the same kind to start from; see `student.started`.
     start: str | None = None
     dtype: str | None = None
     device: str | None = None
 
 
-def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Train, calibrate, save; what came of it. tell: hears what is being done.
+def run(plan: Plan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train, calibrate and save an adapter; returns its figures. report: gets progress lines.
 
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """
@@ -61,19 +63,21 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
     base = fingerprint(pretrained)
     shards.check_model(distilled.manifest, [base], model.vocab_size, tokenizer_sha256(tokenizer))
     rows, held_out = split(distilled.rows, plan.data)
-    begun = started(plan.start, model, plan.config)
-    if begun is not None:
-        plan = replace(plan, config=begun.config)
-    student = Student(model, begun or fresh(model, plan.config, plan.schedule.seed), plan.loss)
-    settings = asked(plan, distilled, begun)
+    start = started(plan.start, model, plan.config)
+    if start is not None:
+        plan = replace(plan, config=start.config)
+    student = Student(model, start or fresh(model, plan.config, plan.schedule.seed), plan.loss)
+    settings = asked(plan, distilled, start)
     claim(plan.out, settings)
     share = student.adapter.size / pretrained.num_parameters()
-    tell(f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
+    report(
+        f"{student.adapter.size:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences"
+    )
     machine.reset_peak(model.device)
     collate = batches(student, plan.schedule)
     log = train(student, plan.schedule, rows, held_out, collate, plan.out / "checkpoints")
     peak = machine.peak(model.device)
-    tell("calibrating on held-out sequences")
+    report("calibrating on held-out sequences")
     greedy = [row for row in held_out if row["temperature"] == 0] or list(held_out)
     size = plan.schedule.batch
     calibration = calibrate(student, (collate(greedy[i : i + size]) for i in range(0, len(greedy), size)))
@@ -92,29 +96,33 @@ def run(plan: Plan, tell: Callable[[str], None] = lambda line: None) -> dict[str
 
 
 def split(rows: Any, data: Path) -> tuple[Any, Any]:
-    """Rows to train on, and rows to judge by, evenly spread. Raises TrainingDataError where there are too
-    few."""
-    usable = [i for i, answer in enumerate(rows["answer"]) if len(answer) >= LEAST]
+    """Split rows into training rows and held-out rows, which are evenly spread.
+
+    Raises TrainingDataError for too few rows.
+    """
+    usable = [i for i, answer in enumerate(rows["answer"]) if len(answer) >= MIN_ANSWER]
     if len(usable) < 2:
-        raise TrainingDataError(f"{data} has {len(usable)} answers of {LEAST} tokens or more; distill more")
-    count = max(1, min(MOST, round(HELD_OUT * len(usable))))
+        raise TrainingDataError(
+            f"{data} has {len(usable)} answers of {MIN_ANSWER} tokens or more; distill more"
+        )
+    count = max(1, min(MAX_HELD_OUT, round(HELD_OUT * len(usable))))
     held = usable[:: len(usable) // count][:count]
     kept = set(held)
     return rows.select([i for i in usable if i not in kept]), rows.select(held)
 
 
-def asked(plan: Any, distilled: shards.Distilled, begun: Adapter | None) -> dict[str, Any]:
-    """Everything that comes of a plan depends on. The answers, and the adapter that it goes on from, by what
-    they are, not by where they lie."""
+def asked(plan: Any, distilled: shards.Distilled, start: Adapter | None) -> dict[str, Any]:
+    """All settings that the result depends on. Data and the adapter to start from are identified by
+    content."""
     given = json.loads(json.dumps(asdict(plan), default=str))
     del given["out"], given["device"]
     given["data"] = {"rows": len(distilled.rows), **distilled.manifest["asked"]}
-    given["start"] = None if begun is None else machine.module_sha256(repr(begun.config), begun)
+    given["start"] = None if start is None else machine.module_sha256(repr(start.config), start)
     return dict(given)
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """See that the folder is this run's, and note the start. Raises InvalidOption."""
+    """Check that the folder belongs to this run, and record the start. Raises InvalidOption."""
     path = out / "run.json"
     out.mkdir(parents=True, exist_ok=True)
     held: dict[str, Any] = {"asked": json.loads(json.dumps(settings)), "starts": []}

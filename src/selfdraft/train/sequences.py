@@ -1,10 +1,10 @@
 """From rows of prompt and answer to batches for a student: text, anchors, labels.
 
-An anchor is a row of the text under which a group of masks hangs, and from which decoding could go on: the
-prompt's last row and the answer's rows. Its masks should tell the tokens two and more places after it.
+An anchor is a row of the text with a group of masks under it: the last row of the prompt or a row of the
+answer, from which decoding could continue. Its masks learn the tokens two and more places after it.
 
-Each time a sequence is used its anchors are drawn anew: each use is an item of its own (`Draws`), by whose
-number they are drawn. So a run that was interrupted draws what it would have drawn without.
+Anchors are drawn each time a sequence is used. Each use is an item of its own (`Draws`), whose number keys
+the draw, so a run that was interrupted draws the same anchors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STRIDE = 32  # texts are padded to a multiple of it
 
 
 class Draws(Dataset[Any]):
-    """Rows for so many uses, in turn; "draw" is the number of the use. seed: other numbers."""
+    """Rows repeated in turn for `count` uses; "draw" is the number of the use, which depends on the seed."""
 
     def __init__(self, rows: Any, count: int, seed: int = 0) -> None:
         self.rows, self.count, self.first = rows, count, seed * 1_000_003 % 2**32
@@ -37,11 +37,13 @@ class Draws(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Batches:
-    """A data collator. length: tokens of text, at most. anchors: per sequence; of a row without a "draw" they
-    are spread evenly. masks: per anchor."""
+    """A data collator: ids [rows, width], anchors [rows, anchors], labels [rows, anchors, masks]."""
 
+    # Maximum tokens of a text.
     length: int
+    # Anchors per sequence: drawn by the row's "draw", evenly spread without one.
     anchors: int
+    # Masks per anchor.
     masks: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -53,21 +55,21 @@ class Batches:
         for row, (text, start), draw in zip(ids, texts, draws, strict=True):
             row[: len(text)] = torch.tensor(text)
             where, known = self._anchors(start, len(text), draw)
-            ahead = where[:, None] + 2 + torch.arange(self.masks)
-            told = row[ahead.clamp(max=width - 1)].masked_fill(ahead >= len(text), IGNORED)
+            places = where[:, None] + 2 + torch.arange(self.masks)
+            targets = row[places.clamp(max=width - 1)].masked_fill(places >= len(text), IGNORED)
             anchors.append(where)
-            labels.append(told.masked_fill(~known[:, None], IGNORED))
+            labels.append(targets.masked_fill(~known[:, None], IGNORED))
         return {"ids": ids, "anchors": torch.stack(anchors), "labels": torch.stack(labels)}
 
     def cut(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Sequence[int], int]:
-        """The text, and the row at which the first anchor may be. Of a long prompt the end is kept."""
+        """The text, and its first row that may be an anchor. Of a long prompt the end is kept."""
         whole = [*prompt, *answer]
         start = max(0, min(len(prompt) - self.length // 2, len(whole) - self.length))
         text = whole[start : start + self.length]
         return text, max(0, len(prompt) - 1 - start)
 
     def _anchors(self, start: int, length: int, draw: int | None) -> tuple[Tensor, Tensor]:
-        """Rows, and which of them count: where there are too few, the rest are idle."""
+        """Anchor rows, and which of them are used; the others only fill the tensor."""
         room = max(0, length - 2 - start)  # an anchor needs the token two places after it
         count = min(room, self.anchors)
         if draw is None:

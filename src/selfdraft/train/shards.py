@@ -1,14 +1,12 @@
-"""Answers on disk: shards of JSON lines, one row each, written as the answers finish; and read back.
+"""Answers on disk: shards of JSON lines, one row per line, written as answers finish and read by trainers.
 
-A folder holds one run. `distill.json` says which: under `asked` all that its rows depend on, under
-`starts` how each start went about it (command, versions, commit), and once all rows are there, under
-`summary`, what came of it. Asked to continue another run the folder refuses and says what differs. A
-last line that was cut off (the machine died) is dropped; a write that fails (the disk is full) takes
-back what it has written of its line.
+A folder holds one run, described by `distill.json`: `asked` has all settings that the rows depend on,
+`starts` the command, versions and commit of each start, and `summary` the figures of a finished run. A folder
+of another run is refused, with the settings that differ. A truncated last line (the machine stopped) is
+dropped, and a failed write (the disk is full) removes what it has written of its line.
 
-Trainers read a folder that is finished or not, but never a damaged one: every line must have the
-columns, and every id must be in the vocabulary. Rows come in the order of the prompts, however they
-finished.
+Trainers read finished and unfinished folders, but no damaged ones: every line must have all columns, and
+every id must be in the vocabulary. Rows are in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -31,30 +29,33 @@ DEGENERATE = "degenerate"  # the finish reason of a row that keeps no states
 
 @dataclass(frozen=True)
 class Row:
-    """One answer. index: which prompt it answers. prompt, answer: token ids. finish_reason: that of the
-    request, or "loop" where the answer was cut because it repeats itself. states: where its trajectory was
-    recorded, of each block the states before the text itself; see `trajectories`."""
+    """One answer."""
 
+    # Which prompt it answers.
     index: int
+    # Token ids.
     prompt: Sequence[int]
     answer: Sequence[int]
     temperature: float
     seed: int
+    # That of the request; "loop" if the answer was cut because it repeats itself.
     finish_reason: str
+    # Of each block the Jacobi states before the final text, if they were recorded; see `trajectories`.
     states: Sequence[Sequence[Sequence[int]]] | None = None
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a folder holds. rows: a `datasets.Dataset` with the columns prompt, answer and temperature, and of
-    recorded trajectories states."""
+    """The contents of a folder."""
 
+    # What `distill.json` holds.
     manifest: Mapping[str, Any]
+    # A `datasets.Dataset` with the columns prompt, answer, temperature, and states if they were recorded.
     rows: Any
 
 
 class Shards:
-    """The rows of one run while they are written. size: rows of a shard."""
+    """The rows of one run while they are written. size: rows per shard."""
 
     def __init__(self, folder: Path, asked: Mapping[str, Any], size: int) -> None:
         self.folder = folder
@@ -62,7 +63,7 @@ class Shards:
         self.done: set[int] = set()
         self.tokens = 0
         self.reasons: Counter[str] = Counter()
-        self._number, self._filled = 0, 0  # the shard that grows, and its rows
+        self._number, self._filled = 0, 0  # the shard being written, and its rows
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(folder)
@@ -77,13 +78,13 @@ class Shards:
         self.found = len(self.done)
 
     def add(self, row: Row) -> None:
-        """Keep a row. Raises TrainingDataError where the disk does not take it; the others stay."""
+        """Write a row. Raises TrainingDataError if that fails; earlier rows are kept."""
         if self._filled >= self.size:
             self._number, self._filled = self._number + 1, 0
         path = self.folder / f"shard-{self._number:05d}.jsonl"
         size = path.stat().st_size if path.exists() else 0
-        told = {name: value for name, value in asdict(row).items() if value is not None}
-        line = json.dumps(told, separators=(",", ":")).encode() + b"\n"
+        given = {name: value for name, value in asdict(row).items() if value is not None}
+        line = json.dumps(given, separators=(",", ":")).encode() + b"\n"
         try:
             with path.open("ab", buffering=0) as file:
                 write_all(file, line)
@@ -95,11 +96,11 @@ class Shards:
 
     @property
     def kept(self) -> int:
-        """Rows on the disk, also where a stop came between the writing of one and its counting."""
+        """Rows on the disk, including one that was written but not counted when the run stopped."""
         return sum(path.read_bytes().count(b"\n") for path in shards(self.folder))
 
     def note(self, **entries: object) -> None:
-        """Put entries into the manifest, written whole or not at all. Raises TrainingDataError."""
+        """Add entries to the manifest, atomically. Raises TrainingDataError."""
         self.manifest |= entries
         path = self.folder / MANIFEST
         part = path.with_suffix(".part")
@@ -112,11 +113,11 @@ class Shards:
             raise self._lost(path, error) from error
 
     def close(self) -> None:
-        """Let another process write here."""
+        """Release the lock on the folder."""
         os.close(self._lock)
 
     def _claim(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """The manifest, if the folder is this run's or empty. Raises TrainingDataError if it is another's."""
+        """The manifest of the folder. Raises TrainingDataError if it belongs to another run."""
         if not (self.folder / MANIFEST).exists():
             if any(shards(self.folder)):
                 raise TrainingDataError(
@@ -132,7 +133,7 @@ class Shards:
         return held
 
     def _resume(self) -> None:
-        """Take in what is there; drop a last line that was cut off."""
+        """Count the rows that exist; drop a truncated last line."""
         asked = self.manifest["asked"]
         paths = shards(self.folder)
         for path in paths[-1:]:
@@ -153,12 +154,12 @@ class Shards:
     def _lost(self, path: Path, error: OSError) -> TrainingDataError:
         return TrainingDataError(
             f"{path}: {error.strerror or error}; the {len(self.done)} finished rows are kept, and the same "
-            "command goes on from there once there is room"
+            "command continues from there once there is room"
         )
 
 
 def read(folder: Path) -> Distilled:
-    """The rows that a folder holds. Raises TrainingDataError for one that trainers must not use."""
+    """The rows of a folder. Raises TrainingDataError for a damaged one."""
     datasets = library()
     held = manifest(folder)
     paths = shards(folder)
@@ -185,8 +186,10 @@ def read(folder: Path) -> Distilled:
 def check_model(
     held: Mapping[str, Any], fingerprints: Sequence[str], vocabulary: int, tokenizer: str
 ) -> None:
-    """See that data are the own answers of a model, one of those with these fingerprints, in the ids of this
-    tokenizer, given by its hash. Raises TrainingDataError."""
+    """Check that data are the answers of a model with one of these fingerprints, in the ids of its tokenizer.
+
+    tokenizer: the hash of the model's tokenizer. Raises TrainingDataError.
+    """
     asked = held["asked"]
     if asked["vocabulary"] != vocabulary:
         raise TrainingDataError(
@@ -207,7 +210,7 @@ def check_model(
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """What the folder says of itself. Raises TrainingDataError where it says nothing."""
+    """The contents of `distill.json`. Raises TrainingDataError if they are missing or invalid."""
     path = folder / MANIFEST
     try:
         held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -229,7 +232,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def library() -> Any:
-    """`datasets`. Raises TrainingDataError where it is not installed."""
+    """The package `datasets`. Raises TrainingDataError if it is not installed."""
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
@@ -246,8 +249,10 @@ def _features(columns: Sequence[str]) -> Any:
 
 
 def _rows(path: Path, vocabulary: int, block: int | None) -> Iterator[Row]:
-    """The rows of a shard. block: tokens of a block, where trajectories are asked for. Raises
-    TrainingDataError with the line that is not one."""
+    """The rows of a shard. block: tokens of a block of recorded trajectories, if the rows need them.
+
+    Raises TrainingDataError, with the number of the damaged line.
+    """
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line:
             continue
@@ -265,7 +270,7 @@ def _rows(path: Path, vocabulary: int, block: int | None) -> Iterator[Row]:
 
 
 def _check_states(row: Row, where: str, vocabulary: int, block: int) -> None:
-    """See that each block of the answer has its states, as long as it is. Raises TrainingDataError."""
+    """Check that each block of the answer has states of its own length. Raises TrainingDataError."""
     answer, found = row.answer, row.states
     sizes = [min(block, len(answer) - start) for start in range(0, len(answer), block)]
     try:

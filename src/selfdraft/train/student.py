@@ -168,13 +168,13 @@ class Student(torch.nn.Module):
     def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of all masks, and the model's own at the true positions, without gradients; float32,
         [lanes * groups * masks, vocabulary]."""
-        text, ahead = self.hidden(ids, anchors)
+        text, masks = self.hidden(ids, anchors)
         lanes = torch.arange(len(ids), device=ids.device)[:, None, None]
         true = anchors[..., None] + 1 + torch.arange(self.adapter.config.masks, device=ids.device)
         with torch.no_grad():
             own = self.model.output(text[lanes, true.clamp(max=ids.shape[1] - 1)].flatten(0, 2)).float()
         before = ids[lanes, true.clamp(max=ids.shape[1] - 1)].flatten()
-        return self.model.output(self.model.apply_sampler_head(ahead.flatten(0, 1), before)).float(), own
+        return self.model.output(self.model.apply_sampler_head(masks.flatten(0, 1), before)).float(), own
 
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the text, [lanes, length, hidden], without gradients, and of the mask rows,

@@ -126,14 +126,14 @@ class AdapterTrainer(Trainer):
     ) -> Any:
         out = model(**inputs)
         if model.training:
-            told = [out["hits"].detach().flatten(0, 1), *([out["kept"]] if "kept" in out else [])]
-            self._told = [*getattr(self, "_told", []), told]
+            outputs = [out["hits"].detach().flatten(0, 1), *([out["kept"]] if "kept" in out else [])]
+            self._outputs = [*getattr(self, "_outputs", []), outputs]
         return (out["loss"], out) if return_outputs else out["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and getattr(self, "_told", None):
-            logs |= _figures([torch.cat(parts).cpu().numpy() for parts in zip(*self._told, strict=True)])
-            self._told = []
+        if "loss" in logs and getattr(self, "_outputs", None):
+            logs |= _figures([torch.cat(parts).cpu().numpy() for parts in zip(*self._outputs, strict=True)])
+            self._outputs = []
         super().log(logs, start_time)
 
 
@@ -151,15 +151,15 @@ def accuracies(hits: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    told = prediction.predictions
-    hits, *kept = list(told) if isinstance(told, tuple) else [told]
+    outputs = prediction.predictions
+    hits, *kept = list(outputs) if isinstance(outputs, tuple) else [outputs]
     return _figures([np.asarray(hits).reshape(-1, hits.shape[-1]), *kept])
 
 
-def _figures(told: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
+def _figures(outputs: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
     """Of hits, [anchors, masks], and where the model's text is at stake, of what was kept, [sequences]."""
-    found = accuracies(told[0])
-    return found | {"kept": round(float(told[1].mean()), 5)} if len(told) > 1 else found
+    found = accuracies(outputs[0])
+    return found | {"kept": round(float(outputs[1].mean()), 5)} if len(outputs) > 1 else found
 
 
 def _optimizer(student: Student | TunedStudent, schedule: Schedule) -> torch.optim.Optimizer:

@@ -110,22 +110,22 @@ class TunedStudent(torch.nn.Module):
         lanes, width, _ = hidden.shape
         lane = torch.arange(lanes, device=hidden.device)[:, None, None]
         first = lane * width
-        counted = (aims != NO_ROW) & astray(tokens, parents, hung, aims)[lane, hung.clamp(min=0)]
+        counted = (aims != NO_ROW) & deviates(tokens, parents, hung, aims)[lane, hung.clamp(min=0)]
         rows, aim = (hung + first)[counted], (aims + first)[counted]
         flat, label = hidden.flatten(0, 1), labels.flatten()
         text = (label != IGNORED).nonzero().flatten()
         kept = self._kept(self.model.output(flat[text]).float(), tokens, parents, text, label[text])
         scores = self.model.output(self.model.apply_sampler_head(flat[rows], tokens.flatten()[aim])).float()
         with torch.no_grad():
-            told = self.model.output(flat[aim]).float()
-        target = told.softmax(-1) if self.loss.draft == "distill" else label[aim]
+            reference = self.model.output(flat[aim]).float()
+        target = reference.softmax(-1) if self.loss.draft == "distill" else label[aim]
         each = torch.nn.functional.cross_entropy(scores, target, reduction="none", ignore_index=IGNORED)
         offset = (counted.cumsum(-1) - 1)[counted]  # in the group, from its first row that counts
         weights = self.loss.decay**offset
         draft = (each * weights).sum() / weights.sum().clamp(min=1e-6)
         hits = torch.full_like(aims, IGNORED)
         own, group, _ = counted.nonzero(as_tuple=True)
-        hits[own, group, offset] = (scores.argmax(-1) == told.argmax(-1)).long()
+        hits[own, group, offset] = (scores.argmax(-1) == reference.argmax(-1)).long()
         home = text // width
         sums = torch.zeros(2, lanes, device=kept.device)
         sums[0].index_add_(0, home, kept.detach())
@@ -144,7 +144,7 @@ class TunedStudent(torch.nn.Module):
         lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
         lanes, rows, aim = (part[hung != NO_ROW] for part in (lane, hung, aims))
         above = parents[lanes, rows]
-        guessed = (aim == NO_ROW) | astray(tokens, parents, hung, aims)[lanes, above]
+        guessed = (aim == NO_ROW) | deviates(tokens, parents, hung, aims)[lanes, above]
         picks = self.model.output(hidden[lanes, above]).argmax(-1)
         made = tokens.clone()
         made[lanes, rows] = torch.where(guessed, picks, tokens[lanes, aim.clamp(min=0)])
@@ -193,7 +193,7 @@ def trees(tokens: Tensor, parents: Tensor) -> list[Tree]:
     return found
 
 
-def astray(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
+def deviates(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
     """Which rows see a hung token, their own or above them, that is not the one of its aim: the others see
     what a row of the text sees, and learn nothing. [lanes, rows]."""
     lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)

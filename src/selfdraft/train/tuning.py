@@ -24,7 +24,7 @@ from ..models.adapters.fingerprint import fingerprint
 from ..models.loading import drive, load_pretrained
 from ..models.transformers import MARK, TransformersModel
 from . import card, run, shards
-from .calibration import ahead, calibrate
+from .calibration import calibrate, window_acceptance
 from .distill import tokenizer_sha256
 from .filler import choose_filler
 from .packed import Masked, NoiseConfig, Noisy
@@ -63,8 +63,8 @@ class TunedPlan:
     device: str | None = None
 
 
-def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Train, measure, save; what came of it. tell: hears what is being done.
+def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Train, measure, save; what came of it. report: hears what is being done.
 
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """
@@ -73,12 +73,12 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
     distilled = shards.read(plan.data)
     if plan.start is not None and plan.full:
         raise InvalidOption("start: an adapter to go on from goes with LoRA, not with all weights")
-    begun = started(plan.start, model, plan.config)
-    bases = [model] if begun is None else [model, model.adapted(begun).base]
+    start = started(plan.start, model, plan.config)
+    bases = [model] if start is None else [model, model.adapted(start).base]
     prints = [fingerprint(one.model) for one in bases]
     shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
-    plan = _filled(plan, tokenizer, model.vocab_size, distilled, begun)
-    adapter = begun or fresh(model, plan.config, plan.schedule.seed)
+    plan = _filled(plan, tokenizer, model.vocab_size, distilled, start)
+    adapter = start or fresh(model, plan.config, plan.schedule.seed)
     limits = Limits(LONGEST, frozenset(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
     rows, held_out = run.split(rows, plan.data)
@@ -90,16 +90,16 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
             f"{plan.data}: no held-out prompt fits the context, so no price could be told"
         )
     student = TunedStudent(model, adapter, plan.loss, plan.full)
-    asked = run.asked(plan, distilled, begun)
+    asked = run.asked(plan, distilled, start)
     run.claim(plan.out, asked)
     trained = sum(part.numel() for part in student.parameters())
     share = trained / pretrained.num_parameters()
-    tell(f"{trained:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
+    report(f"{trained:,} parameters to train, {share:.2%} of the model's; {len(rows):,} sequences")
     machine.reset_peak(model.device)
     collate = _collate(plan, model, distilled.manifest)
     log = train(student, plan.schedule, rows, held_out, collate, plan.out / "checkpoints")
     peak = machine.peak(model.device)
-    tell("measuring the tuned model on held-out prompts")
+    report("measuring the tuned model on held-out prompts")
     tuned = _finished(plan, student)
     cost = measure(model, tuned.base, prompts, limits)
     about: dict[str, Any] = {
@@ -117,7 +117,7 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
             for name, one in (("base", model), ("tuned", tuned.base))
         }
     if plan.config.filler is not None:
-        student.adapter.odds = ahead(tuned.base, prompts, limits)
+        student.adapter.odds = window_acceptance(tuned.base, prompts, limits)
     if plan.config.masks:
         about["accuracy"] = _calibrated(plan, tuned, student.adapter, held_out)
     _save(plan, model, tuned, student.adapter, tokenizer, about)
@@ -126,20 +126,20 @@ def tune(plan: TunedPlan, tell: Callable[[str], None] = lambda line: None) -> di
 
 
 def _filled(
-    plan: TunedPlan, tokenizer: Any, vocabulary: int, distilled: shards.Distilled, begun: Adapter | None
+    plan: TunedPlan, tokenizer: Any, vocabulary: int, distilled: shards.Distilled, start: Adapter | None
 ) -> TunedPlan:
     """The plan with the shape of the adapter that it starts from, and with the filler, if it uses one.
 
     Raises InvalidOption if no token can be the filler.
     """
-    config = plan.config if begun is None else begun.config
+    config = plan.config if start is None else start.config
     filler = None
     if plan.noise is not None and plan.unknown == "filler":
         ends = distilled.manifest["asked"]["eos"]
         filler = choose_filler(tokenizer, vocabulary, ends, distilled.rows, config.filler)
     config = replace(config, filler=filler)
-    if begun is not None:
-        begun.config, begun.odds = config, {}
+    if start is not None:
+        start.config, start.odds = config, {}
     noise = None if plan.noise is None else replace(plan.noise, filler=filler)
     return replace(plan, config=config, loss=replace(plan.loss, filler=filler), noise=noise)
 
