@@ -437,7 +437,7 @@ def test_documents_are_cut_end_to_end(tokenizer: Any, texts: Path, tmp_path: Pat
     cut = [stream[at : at + 16] for at in range(0, len(stream) - 15, 16)]
     held, kept = found.held_out["input_ids"], found.train["input_ids"]
     assert sorted([*held, *kept]) == sorted(cut)
-    assert len(held) == windows.LEAST
+    assert len(held) == windows.MIN_WINDOWS
     plain = tmp_path / "text.txt"
     plain.write_text("\n".join(documents))
     whole = windows.read(plain, tokenizer, 16, "text", 64, VOCABULARY)
@@ -478,7 +478,11 @@ def test_bad_data_is_named(command: Run, folder: Path, texts: Path, tmp_path: Pa
         (texts, ("--unique", "0"), "unique must be at least 1"),
         (texts, ("--loops", "0"), "loops must be at least 1"),
         (texts, ("--exit-share", "0"), "'exit_share'"),
-        (texts, ("--teacher", "pico"), f"pico has a vocabulary of 8192, the model one of {VOCABULARY}"),
+        (
+            texts,
+            ("--teacher", "looped-tiny"),
+            f"looped-tiny has a vocabulary of 8192, the model one of {VOCABULARY}",
+        ),
         (texts, ("--early", "never"), "'early'"),
         (texts, ("--steps", "0"), "steps"),
     ]

@@ -685,7 +685,7 @@ def test_command_refuses_other_folders(command: Run, words: tuple[str, ...], tmp
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--block", "256"), "--block 256: the model's context is 256 tokens; give less"),
+        (("--block", "256"), "--block 256: the model's context is 256 tokens; give a smaller"),
         (("--block", "1"), "--block"),
         (("--temperature", "0"), "temperature must be above 0"),
     ],

@@ -490,7 +490,7 @@ def test_from_answers_to_a_tuned_model(
     assert ("convergence" in about) == (method == "cllm")
     card = (out / "README.md").read_text()
     assert "lossless to the **tuned** weights" in card
-    assert f"{about['price']['loss'][1]:.4f}" in card
+    assert f"{about['tuning_cost']['loss'][1]:.4f}" in card
     drafts = "jacobi" if method == "cllm" else "space-tuned"
     model = str(out / "model") if full else str(folder)
     adapter = None if full and method == "cllm" else str(out)
@@ -623,8 +623,9 @@ def test_the_filler_stands_inside_no_text(tokenizer: PreTrainedTokenizerFast) ->
     assert choose_filler(mine, size, ends, [{**text, "prompt": [5, 0]}]) == spare
     assert choose_filler(mine, size, ends, [text], kept=spare) == spare
     assert choose_filler(mine, size, ends, [text], kept=start) == 0, "a start that was badly chosen"
+    mine.chat_template += "<|bos|>"
     with pytest.raises(InvalidOption, match="--unknown random"):
-        choose_filler(mine, spare, ends, [{**text, "prompt": [5, 0]}])
+        choose_filler(mine, spare, ends, [text])
 
 
 def test_a_filler_that_templates_hold_is_seen(

@@ -7,6 +7,7 @@ message. So candidates are checked against rendered conversations and against th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,25 +28,33 @@ def choose_filler(
     rows: Iterable[Mapping[str, Any]],
     kept: int | None = None,
 ) -> int:
-    """The first special token that stands inside no text; at the very beginning of a text it may stand.
+    """The special token that stands inside the fewest texts of the data, and in no conversation.
 
-    ends: ids that end texts. rows: the training data, token ids of `prompt` and `answer`. kept: the filler
-    that an adapter was trained with, used again if it still qualifies. Raises InvalidOption if no token does.
+    A text may begin with it. ends: ids that end texts. rows: the training data, token ids of `prompt` and
+    `answer`. kept: the filler of the adapter to start from, preferred if it still qualifies. Raises
+    InvalidOption if no token qualifies.
     """
     used = set(ends) | template_ids(tokenizer)
+    inside: Counter[int] = Counter()
     for row in rows:
-        used.update(row["prompt"][1:], row["answer"])
+        inside.update(row["prompt"][1:])
+        inside.update(row["answer"])
     source = str(tokenizer.chat_template or "")
     special = sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
-    for token in (kept, tokenizer.bos_token_id, tokenizer.pad_token_id, *special):
-        if token is None or token in used or not 0 <= token < vocabulary:
-            continue
-        if str(tokenizer.convert_ids_to_tokens(token)) not in source:
-            return int(token)
-    raise InvalidOption(
-        "unknown: every special token of the tokenizer stands inside texts or in the chat template, so none "
-        "can be the filler; give --unknown random"
-    )
+    candidates = [
+        int(token)
+        for token in (kept, tokenizer.bos_token_id, tokenizer.pad_token_id, *special)
+        if token is not None
+        and token not in used
+        and 0 <= token < vocabulary
+        and str(tokenizer.convert_ids_to_tokens(token)) not in source
+    ]
+    if not candidates:
+        raise InvalidOption(
+            "unknown: every special token of the tokenizer ends texts or is part of the chat template, so none "
+            "can be the filler; give --unknown random"
+        )
+    return min(candidates, key=inside.__getitem__)  # of equal ones the first
 
 
 def template_ids(tokenizer: Any) -> set[int]:

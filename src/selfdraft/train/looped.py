@@ -87,8 +87,8 @@ class LoopedPlan:
     intermediate: int | None = None
     # What early passes learn; see `exits`.
     early: Early = "same"
-    # Teacher to distill from; "none": train on the reference tokens. None: the ordinary model whose layers are
-    # shared; without one, the reference tokens.
+    # Teacher to distill from; "none": train on the reference tokens. None: the ordinary model whose layers
+    # are shared, if there is one.
     teacher: str | None = None
     # Share of the positions at which early passes are read.
     exit_share: Annotated[float, Gt(0), Le(1)] = 0.25

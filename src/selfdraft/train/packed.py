@@ -100,8 +100,8 @@ class NoiseConfig:
     consistency: Literal["global", "local"] = "global"
     # Noisy copies of the answer, each with its own draws.
     copies: Annotated[int, Ge(1)] = 3
-    # A token that stands for positions not known yet. With it, the first copy has states that end in it, as in
-    # decoding, and the others have blocks of nothing else, `reach` rows each, that begin at a random row.
+    # A token that stands for positions not known yet. With it, the states of the first copy end in it, as in
+    # decoding, and the other copies are blocks of it alone, `reach` rows each, from a random row on.
     filler: Annotated[int, Ge(0)] | None = None
     reach: Annotated[int, Ge(1)] = 8
 

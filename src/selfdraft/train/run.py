@@ -53,7 +53,7 @@ class Plan:
 
 
 def run(plan: Plan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Train, calibrate and save an adapter; returns its figures. report: gets progress lines.
+    """Train, calibrate and save an adapter; returns its figures. report: gets lines of progress.
 
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """

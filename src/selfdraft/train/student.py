@@ -1,14 +1,13 @@
-"""What is trained: an adapter, on trees of the same kind that it will draft for.
+"""The student: an adapter that is trained on the kind of trees that it will draft in.
 
-A sequence is a tree: the text, a chain, with a group of mask tokens hanging under each of some anchors. It
-goes through the same layout and masks as a tree of decoding (`models.layout`, `models.masks`), so what a mask
-row sees in training is what it sees later. The text runs first, without gradients, and leaves its keys and
-values; its hidden states give what the model itself would say at the true positions. Then the mask rows run,
-and only they carry gradients: nothing is stored or multiplied for the frozen weights.
+A sequence is a tree: the text as a chain, with a group of mask tokens under each anchor. It uses the layout
+and the attention masks of decoding (`models.transformers_inputs`), so a mask row sees the same in training
+and in decoding. The text runs first, without gradients, and leaves its keys and values; its hidden states
+give the model's own distribution at the target positions. Then the mask rows run. Only they have gradients,
+so nothing is stored for the frozen weights.
 
-The loss of a mask is the cross-entropy of its scores, with the token that came (as published by both papers)
-or with the model's own distribution there (distillation, as in PPD, arXiv 2405.18628, section 4), weighted by
-decay ** offset.
+The loss of a mask is a cross-entropy, either with the next token (as both papers publish) or with the model's
+own distribution (distillation, as in PPD, arXiv 2405.18628, section 4). Its weight is decay ** offset.
 """
 
 from __future__ import annotations
@@ -31,21 +30,23 @@ from ..models.adapters.adapter import Adapter, AdapterConfig, all_targets, linea
 from ..models.kv_cache import Pair
 from ..models.transformers import TransformersModel
 
-IGNORED = -100  # the label of a mask that has no token to predict
+IGNORED = -100  # the label of a mask without a target
 
 
 @dataclass(frozen=True)
 class Loss:
-    """kind: what is learned from, the model's distribution or the tokens. decay: weight of each offset, in
-    that of the one before."""
+    """The loss of mask tokens."""
 
+    # The target: the model's own distribution (distill) or the next token (tokens).
     kind: Literal["distill", "tokens"] = "distill"
+    # Weight of each offset relative to the one before.
     decay: Annotated[float, Gt(0), Le(1)] = 0.9
 
 
 def fresh(model: TransformersModel, config: AdapterConfig, seed: int = 0) -> Adapter:
-    """An untrained adapter: embeddings near the mean, prefixes as large as the model's own keys and little in
-    value, LoRA and sampler head that change nothing yet. Raises AdapterError where a part has no place."""
+    """An untrained adapter. Embeddings are near the mean, prefix keys as large as the model's own, prefix
+    values small; LoRA and sampler head change nothing yet. Raises AdapterError if a part does not fit the
+    model."""
     torch.manual_seed(seed)
     embedding = cast(torch.nn.Module, model.model.get_input_embeddings())
     sample = torch.randint(model.vocab_size, (1, min(64, model.context)), device=model.device)
@@ -72,8 +73,9 @@ def fresh(model: TransformersModel, config: AdapterConfig, seed: int = 0) -> Ada
 
 
 def started(source: str | None, model: TransformersModel, config: AdapterConfig) -> Adapter | None:
-    """The adapter to go on from, if any, ready to be trained; of this base or of another one of its shapes,
-    which this one was made from, say. Raises AdapterError for one of another kind than the config."""
+    """The adapter to start from, if any, ready to be trained. Its base may be other weights of the same
+    shapes, such as an earlier state of the model. Raises AdapterError for an adapter of another kind than the
+    config."""
     if source is None:
         return None
     adapter = adapter_folder.load(source, model, bound=False)
@@ -86,14 +88,14 @@ def started(source: str | None, model: TransformersModel, config: AdapterConfig)
 
 
 def _kind(config: AdapterConfig) -> str:
-    """What an adapter consists of, in words."""
+    """The parts of an adapter, in words."""
     lora = f"LoRA {'gated to masks' if config.gated else 'on all rows'}"
     there = {"masks": config.masks, "a prefix": config.prefix, lora: config.rank}
     return ", ".join(name for name, count in there.items() if count)
 
 
 def anchored(text: Sequence[int], anchors: Sequence[int], group: Sequence[int]) -> Tree:
-    """The tree of one sequence: `group` hangs under each row of the text that is an anchor."""
+    """The tree of one sequence: `group` is added under each row of the text that is an anchor."""
     first, size = len(text), len(group)
     starts = range(first, first + size * len(anchors), size)
     hung = ((anchor, *range(at, at + size - 1)) for anchor, at in zip(anchors, starts, strict=True))
@@ -102,8 +104,8 @@ def anchored(text: Sequence[int], anchors: Sequence[int], group: Sequence[int]) 
 
 
 class Tape(transformers.Cache):
-    """Keys and values of one training forward: the prefix, if there is an adapter, and those of the rows that
-    run; behind the first rows, which it keeps, those of rows that run later."""
+    """The KV cache of one training forward: the adapter's prefix, the rows of the first call, which it keeps,
+    and the rows of a later call."""
 
     def __init__(self, adapter: Adapter | None) -> None:
         super().__init__(layers=[])
@@ -137,23 +139,22 @@ class Student(torch.nn.Module):
         super().__init__()
         self.adapter = adapter
         self.loss = loss
-        self._model = [model.adapted(adapter)]  # in a list: the frozen weights are no part of this module
+        self._model = [model.adapted(adapter)]  # in a list, so that the frozen weights are not registered
 
     @property
     def model(self) -> TransformersModel:
         return self._model[0]
 
     def dense(self) -> list[torch.nn.Parameter]:
-        """Parameters of matrices that rows go through; the others are embeddings and prefixes."""
+        """Parameters of LoRA and sampler head; the others are embeddings and prefixes."""
         parts: list[torch.nn.Module | None] = [self.adapter.lora, self.adapter.sampler]
         return [one for part in parts if part is not None for one in part.parameters()]
 
     def forward(self, ids: Tensor, anchors: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The loss, and for each mask whether its first guess is the model's pick.
+        """The loss, and for each mask whether its first candidate is the model's pick.
 
         ids: [lanes, length], of text. anchors: [lanes, groups], rows of it. labels: [lanes, groups, masks],
-        the tokens that the masks should tell; IGNORED where there is none. hits: [lanes, groups, masks],
-        1, 0, or IGNORED.
+        the target tokens, IGNORED if there is none. hits: [lanes, groups, masks], 1, 0, or IGNORED.
         """
         scores, own = self.scores(ids, anchors)
         size, flat = labels.shape[-1], labels.flatten()
@@ -166,7 +167,7 @@ class Student(torch.nn.Module):
         return {"loss": loss, "hits": hits.view(labels.shape)}
 
     def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of all masks, and the model's own at the true positions, without gradients; float32,
+        """Logits of all masks, and the model's own at their positions, without gradients; float32,
         [lanes * groups * masks, vocabulary]."""
         text, masks = self.hidden(ids, anchors)
         lanes = torch.arange(len(ids), device=ids.device)[:, None, None]

@@ -1,8 +1,8 @@
 """Training an adapter on `transformers.Trainer`: its loop, schedule, logs, checkpoints and resumption.
 
-The student holds no frozen weights, so a checkpoint is the adapter and its optimizer, some megabytes; where
-all weights learn, they are in it. LoRA and sampler head have a learning rate of their own: one that suits
-embeddings and prefixes (3e-2 in BiTA) would break them.
+The student holds no frozen weights, so a checkpoint has the adapter and its optimizer, some megabytes; if all
+weights are trained, it has them, too. LoRA and sampler head have their own learning rate, because the rate of
+embeddings and prefixes (3e-2 in BiTA) is too high for them.
 """
 
 from __future__ import annotations
@@ -26,25 +26,29 @@ from .sequences import Batches, Draws
 from .student import IGNORED, Student
 from .tuned import TunedStudent
 
-SECONDS = "seconds"  # the last entry of a log: what the run took, over all its starts
+SECONDS = "seconds"  # key of the last log entry: duration of the run over all its starts
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps: of the optimizer. batch: sequences of a step. length: tokens of a sequence, at most. anchors:
-    groups of masks per sequence. rate: learning rate of embeddings and prefix; lora_rate: of LoRA, sampler
-    head, and of all weights where they learn; both rise for `warmup` of the steps, then fall as a cosine.
-    every: steps between checkpoints, each with an evaluation. Several processes (`accelerate launch`) each
-    have a batch of their own."""
+    """How long, on how much and at which rates an adapter trains."""
 
+    # Optimizer steps.
     steps: Annotated[int, Ge(1)] = 2000
+    # Sequences per step; with several processes (`accelerate launch`), per step and process.
     batch: Annotated[int, Ge(1)] = 4
+    # Maximum tokens of a sequence.
     length: Annotated[int, Ge(8)] = 512
+    # Groups of masks per sequence.
     anchors: Annotated[int, Ge(1)] = 64
+    # Learning rate of embeddings and prefix.
     rate: Annotated[float, Gt(0)] = 1e-2
+    # Learning rate of LoRA and sampler head, and of all weights if they are trained.
     lora_rate: Annotated[float, Gt(0)] = 2e-3
+    # Share of the steps in which the rates rise; then they fall like a cosine.
     warmup: float = 0.03
+    # Steps between checkpoints, each with an evaluation.
     every: Annotated[int, Ge(1)] = 100
     seed: int = 0
 
@@ -58,8 +62,10 @@ def train(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train, from the last checkpoint in `folder` if there is one. collate: rows into what the student takes.
-    Returns the log."""
+    """Train from the last checkpoint in `folder`, if there is one. Returns the log.
+
+    collate: makes the student's inputs of rows.
+    """
     args = arguments(
         schedule,
         folder,
@@ -87,7 +93,7 @@ def train(
 
 
 class Clock(TrainerCallback):
-    """The seconds a run has taken, those up to the checkpoint among them that it goes on from."""
+    """The duration of a run, including earlier starts up to the checkpoint that it continues from."""
 
     def __init__(self, folder: Path, last: str | None) -> None:
         self.path, self.began = folder / "seconds.json", time.perf_counter()
@@ -108,14 +114,14 @@ def batches(student: Student, schedule: Schedule) -> Batches:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole: its state is written at the end."""
+    """The last complete checkpoint. The state of the trainer is written last."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose log says how often each guess is the model's pick, and what became of the model's
-    text."""
+    """A Trainer that logs how often each mask's first candidate is the model's pick, and, if the model is
+    tuned, the loss that keeps its text."""
 
     def compute_loss(
         self,
@@ -138,8 +144,10 @@ class AdapterTrainer(Trainer):
 
 
 def accuracies(hits: np.ndarray[Any, Any]) -> dict[str, float]:
-    """By offset, and the tokens per forward of a chain of first guesses. hits: [anchors, masks], 1, 0 or
-    IGNORED."""
+    """Accuracy by offset, and the tokens per forward of a chain of first candidates.
+
+    hits: [anchors, masks], 1, 0 or IGNORED.
+    """
     known = hits != IGNORED
     right = (hits == 1) & known
     found = {
@@ -157,7 +165,7 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _figures(outputs: Sequence[np.ndarray[Any, Any]]) -> dict[str, float]:
-    """Of hits, [anchors, masks], and where the model's text is at stake, of what was kept, [sequences]."""
+    """Figures of hits, [anchors, masks], and for tuned models of the loss of the text, [sequences]."""
     found = accuracies(outputs[0])
     return found | {"kept": round(float(outputs[1].mean()), 5)} if len(outputs) > 1 else found
 
@@ -173,7 +181,7 @@ def _optimizer(student: Student | TunedStudent, schedule: Schedule) -> torch.opt
 
 
 class Times(Protocol):
-    """What every schedule has; see `Schedule`."""
+    """The fields that all schedules have; see `Schedule`."""
 
     @property
     def steps(self) -> int: ...
@@ -186,7 +194,7 @@ class Times(Protocol):
 
 
 def arguments(schedule: Times, folder: Path, device: torch.device, **more: Any) -> TrainingArguments:
-    """How all our trainings are logged, judged, kept and resumed. more: what one of them adds."""
+    """Logging, evaluation, checkpoints and resumption of all trainings. more: further arguments."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=schedule.steps,

@@ -1,15 +1,16 @@
-"""Jacobi trajectories: how blocks of guesses become the model's answer, for it to learn to skip steps of
-(CLLM, arXiv 2403.00835, section 3.3.1).
+"""Jacobi trajectories: the states of blocks while they converge to the model's answer. Consistency training
+learns to skip steps of them (CLLM, arXiv 2403.00835, section 3.3.1).
 
-An answer is decoded in blocks of n tokens. The first state of a block is tokens drawn from the text so far;
-each pass maps a state to the next, the picks after its tokens, until the block is the model's own text. They
-are recorded while the engine decodes by `jacobi` as published, with its cache and in batches: the right
-prefix of a block leaves it, and what is left, with that prefix, is the state that a pass over all of the text
-would come to. So each row is an answer, as `selfdraft distill` writes them, with its states beside it.
+An answer is decoded in blocks of n tokens. The first state of a block is drawn from the tokens of the text so
+far. Each forward pass maps a state to the next one, the picks after its tokens, until the block is the
+model's own text. The states are recorded while the engine decodes by `jacobi` as published, with its KV cache
+and in batches: the correct prefix of a block is committed, and the rest of the block together with that
+prefix is the state that a pass over the whole text would give. A row is an answer as `selfdraft distill`
+writes it, with its states.
 
-A text ends where it ends: an end inside a block cuts all states of the block there. Answers that loop are cut
-where they begin to; one that has less than a block left, or is the same token again and again, keeps no
-states and is counted.
+An end of text inside a block cuts all states of the block there. Answers that repeat themselves are cut where
+they begin to; an answer that has less than a block left, or is one token repeated, is counted as degenerate
+and has no states.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ from .shards import DEGENERATE, Row
 from .tuning_cost import answer_all
 
 State = Sequence[int]
-SAME = 10  # equal tokens in a row that make an answer degenerate, as published
+MAX_EQUAL = 10  # equal tokens in a row that make an answer degenerate, as published
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Jacobi decoding as published, remembered. block: tokens of a block (n)."""
+    """A method: Jacobi decoding as published, which records its states."""
 
+    # Tokens of a block (n).
     block: Annotated[int, Ge(2)] = 16
 
     def drafter(self, context: DraftContext) -> Drafter:
@@ -49,19 +51,20 @@ class Recorded:
 
 
 class Recorder:
-    """blocks: of each its states, the first one drawn, the last one the text."""
+    """The drafter of `Recorded`."""
 
     def __init__(self, block: int, context: DraftContext) -> None:
         filler = context.lookahead.filler if context.lookahead is not None else None
         self.inner = FaithfulDrafter(block, random.Random(context.seed), filler)
-        self.dice = random.Random(f"{context.seed} last")  # its own: `inner` draws what it would draw alone
+        self.dice = random.Random(f"{context.seed} last")  # so that `inner` draws what it would draw alone
+        # The states of each block: the first one is drawn, the last one is the text.
         self.blocks: list[list[State]] = []
-        self.known: list[int] = []  # the right prefix of the block
+        self.known: list[int] = []  # the correct prefix of the block
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         begins = self.inner.drafts is None
         tree = self.inner.propose(tokens)
-        if begins:  # a pass runs the token before the block and all guesses but the last
+        if begins:  # a pass runs the token before the block and all of its tokens but the last
             self.known = []
             unknown = tokens if self.inner.filler is None else [self.inner.filler]
             self.blocks.append([[*tree.tokens[1:], self.dice.choice(unknown)]])
@@ -74,7 +77,7 @@ class Recorder:
 
 
 def states(blocks: Iterable[Sequence[State]], answer: Sequence[int], block: int) -> list[list[list[int]]]:
-    """Of each block of an answer the states before the text itself, cut where the answer ends."""
+    """The states of each block before the final text, cut where the answer ends."""
     kept = []
     for start, recorded in zip(range(0, len(answer), block), blocks, strict=False):
         aim = answer[start : start + block]
@@ -84,8 +87,8 @@ def states(blocks: Iterable[Sequence[State]], answer: Sequence[int], block: int)
 
 
 def augmented(block: Sequence[State], aim: State, dice: random.Random) -> list[list[int]]:
-    """States in which up to half of the wrong tokens, never the first, are put right, but for the one before
-    the text; so states are seen that the model does not come by."""
+    """States with up to half of their wrong tokens corrected, but not the first wrong one; the state before
+    the text stays. So training sees states that decoding does not pass through."""
     made = [list(state) for state in block]
     for state in made[:-1]:
         wrong = [i for i, (a, b) in enumerate(zip(state, aim, strict=True)) if a != b][1:]
@@ -96,8 +99,9 @@ def augmented(block: Sequence[State], aim: State, dice: random.Random) -> list[l
 
 @dataclass
 class Recording(Distillation):
-    """A distillation whose method is `Recorded`. augment: see `augmented`."""
+    """A distillation whose method is `Recorded`."""
 
+    # See `augmented`.
     augment: bool = False
 
     def _row(self, index: int, request: Request) -> Row:
@@ -120,29 +124,31 @@ class Recording(Distillation):
 
 
 def degenerate(row: Row, block: int) -> bool:
-    """Is there nothing to learn? The same token ten times, or less than a block before it loops."""
+    """True if there is nothing to learn: one token ten times, or repetition within the first block."""
     if row.finish_reason == "loop" and len(row.answer) < block:
         return True
-    return any(len(list(same)) >= SAME for _, same in groupby(row.answer))
+    return any(len(list(same)) >= MAX_EQUAL for _, same in groupby(row.answer))
 
 
 @dataclass(frozen=True)
 class Convergence:
-    """Per block (paper, section 4.3), means. fast_forwarded: tokens that the right prefix gained beyond one
-    in a pass. stationary: tokens that were right behind a wrong one, and stayed. passes: from the first state
-    to the text. tokens: of a block, ends of answers being shorter. progress: the share of whole blocks'
-    tokens that are right up to the first wrong one, after 0, 1, ... passes."""
+    """Convergence of blocks (paper, section 4.3); the figures are means per block."""
 
     blocks: int
+    # Tokens of a block; the last block of an answer may be shorter.
     tokens: float
+    # Forward passes from the first state to the text.
     passes: float
+    # Tokens that the correct prefix gained in a pass beyond one.
     fast_forwarded: float
+    # Tokens that were correct after a wrong one, and stayed so.
     stationary: float
+    # Share of a whole block that is correct up to the first wrong token, after 0, 1, ... passes.
     progress: Sequence[float]
 
 
 def convergence(rows: Iterable[Mapping[str, Any]], block: int) -> Convergence:
-    """Counted over rows with `answer` and `states`."""
+    """Count over rows with `answer` and `states`."""
     counts, whole = [], []
     for row in rows:
         for i, mine in enumerate(row["states"]):
@@ -164,11 +170,11 @@ def _prefix(right: Sequence[bool]) -> int:
 
 
 def _count(right: Sequence[Sequence[bool]]) -> tuple[int, int, int, int]:
-    """tokens, passes, fast-forwarded and stationary ones of one block. right: by state, by token."""
+    """Tokens, passes, fast-forwarded and stationary tokens of one block. right: by state and token."""
     prefix = [_prefix(row) for row in right]
     gained = [max(0, after - before - 1) for before, after in pairwise(prefix)]
     settled = set()
-    for j in range(1, len(right)):  # the first state is drawn: what is right there is so by chance
+    for j in range(1, len(right)):  # the first state is drawn: tokens are correct there by chance
         stays = [all(row[i] for row in right[j:]) for i in range(len(right[j]))]
         settled |= {i for i, stay in enumerate(stays) if stay and i > prefix[j]}
     return len(right[0]), len(right) - 1, sum(gained), len(settled)
@@ -177,7 +183,7 @@ def _count(right: Sequence[Sequence[bool]]) -> tuple[int, int, int, int]:
 def watch(
     model: TransformersModel, prompts: Iterable[Sequence[int]], block: int, limits: Limits
 ) -> list[dict[str, Any]]:
-    """Greedy answers to prompts with their trajectories, all at once."""
+    """Greedy answers to prompts with their trajectories, decoded as one batch."""
     rows = []
     for request in answer_all(model, Recorded(block), prompts, limits):
         assert isinstance(request.drafter, Recorder)

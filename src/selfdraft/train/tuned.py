@@ -1,17 +1,17 @@
-"""What is trained where the model itself changes: CLLM and SPACE as published, in one forward a step.
+"""The tuned student: the model itself is trained (CLLM, and SPACE as published), with one forward per step.
 
-A sequence is a tree again: the text, a chain, and what hangs from it: blocks of noisy guesses (CLLM) or
-groups of mask tokens (SPACE). It goes through the same layout and masks as a tree of decoding, so a row sees
-in training what it sees later. All rows have gradients. Two losses are added:
+A sequence is a tree: the text as a chain, with branches of noisy tokens (CLLM) or of mask tokens (SPACE). It
+uses the layout and the attention masks of decoding, so a row sees the same in training and in decoding. All
+rows have gradients. The loss has two terms:
 
-- draft: a hung row that sees anything wrong should say what the row of the text at its place says, without
-  gradients there (the global consistency loss of CLLM, arXiv 2403.00835, section 3.3.2, whose stop-gradient
-  copy is this same student), or the token that came (SPACE, 2402.11809). The local form of the former has the
-  next state of the block instead.
-- keep: the text's own rows should say what they said before, by the base model's distribution, or the token
-  that came (the autoregressive loss of both papers).
+- draft: a branch row that sees a wrong token learns the distribution of the text row at its position, without
+  gradients through that row (the global consistency loss of CLLM, arXiv 2403.00835, section 3.3.2, whose
+  stop-gradient copy is this same student), or the next token (SPACE, 2402.11809). The local consistency loss
+  has the next state of the block as its target.
+- keep: the rows of the text keep the base model's distribution, or learn the next token (the autoregressive
+  loss of both papers).
 
-Trained is LoRA on all rows, or all weights, in float32, which run in the model's own dtype.
+LoRA on all rows is trained, or all weights, in float32; products are in the model's own dtype.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ NO_ROW = -1
 
 @dataclass(frozen=True)
 class TunedLoss:
-    """draft, keep: what hung rows and the text's rows learn from, see above. weight: of keep, in that of
-    draft. decay: weight of each hung row, in that of the one before it, from the first one of its group that
-    sees anything wrong. refresh: share of steps before which each noisy block makes a pass by the student
-    itself, so that it learns from states that it comes to (on policy); filler: what stands at the end of a
-    block after it, as in `packed.NoiseConfig`."""
+    """The two terms of the loss; see the module."""
 
+    # Target of branch rows.
     draft: Literal["distill", "tokens"] = "distill"
+    # Target of the rows of the text.
     keep: Literal["base", "tokens"] = "base"
+    # Weight of keep relative to draft.
     weight: Annotated[float, Ge(0)] = 10.0
+    # Weight of each branch row relative to the one before, from the first that sees a wrong token.
     decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    # Share of the steps in which noisy blocks first make a pass through the student itself (on policy).
     refresh: Annotated[float, Ge(0), Le(1)] = 0.0
+    # Token at the end of a block after such a pass; see `packed.NoiseConfig`.
     filler: int | None = None
 
 
 class TunedStudent(torch.nn.Module):
-    """A model that learns, and the losses. Its parameters are the adapter's, or with `full` all weights
-    too."""
+    """A model in training, and its loss. Its parameters are the adapter's, and with `full` all weights."""
 
     def __init__(
         self, model: TransformersModel, adapter: Adapter, loss: TunedLoss, full: bool = False
@@ -62,32 +63,32 @@ class TunedStudent(torch.nn.Module):
         self.lowered = full and model.dtype in (torch.bfloat16, torch.float16)
         learner = model.copied(torch.float32 if self.lowered else model.dtype) if full else model
         self.weights: torch.nn.Module | None = learner.model if full else None
-        # In a list: frozen weights are no part of this module, and others are registered once.
+        # In a list, so that frozen weights are not registered and the others only once.
         self._models = [model, learner, learner.learning(adapter)]
 
     @property
     def base(self) -> TransformersModel:
-        """As it was before."""
+        """The model before training."""
         return self._models[0]
 
     @property
     def learner(self) -> TransformersModel:
-        """The model whose weights learn, without the adapter."""
+        """The model whose weights are trained, without the adapter."""
         return self._models[1]
 
     @property
     def model(self) -> TransformersModel:
-        """The same with the adapter."""
+        """The learner with the adapter."""
         return self._models[2]
 
     def dense(self) -> list[torch.nn.Parameter]:
-        """Parameters of matrices that rows go through; the others are embeddings and prefixes."""
+        """Parameters of LoRA, sampler head and weights; the others are embeddings and prefixes."""
         adapter = self.adapter
         parts: list[torch.nn.Module | None] = [adapter.lora, adapter.sampler, self.weights]
         return [one for part in parts if part is not None for one in part.parameters()]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Without the second names of weights that the model ties, which a checkpoint cannot hold."""
+        """The state without second names of tied weights, which a checkpoint cannot hold."""
         named: dict[str, Any] = super().state_dict(*args, **kwargs)
         first = {part.data_ptr(): name for name, part in reversed(named.items()) if part.numel()}
         return {name: part for name, part in named.items() if first.get(part.data_ptr(), name) == name}
@@ -95,14 +96,15 @@ class TunedStudent(torch.nn.Module):
     def forward(
         self, tokens: Tensor, parents: Tensor, labels: Tensor, hung: Tensor, aims: Tensor
     ) -> dict[str, Tensor]:
-        """The loss; hits: is a hung row's likeliest token that of its aim, [lanes, groups, size], 1, 0, or
-        IGNORED, from the first row of a group that counts on; kept: of each lane the mean loss of its text's
-        rows: what they diverge from the base, or the cross-entropy of what came, in nats.
+        """The loss and its figures.
 
-        tokens, parents: [lanes, rows], of the tree; parents of rows that pad are below -1. labels: [lanes,
-        rows], the token after a row of the text, IGNORED where the row does not count, and for hung ones.
-        hung, aims: [lanes, groups, size], hung rows, and the rows that each should agree with; NO_ROW where
-        there is none.
+        hits: [lanes, groups, size], 1 or 0 where a branch row has a loss: is its most likely token that of
+        its target row? The first such row of a group stands first; the rest is IGNORED. kept: [lanes], the
+        mean loss of the text in nats, a divergence from the base or a cross-entropy.
+
+        tokens, parents: [lanes, rows], of the tree; parents of padding rows are below -1. labels: [lanes,
+        rows], the token after a row of the text; IGNORED for rows without a loss and for branches. hung,
+        aims: [lanes, groups, size], branch rows and their target rows; NO_ROW if there is none.
         """
         if self.training and self.loss.refresh and float(torch.rand(())) < self.loss.refresh:
             tokens = self.passed(tokens, parents, hung, aims)
@@ -120,7 +122,7 @@ class TunedStudent(torch.nn.Module):
             reference = self.model.output(flat[aim]).float()
         target = reference.softmax(-1) if self.loss.draft == "distill" else label[aim]
         each = torch.nn.functional.cross_entropy(scores, target, reduction="none", ignore_index=IGNORED)
-        offset = (counted.cumsum(-1) - 1)[counted]  # in the group, from its first row that counts
+        offset = (counted.cumsum(-1) - 1)[counted]  # in the group, from its first row with a loss
         weights = self.loss.decay**offset
         draft = (each * weights).sum() / weights.sum().clamp(min=1e-6)
         hits = torch.full_like(aims, IGNORED)
@@ -138,8 +140,8 @@ class TunedStudent(torch.nn.Module):
 
     @torch.no_grad()
     def passed(self, tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
-        """The tokens after one pass. Each hung row carries the student's pick after the row above it; behind
-        a right prefix the text's own token, which decoding would have by then."""
+        """The tokens after one Jacobi pass. Each branch row gets the student's pick after its parent, or the
+        text's token if everything before it is correct, because decoding would have committed that token."""
         hidden = self.hidden(tokens, parents)
         lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
         lanes, rows, aim = (part[hung != NO_ROW] for part in (lane, hung, aims))
@@ -161,7 +163,7 @@ class TunedStudent(torch.nn.Module):
             return _run(self.model, trees(tokens, parents), tokens.shape[1], self.adapter)
 
     def _kept(self, scores: Tensor, tokens: Tensor, parents: Tensor, text: Tensor, label: Tensor) -> Tensor:
-        """The loss of the text's rows. scores: [len(text), vocabulary]; text: which rows of the batch."""
+        """The loss of the text. scores: [len(text), vocabulary]; text: indices of its rows in the batch."""
         if self.loss.keep == "tokens":
             return torch.nn.functional.cross_entropy(scores, label, reduction="none")
         with torch.no_grad():
@@ -176,7 +178,7 @@ class TunedStudent(torch.nn.Module):
 
     @contextmanager
     def _lowered(self) -> Iterator[None]:
-        """Meanwhile matrix products of float32 weights run in the model's dtype."""
+        """Run matrix products of float32 weights in the model's dtype."""
         if not self.lowered:
             yield
             return
@@ -185,7 +187,7 @@ class TunedStudent(torch.nn.Module):
 
 
 def trees(tokens: Tensor, parents: Tensor) -> list[Tree]:
-    """Those of a batch, without the rows that pad."""
+    """The trees of a batch, without padding rows."""
     found = []
     for mine, above in zip(tokens.tolist(), parents.tolist(), strict=True):
         count = sum(parent >= -1 for parent in above)
@@ -194,8 +196,8 @@ def trees(tokens: Tensor, parents: Tensor) -> list[Tree]:
 
 
 def deviates(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Tensor:
-    """Which rows see a hung token, their own or above them, that is not the one of its aim: the others see
-    what a row of the text sees, and learn nothing. [lanes, rows]."""
+    """Rows whose own or an earlier branch token differs from that of its target row, [lanes, rows]. Other
+    branch rows see exactly what a row of the text sees, so they have nothing to learn."""
     lane = torch.arange(len(tokens), device=tokens.device)[:, None, None].expand(hung.shape)
     there = (hung != NO_ROW) & (aims != NO_ROW)
     lanes, rows, aim = lane[there], hung[there], aims[there]
@@ -208,7 +210,7 @@ def deviates(tokens: Tensor, parents: Tensor, hung: Tensor, aims: Tensor) -> Ten
 
 
 def _run(model: TransformersModel, grown: Sequence[Tree], width: int, adapter: Adapter | None) -> Tensor:
-    """Hidden states of trees without a history, [lanes, width, hidden]."""
+    """Hidden states of trees without history, [lanes, width, hidden]."""
     fixed = adapter.config.prefix if adapter is not None else 0
     laid = model.layout(grown, [0] * len(grown), width, fixed + width)
     made = transformers_inputs.kind_masks(model.kinds, laid.seen, laid.positions, fixed)

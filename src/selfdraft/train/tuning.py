@@ -1,8 +1,8 @@
 """One run that tunes a model: from a folder of answers to a folder with an adapter, or with all weights.
 
-Like `run`, whose folder and resumption it shares. At the end the tuned model is measured as it will be
-loaded, rounded and merged: how its blocks converge, how good its masks' guesses are, and what the tuning
-costs (`price`).
+The folder and the resumption are those of `run`. At the end the tuned model is measured as it will be loaded,
+rounded and merged: the convergence of its blocks, the accuracy of its masks, and what the tuning costs
+(`tuning_cost`).
 """
 
 from __future__ import annotations
@@ -36,35 +36,39 @@ from .tuned import TunedLoss, TunedStudent
 from .tuning_cost import measure
 
 WATCHED = 32  # held-out prompts that the tuned model answers
-LONGEST = 160  # tokens of such an answer
+MAX_ANSWER = 160  # tokens of such an answer
 
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """What is asked for. method: cllm or space-tuned. data: a folder of `selfdraft trajectories` (cllm), or
-    of `selfdraft distill`. noise: of cllm. full: tune all weights, not LoRA. share: of the rows to train on.
-    start: an adapter of this kind to go on from, whose own trajectories the data may be. unknown: what stands
-    for tokens not known yet in blocks of noise: a filler, one token that the model learns to read so, or
-    tokens at random."""
+    """The settings of a run."""
 
+    # cllm or space-tuned.
     method: str
     model: str
+    # A folder written by `selfdraft trajectories` (cllm) or by `selfdraft distill`.
     data: Path
     out: Path
     config: AdapterConfig
     loss: TunedLoss = field(default_factory=TunedLoss)
     schedule: Schedule = field(default_factory=Schedule)
+    # Only for cllm.
     noise: NoiseConfig | None = None
+    # Train all weights instead of LoRA.
     full: bool = False
+    # Share of the rows to train on.
     share: Annotated[float, Gt(0), Le(1)] = 1.0
+    # An adapter of the same kind to start from. The data may be its own trajectories.
     start: str | None = None
+    # What stands for positions not known yet in noisy blocks: a filler token, which the model learns to read
+    # as unknown, or random tokens.
     unknown: Literal["filler", "random"] = "filler"
     dtype: str | None = None
     device: str | None = None
 
 
 def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Train, measure, save; what came of it. report: hears what is being done.
+    """Train, measure and save a tuned model; returns its figures. report: gets lines of progress.
 
     Raises ModelError, AdapterError, TrainingDataError, and InvalidOption for a folder of another run.
     """
@@ -72,14 +76,14 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     model = drive(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
     if plan.start is not None and plan.full:
-        raise InvalidOption("start: an adapter to go on from goes with LoRA, not with all weights")
+        raise InvalidOption("start: an adapter to start from goes with LoRA, not with all weights")
     start = started(plan.start, model, plan.config)
     bases = [model] if start is None else [model, model.adapted(start).base]
     prints = [fingerprint(one.model) for one in bases]
     shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
     plan = _filled(plan, tokenizer, model.vocab_size, distilled, start)
     adapter = start or fresh(model, plan.config, plan.schedule.seed)
-    limits = Limits(LONGEST, frozenset(distilled.manifest["asked"]["eos"]))
+    limits = Limits(MAX_ANSWER, frozenset(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
     rows, held_out = run.split(rows, plan.data)
     rows = rows.select(range(max(1, round(plan.share * len(rows)))))
@@ -87,7 +91,7 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     prompts = [row["prompt"] for row in watched if 1 < len(row["prompt"]) < model.context]
     if not prompts:
         raise TrainingDataError(
-            f"{plan.data}: no held-out prompt fits the context, so no price could be told"
+            f"{plan.data}: no held-out prompt fits the context, so the tuning cost cannot be measured"
         )
     student = TunedStudent(model, adapter, plan.loss, plan.full)
     asked = run.asked(plan, distilled, start)
@@ -145,7 +149,7 @@ def _filled(
 
 
 def _usable(plan: TunedPlan, distilled: shards.Distilled) -> Any:
-    """The rows to use. Raises TrainingDataError where trajectories are needed, and there are none."""
+    """The rows to train on. Raises TrainingDataError if trajectories are needed and missing."""
     if plan.noise is None:
         return distilled.rows
     block = _block(distilled.manifest)
@@ -166,7 +170,7 @@ def _block(manifest: Mapping[str, Any]) -> int:
 
 
 def _collate(plan: TunedPlan, model: TransformersModel, manifest: Mapping[str, Any]) -> Collate:
-    prompts = plan.loss.keep == "base"  # as published, what people wrote is not learned again
+    prompts = plan.loss.keep == "base"  # as published, the text of prompts is not learned again
     cut = Batches(plan.schedule.length, plan.schedule.anchors, max(1, plan.config.masks))
     if plan.noise is not None:
         return Noisy(cut, _block(manifest), plan.noise, frozenset(manifest["asked"]["eos"]), prompts)
@@ -174,7 +178,7 @@ def _collate(plan: TunedPlan, model: TransformersModel, manifest: Mapping[str, A
 
 
 def _finished(plan: TunedPlan, student: TunedStudent) -> TransformersModel:
-    """The tuned model as it will be loaded: rounded as it is stored, LoRA merged."""
+    """The tuned model as it will be loaded, in its stored dtype and with LoRA merged."""
     student.requires_grad_(False)
     if not plan.full:
         student.adapter.bfloat16().float()
@@ -188,7 +192,7 @@ def _finished(plan: TunedPlan, student: TunedStudent) -> TransformersModel:
 def _calibrated(
     plan: TunedPlan, tuned: TransformersModel, adapter: Adapter, held_out: Any
 ) -> Sequence[Sequence[float]]:
-    """The masks' accuracy by offset and rank; their odds go into the adapter."""
+    """The accuracy of the masks by offset and rank. Stores their acceptance rates in the adapter."""
     student = Student(tuned.base, adapter.drafting(), Loss())
     schedule, size = plan.schedule, plan.schedule.batch
     collate = Batches(schedule.length, max(16, schedule.anchors), plan.config.masks)
@@ -206,8 +210,7 @@ def _save(
     tokenizer: Any,
     about: Mapping[str, Any],
 ) -> None:
-    """An adapter of the model; or, where all weights were tuned, a model, and an adapter of it if there are
-    masks."""
+    """Save an adapter, or, if all weights were trained, a model and the adapter of its masks, if any."""
     if not plan.full:
         adapter_folder.save(plan.out, adapter, model, plan.method, plan.model, about)
         return

@@ -1,9 +1,9 @@
-"""Windows of text, all of one length, to train a whole model on; some are held out.
+"""Windows of text of equal length, to train a whole model on. Some are held out.
 
-Either a `datasets` folder with a column input_ids, whose rows are windows as they are; or documents (such a
-folder, or a .jsonl, .parquet or .txt file, with a column of text), which are tokenized, each followed by the
-end of text, and cut end to end. A folder's split "held_out" is what is judged by; where there is none, a
-share of the windows is, evenly spread.
+The data are either a `datasets` folder with a column input_ids, whose rows are the windows, or documents
+(such a folder, or a .jsonl, .parquet or .txt file, with a column of text). Documents are tokenized and
+joined, with an end of text after each, and cut into windows. The split "held_out" of a folder is for
+evaluation; without one, a share of the windows is held out, evenly spread.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from ..errors import TrainingDataError
 
 IDS = "input_ids"
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-HELD_OUT = 0.01  # share of the windows that is held out, where no split says which
-LEAST, MOST = 4, 256  # windows
-TOGETHER = 1000  # documents tokenized at a time
+HELD_OUT = 0.01  # share of the windows that is held out, if there is no such split
+MIN_WINDOWS, MAX_HELD_OUT = 4, 256
+BATCH = 1000  # documents tokenized at a time
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Two datasets with a column input_ids, of `length` ids a row."""
+    """Training and held-out windows."""
 
+    # `datasets` with a column input_ids.
     train: Any
     held_out: Any
+    # Token ids of each window.
     length: int
 
     @property
     def sha256(self) -> str:
-        """Of all ids, and of where they are split."""
+        """SHA-256 of all ids and of the split."""
         digest = hashlib.sha256()
         for rows in (self.train, self.held_out):
             digest.update(f"{len(rows)} x {self.length} ".encode())
-            for part in rows.with_format("numpy").iter(TOGETHER):
+            for part in rows.with_format("numpy").iter(BATCH):
                 digest.update(np.stack(part[IDS]).astype(np.uint32).tobytes())
         return digest.hexdigest()
 
@@ -49,7 +51,10 @@ class Windows:
 def read(
     path: Path, tokenizer: PreTrainedTokenizerBase, length: int, column: str, context: int, vocabulary: int
 ) -> Windows:
-    """length: of windows that are cut here. context: of the model. Raises TrainingDataError."""
+    """Read windows, or cut documents into windows of `length` ids. Raises TrainingDataError.
+
+    column: of the documents' text. context, vocabulary: of the model, which the windows must fit.
+    """
     found = _opened(path)
     rows = found.get("train") if isinstance(found, datasets.DatasetDict) else found
     if rows is None:
@@ -66,11 +71,11 @@ def read(
     size = len(train[0][IDS])
     if len(held_out[0][IDS]) != size:
         raise TrainingDataError(f"{path}: held-out windows are not of {size} tokens, as the others are")
-    return Windows(train, held_out.select(spread(len(held_out), MOST)), size)
+    return Windows(train, held_out.select(spread(len(held_out), MAX_HELD_OUT)), size)
 
 
 def spread(rows: int, count: int) -> list[int]:
-    """At most `count` of so many rows, evenly spread."""
+    """At most `count` indices of `rows`, evenly spread."""
     return [i * rows // count for i in range(count)] if count < rows else list(range(rows))
 
 
@@ -88,7 +93,7 @@ def _opened(path: Path) -> Any:
         return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **whole)
     except TrainingDataError:
         raise
-    except Exception as error:  # whatever a damaged file raises in the libraries that read it
+    except Exception as error:  # a damaged file raises errors of several libraries
         reason = " ".join(str(error).split())[:300]
         raise TrainingDataError(f"{path} cannot be read as data to train on ({reason})") from error
 
@@ -113,7 +118,7 @@ def _stream(rows: Any, tokenizer: PreTrainedTokenizerBase, column: str, path: Pa
     end = tokenizer.eos_token_id
     if end is None:
         raise TrainingDataError(f"{path}: the model's tokenizer has no end of text to put between documents")
-    for part in rows.iter(TOGETHER):
+    for part in rows.iter(BATCH):
         texts = [text for text in part[column] if text]
         if not all(isinstance(text, str) for text in texts):
             raise TrainingDataError(f"{path}: column {column!r} does not hold text")
@@ -127,21 +132,23 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterable[l
 
 
 def _split(rows: Any, path: Path) -> list[Any]:
-    """Windows to train on, and windows to judge by, evenly spread."""
-    if len(rows) < 2 * LEAST:
-        raise TrainingDataError(f"{path} gives {len(rows)} windows; {2 * LEAST} are needed: give more text")
-    count = min(MOST, max(LEAST, round(HELD_OUT * len(rows))))
+    """Training windows and held-out windows, which are evenly spread."""
+    if len(rows) < 2 * MIN_WINDOWS:
+        raise TrainingDataError(
+            f"{path} gives {len(rows)} windows; {2 * MIN_WINDOWS} are needed: give more text"
+        )
+    count = min(MAX_HELD_OUT, max(MIN_WINDOWS, round(HELD_OUT * len(rows))))
     held = spread(len(rows), count)
     kept = set(range(len(rows))) - set(held)
     return [rows.select(sorted(kept)), rows.select(held)]
 
 
 def _check(rows: Any, path: Path, context: int, vocabulary: int) -> None:
-    """See that the windows are of one length, and can be the model's."""
+    """Check that the windows have one length and fit the model."""
     if not len(rows):
         raise TrainingDataError(f"{path} has a split without windows")
     lengths, most = set(), 0
-    for part in rows.with_format("numpy").iter(TOGETHER):
+    for part in rows.with_format("numpy").iter(BATCH):
         for ids in part[IDS]:
             if not np.issubdtype(np.asarray(ids).dtype, np.integer) or ids.min(initial=0) < 0:
                 raise TrainingDataError(f"{path}: column {IDS!r} does not hold ids of tokens")
