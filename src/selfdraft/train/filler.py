@@ -51,8 +51,8 @@ def choose_filler(
     ]
     if not candidates:
         raise InvalidOption(
-            "unknown: every special token of the tokenizer ends texts or is part of the chat template, so none "
-            "can be the filler; give --unknown random"
+            "unknown: every special token of the tokenizer ends texts or is in the chat template, so "
+            "none can be the filler; give --unknown random"
         )
     return min(candidates, key=inside.__getitem__)  # of equal ones the first
 
