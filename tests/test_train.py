@@ -109,7 +109,7 @@ def test_an_adapter_goes_on_in_its_own_shape(
     card = (second / "README.md").read_text()
     assert "with 2 mask tokens" in card
     assert "LoRA of rank 3, gated" in card
-    assert "It went on from an adapter of an earlier training" in card
+    assert "It was trained further from an earlier adapter" in card
 
 
 def test_another_run_is_not_continued(command: Run, folder: Path, answers: Path, tmp_path: Path) -> None:

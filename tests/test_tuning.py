@@ -527,8 +527,8 @@ def test_on_policy_goes_on_from_an_adapter(folder: Path, data: Path, command: Ru
     assert selfdraft.load(str(folder), "jacobi", adapter=str(second)).model.grade == "tuned"
     start = adapter_folder.load(str(first), selfdraft.load(str(folder)).model).float()
     digest = module_sha256(repr(start.config), start)
-    assert f"an earlier training (digest {digest[:12]})" in (second / "README.md").read_text()
-    assert "earlier training" not in (first / "README.md").read_text()
+    assert f"an earlier adapter (digest {digest[:12]})" in (second / "README.md").read_text()
+    assert "earlier adapter" not in (first / "README.md").read_text()
 
 
 def test_full_weights_are_measured_as_they_are_loaded(data: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`selfdraft train speed`: a looped model, which drafts by reading itself out early."""
+"""`selfdraft train speed`: a looped model, which drafts with its early passes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import typer
 from . import flags
 from .train import Steps, need_trainer, watched
 
-HELP = """A looped model: few layers, run through several times, read out after every pass (arXiv 2310.12072).
+HELP = """Train a looped model: a few layers that are used several times, read out after every pass (SPEED).
 
-Its layers are made from those of an ordinary model, whose distribution they then learn again (a looped model
-is trained on, on the text); so its text is its own, and drafting is lossless to it. The loss sums those after
-every pass, through one head. The published training is `--scratch --teacher none --exit-share 1`. With
-`--loops 1` it makes an ordinary model of another depth.
+The layers are made from those of an ordinary model and learn its distribution again; an existing looped
+model is trained further. The result has a text of its own, and drafting does not change that text. The
+loss is the sum over all passes (arXiv 2310.12072). The published training is `--scratch --teacher none
+--exit-share 1`. With `--loops 1` the result is an ordinary model of another depth.
 
-Stop it at any time: the same command goes on from the last checkpoint. It prints the held-out loss after
-every pass (nats per token), and how often the pick after it is that of the full depth (agreement).
+You can stop it at any time: the same command continues from the last checkpoint. The log has the held-out
+loss after every pass (nats per token), and how often its pick is that of the full depth (agreement).
 
 Examples:
 
@@ -36,49 +36,59 @@ def speed(
         Path,
         typer.Option(help="A `datasets` folder with windows (input_ids), or .jsonl, .parquet or .txt text."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the model; one that holds this run is continued.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the model. If it holds an unfinished run of this command, that run continues."
+        ),
+    ],
     model: flags.Model = "smollm2",
     unique: Annotated[
-        int | None, typer.Option(help="Layers of a pass. Default: 2, or those of a looped model.")
+        int | None,
+        typer.Option(help="Layers with weights of their own. Default: 2, or those of a looped model."),
     ] = None,
-    loops: Annotated[int | None, typer.Option(help="Passes. Default: 6, or those of a looped model.")] = None,
+    loops: Annotated[
+        int | None, typer.Option(help="Passes through these layers. Default: 6, or those of a looped model.")
+    ] = None,
     scratch: Annotated[
-        bool, typer.Option("--scratch", help="Fresh weights of the model's widths, and its tokenizer.")
+        bool,
+        typer.Option("--scratch", help="Start from random weights with the model's widths and tokenizer."),
     ] = False,
     share_rule: Annotated[
-        str, typer.Option(help="How layers are made: step, evenly spaced ones; average, means.")
+        str, typer.Option(help="How layers are made: step takes evenly spaced layers, average takes means.")
     ] = "step",
     intermediate: Annotated[
-        int | None, typer.Option(help="Width of the MLPs, the weightiest neurons. Default: all of them.")
+        int | None,
+        typer.Option(help="Width of the MLPs: keep the neurons with the largest weights. Default: all."),
     ] = None,
     early: Annotated[
         str,
         typer.Option(
-            help="What early passes learn: same, what the last one learns; last, that one's own distribution."
+            help="Target of early passes: same as the last pass, or the last pass's own distribution (last)."
         ),
     ] = "same",
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="Whose distribution is learned instead of the tokens that came; none: no one's. "
-            "Default: the ordinary model whose layers are taken."
+            help="Teacher to distill from; none: train on the reference tokens. "
+            "Default: the ordinary model whose layers are used."
         ),
     ] = None,
     exit_share: Annotated[
-        float, typer.Option(help="Share of the positions at which early passes are read.")
+        float, typer.Option(help="Share of the positions at which early passes have a loss.")
     ] = 0.25,
     steps: Steps = 1000,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a window that is cut from text.")] = 512,
-    column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of the windows that text is cut into.")] = 512,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     rate: Annotated[float, typer.Option(help="Learning rate of the matrices in layers (Muon).")] = 4e-3,
     outer_rate: Annotated[
         float, typer.Option(help="Learning rate of embeddings, head and norms (AdamW).")
     ] = 2e-3,
-    warmup: Annotated[int, typer.Option(help="Steps in which the rates rise.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps in which the learning rates rise.")] = 20,
     every: Annotated[int, typer.Option(help="Steps between evaluations, each with a checkpoint.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of fresh weights, the order and the positions.")] = 0,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the loss with torch.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed of new weights and of all draws.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the loss with torch.compile.")] = False,
     device: flags.Device = None,
     as_json: flags.Json = False,
 ) -> None:
@@ -109,6 +119,6 @@ def speed(
     found = about["exits"]
     print(
         f"{out}: trained in {about['seconds'] / 60:.0f} minutes; held-out loss by pass "
-        f"{', '.join(f'{loss:.3f}' for loss in found['loss'])}; picks that are the last pass's "
+        f"{', '.join(f'{loss:.3f}' for loss in found['loss'])}; agreement with the last pass "
         f"{', '.join(f'{share:.2f}' for share in found['agreement'])}"
     )

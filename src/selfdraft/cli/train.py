@@ -1,4 +1,4 @@
-"""`selfdraft train`: adapters with which a model drafts for itself, and models that are read out early."""
+"""`selfdraft train`: adapters with which a model drafts for itself, and looped models."""
 
 from __future__ import annotations
 
@@ -19,92 +19,106 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Train a model to draft for itself: bita and space leave its text as it is, cllm and space-tuned "
-    "change the weights, and say what that costs; speed makes a looped model.",
+    help="Train a model to draft for itself. bita and space do not change its text; cllm and space-tuned "
+    "change the weights and measure what that costs; speed makes a looped model.",
 )
 
 
 class AdapterDefaults(NamedTuple):
-    """What differs between the methods."""
+    """Defaults that differ between methods."""
 
     masks: int
     prefix: int
     rank: int
 
 
-Data = Annotated[Path, typer.Option(help="Folder of answers by the model, written by `selfdraft distill`.")]
-Out = Annotated[Path, typer.Option(help="Folder for the adapter; one that holds this run is continued.")]
-Masks = Annotated[int, typer.Option(min=1, help="Mask tokens: how far ahead drafts reach.")]
-Shared = Annotated[
-    bool, typer.Option("--shared-mask", help="One embedding for all mask tokens, not one for each.")
+Data = Annotated[Path, typer.Option(help="Folder of the model's answers, written by `selfdraft distill`.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        help="Folder for the result. If it holds an unfinished run of this command, that run continues."
+    ),
 ]
-Prefix = Annotated[int, typer.Option(min=0, help="Slots of the soft prefix in every layer; 0 is none.")]
-Rank = Annotated[int, typer.Option(min=0, help="Rank of the LoRA that is gated to mask rows; 0 is none.")]
+Masks = Annotated[int, typer.Option(min=1, help="Number of mask tokens, which limits the length of a draft.")]
+Shared = Annotated[
+    bool, typer.Option("--shared-mask", help="Use one embedding for all mask tokens instead of one each.")
+]
+Prefix = Annotated[int, typer.Option(min=0, help="Length of the soft prefix in every layer; 0: no prefix.")]
+Rank = Annotated[
+    int, typer.Option(min=0, help="Rank of the LoRA that works on mask tokens alone; 0: no LoRA.")
+]
 Target = Annotated[
     list[str] | None,
-    typer.Option("--target", help="Linear layer with LoRA, as q_proj; repeatable. Default: all."),
+    typer.Option("--target", help="Linear layer to add LoRA to, such as q_proj; repeatable. Default: all."),
 ]
 Sampler = Annotated[
     int,
     typer.Option(
-        "--sampler-head", min=0, help="Width of the layers that bring the token just picked in; 0 is none."
+        "--sampler-head",
+        min=0,
+        help="Width of the sampler head, which conditions a mask on the token before it; 0: none.",
     ),
 ]
 Kind = Annotated[
-    str, typer.Option("--loss", help="distill: from the model's distribution; tokens: as published.")
+    str,
+    typer.Option(
+        "--loss", help="distill: learn the model's distribution; tokens: learn the next token, as published."
+    ),
 ]
-Decay = Annotated[float, typer.Option(help="Weight of each mask's loss, in that of the one before.")]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of the optimizer.")]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences a step.")]
-Length = Annotated[int, typer.Option(min=8, help="Tokens of a sequence, at most.")]
-Anchors = Annotated[int, typer.Option(min=1, help="Groups of masks a sequence.")]
+Decay = Annotated[float, typer.Option(help="Weight of each mask's loss relative to the one before.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences per step.")]
+Length = Annotated[int, typer.Option(min=8, help="Maximum length of a sequence in tokens.")]
+Anchors = Annotated[int, typer.Option(min=1, help="Groups of masks per sequence.")]
 Rate = Annotated[float, typer.Option(help="Learning rate of mask embeddings and prefix.")]
 LoraRate = Annotated[float, typer.Option(help="Learning rate of LoRA.")]
 Every = Annotated[int, typer.Option(min=1, help="Steps between evaluations, each with a checkpoint.")]
-Seed = Annotated[int, typer.Option(help="Of the first weights, the order and the anchors.")]
+Seed = Annotated[int, typer.Option(help="Random seed of the initial weights and of all draws.")]
 
 
 Full = Annotated[
-    bool, typer.Option("--full", help="Tune all weights, not LoRA; the result is a model folder.")
+    bool, typer.Option("--full", help="Train all weights instead of LoRA; the result is a model folder.")
 ]
 Draft = Annotated[
     str,
-    typer.Option(help="distill: masks learn the tuned model's own distribution; tokens: what came."),
+    typer.Option(help="distill: masks learn the tuned model's own distribution; tokens: the next token."),
 ]
 Keep = Annotated[
     str,
     typer.Option(
-        help="base: the text's rows keep the base's distribution; tokens: learn what came, as published."
+        help="base: keep the base model's distribution on the text; tokens: learn the next token, "
+        "as published."
     ),
 ]
-KeepWeight = Annotated[float, typer.Option(help="Weight of that in the loss: the more, the lower the price.")]
-TUNED_RATE = "Learning rate of what tunes the model. Default: 2e-3, with --full 2e-5."
+KeepWeight = Annotated[
+    float, typer.Option(help="Weight of --keep in the loss; a higher weight lowers the tuning cost.")
+]
+TUNED_RATE = "Learning rate of LoRA or of all weights. Default: 2e-3, with --full 2e-5."
 TunedRate = Annotated[float | None, typer.Option("--rate", help=TUNED_RATE)]
 TunedRank = Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA. Default: 32.")]
-Share = Annotated[float, typer.Option("--data-share", help="Share of the rows to train on.")]
+Share = Annotated[float, typer.Option("--data-share", help="Share of the answers to train on.")]
 Start = Annotated[
     str | None,
-    typer.Option(
-        help="Adapter of this kind to go on from, of this base or of an earlier state of it. Its shape stays."
-    ),
+    typer.Option(help="Adapter of the same kind to train further, of this model or an earlier state of it."),
 ]
 
 
 STOPS = """
-Stop it at any time: the same command goes on from the last checkpoint. It prints how often the guess of each
-mask is the model's pick (right_1, ...), and the tokens per forward of a chain of such guesses.
+You can stop it at any time: the same command continues from the last checkpoint. The log has the accuracy of
+each mask (right_1, ...: how often its first candidate is the model's pick) and the tokens per forward of a
+chain of such candidates.
 """
 
 LEARNS = """
-Stop it at any time: the same command goes on from the last checkpoint. It prints how often what hangs from
-the text guesses the model's own pick (right_1, ...; the tokens per forward of a chain of such guesses), and
-how far the text's rows are from what they learn to keep (kept, nats).
+You can stop it at any time: the same command continues from the last checkpoint. The log has the accuracy of
+draft positions (right_1, ...: how often the first candidate is the model's pick), the tokens per forward of a
+chain of such candidates, and the loss of --keep (kept, in nats).
 """
 
-BITA = f"""Mask tokens and a soft prefix that they alone see (arXiv 2401.12522).
+BITA = f"""Train mask tokens and a soft prefix that only they see: BiTA (arXiv 2401.12522).
 
-Some hundredths of a percent of a model's parameters. `--sampler-head 0 --loss tokens --decay 1
---rate 0.03` is the published training.
+The adapter has some hundredths of a percent of the model's parameters, and more with a sampler head. The
+published training is `--sampler-head 0 --loss tokens --decay 1 --rate 0.03`.
 {STOPS}
 Examples:
 
@@ -115,10 +129,10 @@ Examples:
   selfdraft generate "def mean(" --method bita --adapter my-bita
 """
 
-SPACE = f"""Mask tokens and a LoRA gated to their rows: SPACE (arXiv 2402.11809), the model as it is.
+SPACE = f"""Train mask tokens and a LoRA that works on them alone: SPACE (arXiv 2402.11809), no tuning.
 
-Some percent of a model's parameters, which guess better than a prefix alone. The published method tunes all
-weights and with them the text; this one does not.
+The adapter has some percent of the model's parameters and is more accurate than a prefix alone. The published
+method also tunes the weights, which changes the text; this one does not (see `space-tuned`).
 {STOPS}
 Examples:
 
@@ -130,13 +144,12 @@ Examples:
 """
 
 
-CLLM = f"""Consistency training: any state of a Jacobi trajectory to the text it ends in (arXiv 2403.00835).
+CLLM = f"""Train the model to map any state of a Jacobi trajectory to its final text: CLLM (arXiv 2403.00835).
 
-Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
-what that costs. Decode with `--method jacobi --adapter`. All states of an answer run in one forward with it,
-and the text keeps the base's distribution. `--window 8 --noise progressive` has noisy blocks behind each
-other, ever noisier (Jacobi Forcing). The published training is `--full --unknown random --copies 1
---on-policy 0 --decay 1 --keep tokens`, on greedy trajectories.
+This changes the weights and thereby the text: drafting is lossless to the tuned weights only. The tuning
+cost is measured at the end. Decode with `--method jacobi --adapter`. `--window 8 --noise progressive`
+trains on several blocks in a row with increasing noise (Jacobi Forcing). The published training is
+`--full --unknown random --copies 1 --on-policy 0 --decay 1 --keep tokens`, on greedy trajectories.
 {LEARNS}
 Examples:
 
@@ -146,19 +159,18 @@ Examples:
 
   selfdraft bench --file my.jsonl --method jacobi:adapter=my-cllm
 
-On policy: record the tuned model's own trajectories, and go on.
+To train on policy, record the tuned model's own trajectories and continue:
 
   selfdraft trajectories --prompts prompts.jsonl --adapter my-cllm --out paths-2
 
   selfdraft train cllm --data paths-2 --start my-cllm --out my-cllm-2
 """
 
-SPACE_TUNED = f"""Mask tokens and tuned weights: SPACE as published (SAR-SFT, arXiv 2402.11809).
+SPACE_TUNED = f"""Train mask tokens and the weights together: SPACE as published (SAR-SFT, arXiv 2402.11809).
 
-Changes the weights, and so the text: drafting is lossless to the tuned weights only. At the end it says
-what that costs. Masks are drawn anew each time a row is used.
-The published training is `--full --masks 5 --shared-mask --sampler-head 0 --anchors 1 --draft tokens --keep
-tokens --keep-weight 1 --decay 1`.
+This changes the weights and thereby the text: drafting is lossless to the tuned weights only. The tuning
+cost is measured at the end. The published training is `--full --masks 5 --shared-mask --sampler-head 0
+--anchors 1 --draft tokens --keep tokens --keep-weight 1 --decay 1`.
 {LEARNS}
 Examples:
 
@@ -178,31 +190,34 @@ def cllm(
     full: Full = False,
     rank: TunedRank = None,
     target: Target = None,
-    window: Annotated[int, typer.Option(min=1, help="Noisy blocks behind each other.")] = 1,
+    window: Annotated[int, typer.Option(min=1, help="Noisy blocks in a row.")] = 1,
     noise: Annotated[
-        str, typer.Option(help="Which state of a block: random; progressive or reverse over the window.")
+        str, typer.Option(help="State of a noisy block: random, or progressive or reverse over the window.")
     ] = "random",
     consistency: Annotated[
-        str, typer.Option(help="global: to the text; local: to the next state, with a window of 1.")
+        str,
+        typer.Option(
+            help="Target of a state: global (the text) or local (the next state; needs a window of 1)."
+        ),
     ] = "global",
     copies: Annotated[int, typer.Option(min=1, help="Noisy copies of each answer.")] = 3,
     unknown: Annotated[
         str,
         typer.Option(
-            help="What stands for tokens not known yet: filler, a token that the model learns to read so; "
-            "random, as published."
+            help="What stands for unknown tokens: filler, a token that the model learns to read as unknown, or "
+            "random tokens, as published."
         ),
     ] = "filler",
     reach: Annotated[
-        int, typer.Option(min=1, help="Rows of a block of filler; all copies but the first are such.")
+        int, typer.Option(min=1, help="Length of the blocks of filler that all copies but the first have.")
     ] = 8,
     on_policy: Annotated[
-        float, typer.Option(help="Share of steps before which the states make a pass by the student itself.")
+        float, typer.Option(help="Share of the steps in which states first pass through the student itself.")
     ] = 0.35,
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
     decay: Annotated[
-        float, typer.Option(help="Weight of each row behind the first wrong one, in that of the one before.")
+        float, typer.Option(help="Weight of each row after the first wrong one, relative to the one before.")
     ] = 0.85,
     steps: Steps = 2000,
     batch: Batch = 4,
@@ -300,14 +315,14 @@ def space_tuned(
 
 
 def _lora(full: bool, rank: int | None, target: list[str] | None) -> dict[str, Any]:
-    """What LoRA is like. Raises InvalidOption where there is none."""
+    """The fields of LoRA. Raises InvalidOption if they are given with --full."""
     if full and (rank or target):
-        raise InvalidOption("--rank and --target go with LoRA; --full tunes all weights without it")
+        raise InvalidOption("--rank and --target go with LoRA; --full trains all weights without it")
     return {"rank": 0 if full else rank or 32, "targets": tuple(target or ())}
 
 
 def _rate(full: bool, given: float | None) -> float:
-    """The published rate for all weights; one that suits LoRA on few steps."""
+    """The learning rate given, or the published one for all weights, or one for LoRA."""
     return given or (2e-5 if full else 2e-3)
 
 
@@ -345,19 +360,19 @@ def _run_tuned(plan: TunedPlan, as_json: bool) -> None:
         return
     loss, repeated = about["tuning_cost"]["loss"], about["tuning_cost"]["repeated"]
     print(
-        f"{plan.out}: tuned in {about['seconds'] / 60:.0f} minutes. The price: loss on held-out prompts "
-        f"{loss[0]:.4f} -> {loss[1]:.4f}, likeliest tokens the same {about['tuning_cost']['agreement']:.1%}, "
+        f"{plan.out}: tuned in {about['seconds'] / 60:.0f} minutes. Tuning cost: loss on held-out prompts "
+        f"{loss[0]:.4f} -> {loss[1]:.4f}, same most likely token {about['tuning_cost']['agreement']:.1%}, "
         f"repeated {repeated[0]:.1%} -> {repeated[1]:.1%}"
     )
     if "convergence" in about:
         found = about["convergence"]
-        print(f"passes a block {found['base']['passes']:.2f} -> {found['tuned']['passes']:.2f}")
+        print(f"forward passes per block {found['base']['passes']:.2f} -> {found['tuned']['passes']:.2f}")
     if "accuracy" in about:
-        print(f"first guesses right {', '.join(f'{row[0]:.2f}' for row in about['accuracy'])}, by mask")
+        print(f"accuracy by mask {', '.join(f'{row[0]:.2f}' for row in about['accuracy'])}")
 
 
 def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
-    """The command that trains adapters of a method. One list of options, with the method's own defaults."""
+    """The command that trains adapters of a method, with the method's own defaults."""
 
     def train(
         data: Data,
@@ -423,7 +438,7 @@ app.command("space", help=SPACE)(_command("space", AdapterDefaults(masks=4, pref
 
 
 def need_trainer() -> None:
-    """See that what training needs is installed. Raises TrainingDataError."""
+    """Check that the packages for training are installed. Raises TrainingDataError."""
     missing = [name for name in ("accelerate", "datasets", "matplotlib") if find_spec(name) is None]
     if missing:
         raise TrainingDataError(f"this needs the package {missing[0]}: pip install 'selfdraft[train]'")
@@ -437,16 +452,16 @@ def _run(plan: Plan, as_json: bool) -> None:
         print(json.dumps({**about, "out": str(plan.out)}))
     else:
         first = ", ".join(f"{row[0]:.2f}" for row in about["accuracy"])
-        print(f"{plan.out}: first guesses right {first}, by mask; {about['seconds'] / 60:.0f} minutes")
+        print(f"{plan.out}: accuracy by mask {first}; {about['seconds'] / 60:.0f} minutes")
 
 
 def watched(work: Callable[[Callable[[str], None]], dict[str, Any]], out: Path) -> dict[str, Any]:
-    """Do the work, telling what is done, and how to go on if it is stopped."""
+    """Run a training, print its progress, and say how to continue if it is stopped."""
     from rich.console import Console
 
     console = Console(stderr=True)
     try:
         return work(lambda line: console.print(f"selfdraft: {line}", highlight=False))
     except KeyboardInterrupt:
-        console.print(f"selfdraft: stopped; the same command goes on from the last checkpoint in {out}")
+        console.print(f"selfdraft: stopped; the same command continues from the last checkpoint in {out}")
         raise

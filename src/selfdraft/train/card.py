@@ -1,4 +1,4 @@
-"""The card of an adapter: what it is, how good its guesses are, how it was made; and the picture."""
+"""Model cards of adapters and tuned models, with pictures: what they are, how accurate, how trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SHOWN = 4  # masks whose acceptance is logged and drawn
+SHOWN = 4  # masks whose accuracy is logged and drawn
 TEMPLATE = """---
 base_model: {base}
 library_name: selfdraft
@@ -15,26 +15,26 @@ tags: [speculative-decoding, {method}]
 
 # {name}: a {method} adapter of {base}
 
-The model drafts for itself with {masks} mask tokens; its own text does not change, at any temperature
-(grade: lossless to the **base** weights). Trained: {parts};
+The model drafts for itself with {masks} mask tokens. Its text does not change, at any temperature
+(grade: lossless to the **base** weights). Trained parts: {parts};
 {trained:,} parameters, {share:.2%} of the model's.
 
 ```python
-import selfdraft
+from selfdraft import LLM
 
-model = selfdraft.load("{base}", method="{method}", adapter="{name}")
+llm = LLM("{base}", "{method}", adapter="{name}")
 ```
 
-How often a mask's guess of a rank is the token that came, on held-out answers of the model:
+How often the candidate of a mask and rank is the next token, on held-out answers of the model:
 
 {table}
 
-![acceptance while training](acceptance.png)
+![accuracy during training](acceptance.png)
 
-Trained for {steps:,} steps of {batch} sequences with {anchors} groups of masks each, loss `{loss}`,
+Training: {steps:,} steps of {batch} sequences with {anchors} groups of masks each, loss `{loss}`,
 decay {decay}, in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}.
 Learning rates {rate} and {lora_rate} (LoRA, sampler head). Made by selfdraft {version}, torch {torch},
-transformers {transformers}, commit {commit}. `adapter_config.json` has every option.{origin}
+transformers {transformers}, commit {commit}. `adapter_config.json` holds all options.{origin}
 """
 
 
@@ -46,33 +46,33 @@ tags: [speculative-decoding, {method}]
 
 # {name}: {base}, tuned by {method}
 
-Tuned weights: what is drafted is exactly what these weights say without drafting, at any temperature, but
-not what {base} says (grade: lossless to the **tuned** weights). Trained: {trained:,} parameters,
+The weights are tuned. Drafting does not change the text of these weights, at any temperature, but their text
+is not that of {base} (grade: lossless to the **tuned** weights). Trained: {trained:,} parameters,
 {share:.2%} of the model's ({parts}).
 
 ```python
-import selfdraft
+from selfdraft import LLM
 
-model = {load}
+llm = {load}
 ```
 
-## What it costs
+## Tuning cost
 
 On {tokens:,} tokens of held-out prompts, and on greedy answers to them:
 
 | | {base} | tuned |
 |---|---|---|
-| loss on what people wrote, nats per token | {loss[0]:.4f} | {loss[1]:.4f} |
-| likeliest token is that of {base} | 100 % | {agreement:.1%} |
-| tokens behind an answer's first repetition | {repeated[0]:.1%} | {repeated[1]:.1%} |
+| loss on the prompts, nats per token | {loss[0]:.4f} | {loss[1]:.4f} |
+| most likely token is that of {base} | 100 % | {agreement:.1%} |
+| tokens after an answer's first repetition | {repeated[0]:.1%} | {repeated[1]:.1%} |
 {found}
-Trained for {steps:,} steps of {batch} sequences in {minutes:.0f} minutes on {processor}, {threads} threads,
+Training: {steps:,} steps of {batch} sequences in {minutes:.0f} minutes on {processor}, {threads} threads,
 {device}; peak memory {peak}. Losses: draft `{draft}`, keep `{keep}` x {weight:g}. Made by selfdraft
-{version}, torch {torch}, transformers {transformers}, commit {commit}. `{config}` has every option.{origin}
+{version}, torch {torch}, transformers {transformers}, commit {commit}. `{config}` holds all options.{origin}
 """
 
 CONVERGENCE = """
-## How blocks converge
+## Convergence of blocks
 
 Greedy answers to held-out prompts by Jacobi decoding as published, in blocks of {block} tokens:
 
@@ -80,17 +80,17 @@ Greedy answers to held-out prompts by Jacobi decoding as published, in blocks of
 |---|---|---|
 {rows}
 
-![share of a block that is right](convergence.png)
+![share of a block that is correct](convergence.png)
 """
 
 GUESSES = """
-## How good its guesses are
+## Accuracy of the masks
 
-How often a mask's guess of a rank is the token that came, on held-out answers of {base}:
+How often the candidate of a mask and rank is the next token, on held-out answers of {base}:
 
 {table}
 
-![acceptance while training](acceptance.png)
+![accuracy during training](acceptance.png)
 """
 
 
@@ -120,7 +120,7 @@ def write_tuned(
         f"{config['masks'] if config['distinct'] else 1} mask embeddings" if config["masks"] else "",
         f"a sampler head of width {config['sampler']}" if config["sampler"] else "",
     ]
-    drafts = f'method="{method}"' if config["masks"] else 'method="jacobi"'
+    drafts = f'"{method}"' if config["masks"] else '"jacobi"'
     where = f"{folder.name}/model" if asked["full"] else base
     adapter = "" if asked["full"] and not config["masks"] else f', adapter="{folder.name}"'
     peak = about["peak_bytes"]
@@ -129,7 +129,7 @@ def write_tuned(
         method=method,
         name=folder.name,
         parts=", ".join(part for part in parts if part),
-        load=f'selfdraft.load("{where}", {drafts}{adapter})',
+        load=f'LLM("{where}", {drafts}{adapter})',
         found=found,
         trained=about["trained"],
         share=about["share"],
@@ -149,15 +149,15 @@ def write_tuned(
 
 
 def origin(asked: Mapping[str, Any]) -> str:
-    """That the run went on from an adapter which had been trained before, if it did."""
+    """A sentence that names the adapter that the run started from, if there was one."""
     start = asked.get("start")
-    return f"\nIt went on from an adapter of an earlier training (digest {start[:12]})." if start else ""
+    return f"\nIt was trained further from an earlier adapter (digest {start[:12]})." if start else ""
 
 
 def _convergence(found: Mapping[str, Mapping[str, float]]) -> str:
     names = {
         "tokens": "tokens",
-        "passes": "passes until it is the text",
+        "passes": "forward passes until it is the text",
         "fast_forwarded": "fast-forwarded tokens",
         "stationary": "stationary tokens",
     }
@@ -166,14 +166,14 @@ def _convergence(found: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def converging(path: Path, found: Mapping[str, Mapping[str, Any]], base: str) -> None:
-    """The share of a block that is right up to the first wrong token, by passes."""
+    """Draw the share of a block that is correct up to the first wrong token, by passes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for name, said in (("base", base), ("tuned", "tuned")):
         axes.plot(found[name]["progress"], label=said, marker="." if name == "tuned" else None)
-    axes.set(xlabel="passes", ylabel="right up to the first wrong token", ylim=(0, 1.02))
+    axes.set(xlabel="passes", ylabel="correct up to the first wrong token", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -221,7 +221,7 @@ def write(
 
 
 def picture(path: Path, log: Sequence[Mapping[str, float]], masks: int) -> None:
-    """Acceptance by offset, on held-out answers, while training."""
+    """Draw accuracy by offset on held-out answers during training."""
     from matplotlib.figure import Figure
 
     points = [entry for entry in log if "eval_right_1" in entry]
@@ -230,7 +230,7 @@ def picture(path: Path, log: Sequence[Mapping[str, float]], masks: int) -> None:
     for i in range(min(masks, SHOWN)):
         shares = [entry[f"eval_right_{i + 1}"] for entry in points]
         axes.plot([entry["step"] for entry in points], shares, label=f"mask {i + 1}")
-    axes.set(xlabel="step", ylabel="first guess is the model's pick", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="first candidate is the model's pick", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
