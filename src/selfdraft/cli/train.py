@@ -204,8 +204,8 @@ def cllm(
     unknown: Annotated[
         str,
         typer.Option(
-            help="What stands for unknown tokens: filler, a token that the model learns to read as unknown, or "
-            "random tokens, as published."
+            help="What stands for unknown tokens: filler (a token that the model learns to read as unknown) "
+            "or random (as published)."
         ),
     ] = "filler",
     reach: Annotated[
