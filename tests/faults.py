@@ -179,7 +179,7 @@ def lora_multiplied(patch: pytest.MonkeyPatch) -> None:
 
 def not_numbers(patch: pytest.MonkeyPatch) -> None:
     """What is not a number stays in the buffers."""
-    patch.setattr(cache, "_finite_", lambda part: part)
+    patch.setattr(cache, "finite_", lambda part: part)
 
 
 def masks_kept(patch: pytest.MonkeyPatch) -> None:

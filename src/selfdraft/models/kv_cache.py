@@ -1,26 +1,27 @@
 """Static key/value buffers, one lane per request.
 
-Each layer has a buffer [lanes, heads, slots, dim] for keys and one for values, zeroed when made: what
-a mask hides is still multiplied by zero, and zero times NaN is NaN. For the same reason nothing that an
-adapter makes leaves a NaN there: not its prefix, not the rows of mask tokens. A request's history fills its
-lane from slot 0; a forward writes its rows right behind, and `keep` moves the accepted ones down to
-the history's end. A chain that is accepted from its root, the usual case, moves nothing.
+Each layer has a buffer [lanes, heads, slots, dim] for keys and one for values. A request's history fills its
+lane from slot 0; a forward writes its rows right behind, and `keep` moves the accepted ones down to the end
+of the history. A chain that is accepted from its root, the usual case, moves nothing.
 
-Live requests sit in the first lanes so that attention reads a view. When one leaves, the last lane
-takes its place: one copy per departure, none per step. A forward over lanes that are not neighbours
-(while a prompt is read beside running requests) gathers them, which is slower and equally right.
+What a mask hides is still multiplied by zero, and zero times NaN is NaN. So everything written is made
+finite, and lanes are zeroed when they are opened. Rows whose keys or values were not finite are noted first
+(`Lanes.finite`), since a row must not seem sound because its keys were mended.
 
-Buffers grow by a sixteenth at least, in blocks of slots: a slot is copied some 16 times in all, which
-is little beside the attention that reads it at every step, and little memory lies idle. In exact mode
-they hold float64, converted once here.
+Live requests sit in the first lanes so that attention reads a view. When one leaves, the last lane takes its
+place: one copy per departure, none per step. A forward over lanes that are not neighbours (while a prompt is
+read beside running requests) gathers them, which is slower.
 
-The soft prefix of an adapter stands in the first slots of every lane, once and for all: per key/value head,
-without a position. Masks show it to the rows of mask tokens and to no other, so it needs no code of any
-attention's.
+Buffers grow by a sixteenth at least, in blocks of slots: a slot is copied some 16 times in all, which is
+little beside the attention that reads it at every step, and little memory lies idle. In exact mode they hold
+float64, converted once here.
+
+The soft prefix of an adapter stands in the first slots of every lane, per key/value head, without a position.
+Attention masks show it to the rows of mask tokens alone, so no attention code has to know of it.
 
 A looped model passes through the same layers several times, and each pass has keys and values of its own: a
-lane is then as many neighbouring sheets of a layer's buffer, so that passes can be the batch of one attention
-(`models.looped.stages`).
+lane is then as many neighbouring sheets of a layer's buffer, so that the passes can be the batch of one
+attention (`models.looped.stages`).
 """
 
 from __future__ import annotations
@@ -95,18 +96,19 @@ class Lanes(transformers.Cache):
         super().__init__(layers=self.own)  # type: ignore[arg-type]
         self.dtype = dtype
         self.loops, self.unique = loops, unique
-        self.prefix = [pair and (_finite_(pair[0].clone()), _finite_(pair[1].clone())) for pair in prefix]
+        self.prefix = [pair and (finite_(pair[0].clone()), finite_(pair[1].clone())) for pair in prefix]
         self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
-        # Of the forward under way:
+        # Of the current forward:
         self.where: Sequence[tuple[int, int]] = ()  # lane and first free slot of each request
-        self.sure: Sequence[int] = ()  # rows of each before its mask tokens
+        self.checks: Tensor | None = None  # sums of keys and values by row, [lanes, rows]
+        self.rows = 0  # its rows
         self.start = 0  # first row, where a wide forward runs in pieces
         self.reach = 0  # slots its attention reads
 
     @torch.inference_mode()
     def open(self) -> Lane:
-        """An empty lane, zeroed: what an earlier request left there may hold a NaN."""
+        """An empty lane, zeroed."""
         self.lanes.append(self.lane(len(self.lanes)))
         for buffer in self._buffers():
             buffer[(len(self.lanes) - 1) * self.loops :, :, self.fixed :].zero_()
@@ -119,12 +121,9 @@ class Lanes(transformers.Cache):
         """The part of a buffer that a lane has."""
         return slice(index * self.loops, (index + 1) * self.loops)
 
-    def bind(self, lanes: Sequence[Lane], rows: int, sure: Sequence[int] | None = None) -> int:
-        """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover.
-
-        sure: of each lane, the rows before its mask tokens; None: all.
-        """
-        self.sure = sure or [rows] * len(lanes)
+    def bind(self, lanes: Sequence[Lane], rows: int) -> int:
+        """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover."""
+        self.checks, self.rows = None, rows
         self.where = [(lane.index, self.fixed + lane.length) for lane in lanes]
         return self.extend(self.fixed + max(lane.length for lane in lanes) + rows)
 
@@ -148,9 +147,16 @@ class Lanes(transformers.Cache):
         for place, (index, at) in enumerate(self.where):
             there = buffer.narrow(0, index * self.loops + loop, 1).narrow(2, at + self.start, rows)
             there.copy_(new.narrow(0, place, 1))
-            sure = self.sure[place] - self.start
-            if sure < rows:
-                _finite_(there[:, :, max(0, sure) :])
+            finite_(there)
+        if self.checks is None:
+            self.checks = new.new_zeros(len(self.where), self.rows, dtype=_wide(new.dtype))
+        # One reduction finds what is not finite: a sum with NaN or infinity in it is not finite either.
+        self.checks[:, self.start : self.start + rows] += new.sum((1, 3), dtype=self.checks.dtype)
+
+    def finite(self) -> Tensor | None:
+        """Rows of the current forward whose keys and values were finite when they were written, [lanes, rows]
+        bool; None where nothing was written."""
+        return None if self.checks is None else self.checks.isfinite()
 
     def fit(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
         """A buffer with room for the bound lanes and slots; contents kept, the prefix in every lane."""
@@ -269,6 +275,11 @@ def pick(buffer: Tensor, lanes: Sequence[int]) -> Tensor:
     return buffer[list(lanes)]
 
 
-def _finite_(part: Tensor) -> Tensor:
-    """Zeros, in place, for what is not a number."""
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """A dtype in which sums of finite values do not overflow."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def finite_(part: Tensor) -> Tensor:
+    """Zeros, in place, for what is not finite."""
     return part.nan_to_num_(0.0, 0.0, 0.0)

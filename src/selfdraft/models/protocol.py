@@ -47,6 +47,10 @@ class Rows(Protocol):
     def done(self) -> Sequence[Sequence[bool]]:
         """Per request, per row: has the row run through the whole model?"""
 
+    @property
+    def finite(self) -> Sequence[Sequence[bool]]:
+        """Per request, per row: are the row's hidden states finite?"""
+
     def of(self, requests: Sequence[int]) -> Rows:
         """The rows of some of the requests."""
 

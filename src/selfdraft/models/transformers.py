@@ -45,11 +45,16 @@ MARK = "selfdraft_tuned"  # an entry of the config of a model whose weights were
 
 @dataclass(frozen=True)
 class TransformersRows:
-    """hidden: [rows, hidden], of all requests. start: where those of each request begin."""
+    """What one forward computed."""
 
-    hidden: Tensor
-    start: Sequence[int]
-    done: Sequence[Sequence[bool]]
+    hidden: Tensor  # hidden states, [rows, hidden], of all requests
+    start: Sequence[int]  # where the rows of each request begin
+    done: Sequence[Sequence[bool]]  # per request and row: has it passed the whole model?
+
+    @property
+    def finite(self) -> list[list[bool]]:
+        finite = self.hidden.isfinite().all(-1).tolist()
+        return [finite[at : at + len(own)] for at, own in zip(self.start, self.done, strict=True)]
 
     def of(self, requests: Sequence[int]) -> TransformersRows:
         return TransformersRows(
@@ -193,16 +198,18 @@ class TransformersModel:
         width = pieces[-1][1]
         pool = lanes[0].lanes
         lengths = [lane.length for lane in lanes]
-        counts = [tree.ordinary(self.vocab_size) for tree in trees]
-        sure = [width if n == len(tree) else n for n, tree in zip(counts, trees, strict=True)]
-        slots = pool.bind(lanes, width, sure)
+        slots = pool.bind(lanes, width)
         laid = self.layout(trees, lengths, width, slots, pool.dtype)
         made = kind_masks(self.kinds, laid.seen, laid.positions, pool.fixed)
         hidden = []
         for start, stop in pieces:
             pool.start = start
             hidden.append(self.call(laid, made, pool, start, stop))
-        return (hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1))[:, :rows]
+        together = hidden[0] if len(hidden) == 1 else torch.cat(hidden, 1)
+        finite = pool.finite()
+        if finite is not None:  # what was mended in the cache stays visible in the row itself
+            together = together.masked_fill(~finite[..., None], torch.nan)
+        return together[:, :rows]
 
     def layout(
         self,

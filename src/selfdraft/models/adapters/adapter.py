@@ -1,30 +1,30 @@
-"""Adapters: what is trained beside a frozen model, and, if it is gated, works on the rows of mask tokens
-alone.
+"""Adapters: parameters trained beside a frozen model. A gated adapter affects the rows of mask tokens alone.
 
-Four parts, each optional but the first. Embeddings of the mask tokens (BiTA, arXiv 2401.12522, section
-3.2; SPACE, 2402.11809). A soft prefix, keys and values that stand in the first slots of every cache
-(`cache`), without rotation, seen by mask rows alone (BiTA, 3.1). LoRA on linear layers, gated to mask rows
-(Samragh et al., "Your LLM Knows the Future", 2507.11851). A sampler head (the same, 3.2): when the masks run,
-the tokens before theirs are not known; when their scores are read, one after the other, the first of them
-is, and the others are guessed, and two small layers bring them in. Rows of ordinary tokens keep the bits they
-have without it all: that is what makes drafts free of consequences.
+Four parts, each optional but the first. Embeddings of the mask tokens (BiTA, arXiv 2401.12522, section 3.2;
+SPACE, 2402.11809). A soft prefix: keys and values in the first slots of every lane of the cache (`kv_cache`),
+without rotation, visible to mask rows alone (BiTA, 3.1). LoRA on linear layers, gated to mask rows (Samragh
+et al., "Your LLM Knows the Future", 2507.11851). A sampler head (the same, 3.2): the token before a mask's
+own is not known when the mask runs; when its logits are read it is, or the previous mask's prediction stands
+in for it, and two small layers condition the mask on it. Rows of ordinary tokens keep the bits that they have
+without an adapter, so drafting with one cannot change a text.
 
-LoRA that is not gated changes every row: the model is then another one, tuned (CLLM, arXiv 2403.00835; SPACE
-as published). To decode it is merged into weights of the twin's own, which cost what the old ones did; what
-is left of the adapter, mask tokens, prefix and sampler head, works as ever, for the tuned model.
+LoRA that is not gated changes every row: the result is another, tuned model (CLLM, arXiv 2403.00835; SPACE as
+published). For decoding it is merged into weights of the copy's own. What is left of the adapter (mask
+tokens, prefix, sampler head) then works on the tuned model.
 
-An adapter works on a twin of the model: other module objects around the same weights. Hooks on the twin's
-embedding and linear layers put the trained parts in. The user's model is not touched, several adapters
-can be at work beside each other, and unloading is forgetting the twin. Which rows carry mask tokens is
-said by the forward, for the time of one call (`Gate`).
+An adapter works on a shallow copy of the model: other module objects around the same weights. Hooks on the
+copy's embedding and linear layers add the trained parts. The user's model is not touched, several adapters
+can be active at the same time, and dropping the copy unloads the adapter. The forward says which rows carry
+mask tokens, for the time of one call (`Gate`).
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
 
 import torch
@@ -44,21 +44,18 @@ ROWS = 12  # of a forward that shows which layers run on rows
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """masks: mask tokens, which is how far ahead drafts reach. distinct: has each an embedding of its own?
-    prefix: slots of the soft prefix in each layer; 0 is none. rank: of the gated LoRA; 0 is none. alpha: its
-    scale is alpha / rank; None is 1. targets: last parts of the names of the linear layers that get it; none
-    is all, for an adapter that is yet to be made. sampler: width of the sampler head; 0 is none. gated: does
-    LoRA work on mask rows alone? Else the model is tuned, and may be without mask tokens."""
+    """The parts of an adapter and their sizes."""
 
-    masks: Annotated[int, Ge(0)] = 3
-    distinct: bool = True
-    prefix: Annotated[int, Ge(0)] = 0
-    rank: Annotated[int, Ge(0)] = 0
-    alpha: float | None = None
+    masks: Annotated[int, Ge(0)] = 3  # number of mask tokens: how many tokens ahead drafts reach
+    distinct: bool = True  # has each mask token an embedding of its own?
+    prefix: Annotated[int, Ge(0)] = 0  # slots of the soft prefix in each layer; 0: none
+    rank: Annotated[int, Ge(0)] = 0  # of LoRA; 0: none
+    alpha: float | None = None  # LoRA is scaled by alpha / rank; None: by 1
+    # Last parts of the names of the linear layers with LoRA; none: all of them, for a new adapter.
     targets: tuple[str, ...] = ()
-    sampler: Annotated[int, Ge(0)] = 0
-    gated: bool = True
-    filler: Annotated[int, Ge(0)] | None = None
+    sampler: Annotated[int, Ge(0)] = 0  # width of the sampler head; 0: none
+    gated: bool = True  # does LoRA work on mask rows alone? Else the model is tuned
+    filler: Annotated[int, Ge(0)] | None = None  # see `Lookahead.filler`
 
     def __post_init__(self) -> None:
         if not self.masks and (self.gated or self.prefix or self.sampler):
@@ -168,25 +165,24 @@ class Adapter(torch.nn.Module):
         return sum(part.numel() for part in self.parameters())
 
 
-@dataclass
-class Gate:
-    """Which rows of the call under way carry mask tokens.
+class Gate(threading.local):
+    """Which rows of the current call carry mask tokens.
 
-    masks: [lanes, rows], the mask token of each row, -1 for none; None while no row carries one. first: the
-    first column that holds one. all: do all rows from there on? open_rows: which, [lanes, rows, 1].
+    Each thread has its own, so that several can run one model at the same time.
     """
 
-    masks: Tensor | None = None
-    first: int = 0
-    all: bool = False
-    open_rows: Tensor = field(default_factory=lambda: torch.empty(0))
+    def __init__(self) -> None:
+        self.mask_tokens: Tensor | None = None  # index of each row's mask token, [lanes, rows], -1 for none
+        self.first = 0  # the first column that holds one
+        self.all = False  # do all rows from there on?
+        self.open_rows = torch.empty(0)  # which of them do, [lanes, rows, 1] bool
 
     @contextmanager
-    def open(self, masks: Tensor | None) -> Iterator[None]:
-        """For the time of one call."""
-        if masks is not None:
-            rows = masks >= 0
-            self.masks = masks
+    def open(self, mask_tokens: Tensor | None) -> Iterator[None]:
+        """For the time of one call. None: no row carries a mask token."""
+        if mask_tokens is not None:
+            rows = mask_tokens >= 0
+            self.mask_tokens = mask_tokens
             self.first = int(rows.any(0).int().argmax())
             own = rows[:, self.first :]
             self.all = bool(own.all())
@@ -194,7 +190,7 @@ class Gate:
         try:
             yield
         finally:
-            self.masks = None
+            self.mask_tokens = None
 
 
 def attach(model: PreTrainedModel, adapter: Adapter) -> tuple[PreTrainedModel, Gate]:
@@ -331,11 +327,11 @@ def _embed(adapter: Adapter, gate: Gate) -> Any:
     """The hook that gives mask rows their embeddings."""
 
     def hook(module: object, args: object, output: Tensor) -> Tensor | None:
-        if gate.masks is None:
+        if gate.mask_tokens is None:
             return None
         table = adapter.masks.to(output.dtype)
-        which = gate.masks.clamp(0, len(table) - 1)
-        return torch.where((gate.masks >= 0)[..., None], table[which], output)
+        which = gate.mask_tokens.clamp(0, len(table) - 1)
+        return torch.where((gate.mask_tokens >= 0)[..., None], table[which], output)
 
     return hook
 
@@ -358,9 +354,9 @@ def _add(name: str, low: LowRank, scale: float, gate: Gate) -> Any:
     """
 
     def hook(module: object, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if gate.masks is None:
+        if gate.mask_tokens is None:
             return None
-        lanes, rows = gate.masks.shape
+        lanes, rows = gate.mask_tokens.shape
         if _shape(output) not in ((lanes, rows), (lanes * rows,)):  # the latter: all lanes in one
             raise AdapterError(
                 f"layer {name} runs on {_shape(output)} rows, the text has {(lanes, rows)}; leave it out of "

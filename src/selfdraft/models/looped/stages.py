@@ -31,7 +31,7 @@ from torch import Tensor
 from ...drafting.method import Loops
 from ...engine.tree import Tree
 from ...errors import InvalidTree, ModelUnsupported
-from ..kv_cache import Lane, Lanes, pick
+from ..kv_cache import Lane, Lanes, finite_, pick
 from ..protocol import Cache
 from ..transformers import TransformersModel, TransformersRows
 from .decoder import LoopedModel
@@ -125,7 +125,8 @@ class StageLanes(Lanes):
 
     def write(self, buffer: Tensor, new: Tensor, loop: int) -> None:
         if self.sheets_bound:
-            buffer[self.index, :, self.slots] = new.transpose(1, 2).to(buffer.dtype)
+            # The states of a row that is not finite show it themselves; only the cache is mended.
+            buffer[self.index, :, self.slots] = finite_(new.transpose(1, 2).to(buffer.dtype, copy=True))
         else:
             super().write(buffer, new, loop)
 
