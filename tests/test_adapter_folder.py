@@ -37,7 +37,7 @@ def ahead(model: TransformersModel, adapter: Adapter) -> torch.Tensor:
     adapted = model.adapted(adapter)
     tree = Tree.chain(random_prompt(5, 1)).hang(4, range(VOCABULARY, VOCABULARY + 3))
     rows = adapted.forward([tree], [adapted.pool().open()])
-    return adapted.ahead(rows, [[5, 6, 7]], [9], lambda i, offset, row: 7)[0]
+    return adapted.mask_logits(rows, [[5, 6, 7]], [9], lambda i, offset, row: 7)[0]
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
@@ -176,7 +176,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown layers": (config(target_modules=["fc1"]), "no linear layer fc1"),
     "no sampler head": (config(sampler=0), "disagree about sampler_head"),
     "more tensors": (weights(extra=torch.zeros(1)), "disagree about extra"),
-    "not a number": (weights(mask_tokens=torch.full((3, 64), torch.nan)), "mask_tokens.*not a number"),
+    "not a number": (weights(mask_tokens=torch.full((3, 64), torch.nan)), "mask_tokens.*not finite"),
     "other base": (config(base="0" * 64), "hash to 000000000000"),
     "no base": (config(base=None), "whose weights these are not"),
 }

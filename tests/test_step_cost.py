@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Engine, Limits
 from selfdraft.drafting.method import DraftContext
 from selfdraft.drafting.plain import Plain, PlainDrafter
-from selfdraft.models import step_cost as cost
+from selfdraft.models import step_cost
+from selfdraft.models.numerics import RowRange
 from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 
+from conftest import tiny_llama
 from runs import random_prompt
 
 
@@ -39,31 +45,101 @@ class Curious(Plain):
         return PlainDrafter()
 
 
-def test_drafters_are_told_the_cost_for_those_who_run(
+def test_costs_count_the_rows_of_all_requests(
     exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With three requests, a row more of each is three rows more; measured once per model."""
     calls = []
 
-    def measured(model: TransformersModel, rows: object) -> StepTimes:
+    def measured(model: TransformersModel, *_: object) -> StepTimes:
         calls.append(model)
         return StepTimes({1: 1.0, 2: 2.0, 100: 100.0})
 
     monkeypatch.setattr("selfdraft.models.transformers.step_times", measured)
-    monkeypatch.setattr(exact, "_times", None)
+    monkeypatch.setattr(exact, "step_times", None)
     engine, method = Engine(exact), Curious()
     requests = [engine.submit(random_prompt(9, i), method, limits=Limits(9)) for i in range(3)]
     assert method.cost(4) == pytest.approx(4.0)
     while not all(request.ready for request in requests):
         engine.step()
     assert method.cost(4) == pytest.approx(4.0)
-    monkeypatch.setattr(exact, "_times", StepTimes({1: 1.0, 3: 1.0, 12: 7.0}))
+    monkeypatch.setattr(exact, "step_times", StepTimes({1: 1.0, 3: 1.0, 12: 7.0}))
     assert method.cost(4) == pytest.approx(7.0), "twelve rows in units of three"
     assert calls == [exact]
 
 
 def test_a_real_model_is_measured(exact: TransformersModel) -> None:
-    times = cost.step_times(exact, exact.rows)
+    times = step_cost.measure(exact, exact.rows)
     assert times.costs[0] == 1.0
     assert times.rows[0] == 1
     assert times(64) >= times(8) >= 1.0
+
+
+def test_given_times_are_not_measured(measurements: list[Any]) -> None:
+    model = TransformersModel(tiny_llama(torch.float64), "fast", StepTimes({1: 1.0, 2: 1.5}))
+    assert model.cost(3) == pytest.approx(2.0)
+    assert not measurements
+
+
+@pytest.fixture
+def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The models that were measured, with a cache folder of its own and the real `step_times`."""
+    seen: list[Any] = []
+
+    def measure(model: Any, rows: object) -> StepTimes:
+        seen.append(model)
+        return StepTimes({1: 1.0, 2: 1.0 + len(seen)})
+
+    monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(step_cost, "measure", measure)
+    monkeypatch.setattr("selfdraft.models.transformers.step_times", step_cost.step_times)
+    return seen
+
+
+def started(double: TransformersModel, **changes: Any) -> TransformersModel:
+    """The same model as a new process would have it."""
+    again = copy.copy(double)
+    again.step_times = None
+    for name, value in changes.items():
+        setattr(again, name, value)
+    return again
+
+
+def test_a_second_start_measures_nothing(double: TransformersModel, measurements: list[Any]) -> None:
+    assert [started(double).cost(2) for _ in range(3)] == [2.0, 2.0, 2.0]
+    assert len(measurements) == 1
+
+
+def test_another_model_or_machine_is_measured(
+    double: TransformersModel, measurements: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(double).cost(2)
+    started(double, numerics="exact").cost(2)
+    started(double, rows=RowRange(8, 8)).cost(2)
+    started(double, model=tiny_llama(torch.float32)).cost(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    started(double).cost(2)
+    assert len(measurements) == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"identity": "x", "seconds": {"1": 1, "2": 2}}', "\x00\xff"]
+)
+def test_a_damaged_or_stale_table_is_measured_anew(
+    double: TransformersModel, measurements: list[Any], tmp_path: Path, text: str
+) -> None:
+    started(double).cost(2)
+    (table,) = (tmp_path / "cache" / "step_times").iterdir()
+    table.write_bytes(text.encode("latin1"))
+    assert started(double).cost(2) == 3.0
+    assert started(double).cost(2) == 3.0, "it was written again"
+    assert len(measurements) == 2
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(
+    double: TransformersModel, measurements: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "file"))
+    assert started(double).cost(2) == 2.0
+    assert started(double).cost(2) == 3.0

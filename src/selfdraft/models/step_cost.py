@@ -3,33 +3,49 @@
 Measured are forward and head of chains of several lengths behind a short history, in turn, and the best of a
 few rounds counts. Between the lengths measured the time is interpolated, beyond them extrapolated. A step
 never counts as cheaper than one with fewer rows: where a measurement says so, it is noise.
+
+A table is kept in the cache folder, for a model's shape and dtype on this machine with these threads and
+library versions, so that it is measured once and not at every start. Where the folder cannot be written, it
+is measured each time.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+import platform
+import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, count
+from pathlib import Path
 
 import torch
 
 from ..engine.tree import Tree
+from .cache_folder import cache_folder
 from .numerics import RowRange
 from .protocol import Model
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)
-HISTORY = 192
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that are measured
+HISTORY = 192  # tokens before them
 ROUNDS = 3  # at least
 SECONDS = 0.5  # and as many more as fit
+TABLE_VERSION = 1  # of the way to measure; another one is measured anew
+LOG = logging.getLogger("selfdraft")
 
 
 class StepTimes:
-    """Seconds by rows -> what so many rows cost in units of one."""
+    """The cost of a step by its rows, in units of a step with one row."""
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
-        self.rows = sorted(seconds)
-        times = list(accumulate((seconds[rows] for rows in self.rows), max))
+        """seconds: measured, by number of rows; two numbers at least."""
+        self.seconds = dict(sorted(seconds.items()))
+        self.rows = list(self.seconds)
+        times = list(accumulate(self.seconds.values(), max))
         self.costs = [t / times[0] for t in times]
 
     def __call__(self, rows: int) -> float:
@@ -38,8 +54,23 @@ class StepTimes:
         return max(1.0, low + (high - low) * (rows - a) / (b - a))
 
 
-def step_times(model: Model, rows_per_call: RowRange) -> StepTimes:
-    """Measure a model: the least of several rounds, so that a busy machine is seen through."""
+def step_times(model: Model, rows_per_call: RowRange, identity: Mapping[str, object]) -> StepTimes:
+    """The table kept for this model on this machine; if there is none, it is measured and kept.
+
+    identity: what the times depend on besides the machine, as JSON values.
+    """
+    identity = {**identity, "rows_per_call": [rows_per_call.least, rows_per_call.most], **_machine(model)}
+    text = json.dumps(identity, sort_keys=True, default=str)
+    path = cache_folder() / "step_times" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    times = _read(path, text)
+    if times is None:
+        times = measure(model, rows_per_call)
+        _write(path, text, times)
+    return times
+
+
+def measure(model: Model, rows_per_call: RowRange) -> StepTimes:
+    """Measure a model. Of several rounds the least counts, so that other work on the machine matters less."""
     history = min(HISTORY, max(1, model.context - max(ROWS)))
     widths = [
         rows for rows in _widths(rows_per_call.least, rows_per_call.most) if rows + history <= model.context
@@ -83,3 +114,43 @@ def _tree(model: Model, rows: int) -> tuple[Tree, range, range]:
 def _widths(least: int, most: int) -> Iterable[int]:
     """Where to measure: also on both sides of where calls begin to be padded or cut in pieces."""
     return sorted({*ROWS, *(rows for rows in (least, most, most + 1) if rows <= max(ROWS))})
+
+
+def _machine(model: Model) -> Mapping[str, object]:
+    """What times depend on besides the model."""
+    device = model.device
+    return {
+        "version": TABLE_VERSION,
+        "host": platform.node(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+    }
+
+
+def _read(path: Path, identity: str) -> StepTimes | None:
+    """The table in a file; None where there is none, it is damaged, or another model's."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {int(rows): float(took) for rows, took in record["seconds"].items()}
+        if (
+            record["identity"] != identity
+            or len(seconds) < 2
+            or not all(0 < t < 1e6 for t in seconds.values())
+        ):
+            return None
+        return StepTimes(seconds)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, identity: str, times: StepTimes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
+            json.dump({"identity": identity, "seconds": times.seconds}, part, indent=1)
+        os.replace(part.name, path)
+    except OSError as error:
+        LOG.debug("step times could not be kept in %s (%s)", path, error)

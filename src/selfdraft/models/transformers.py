@@ -1,8 +1,8 @@
 """Any Hugging Face causal language model with ordinary attention, through transformers' own forward.
 
-One forward carries one tree per request: rows padded to the widest tree (a pad row repeats row 0),
-positions from the depth, an additive mask built row by row from the tree, from which each kind of layers
-gets its own (`masks`). The base model runs first; the head (`head`) runs on the rows asked for, later,
+One forward carries one tree per request: rows padded to the widest tree (a pad row repeats row 0), positions
+from the depth, and an additive attention mask built from the tree, from which each kind of layer gets its own
+(`transformers_inputs`). The base model runs first. The head runs later and only on the rows asked for,
 because with a large vocabulary it decides the speed.
 
 Numerics. "fast" runs all rows in one call. "exact" gives every row the same bits whatever the tree,
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -65,22 +66,28 @@ class TransformersRows:
 class TransformersModel:
     """A transformers model behind the engine's interface.
 
-    model: a transformers model, or a peft model around one, its adapter at work. It stays the caller's.
-    numerics: "exact" or "fast"; None is exact on the CPU in up to 32 bits where it can be had, else fast.
-    The model's attention implementation is set to this package's. Raises ModelUnsupported where the
-    model does not verify trees, or not exactly although that was asked for.
+    model: a transformers model, or a peft model around one with an active adapter. It stays the caller's.
+    numerics: "exact" or "fast"; None is exact on the CPU in up to 32 bits where it is possible, else fast.
+    step_times: what steps cost; None reads or measures it when it is first asked for. The model's attention
+    implementation is set to this package's. Raises ModelUnsupported where the model does not verify trees, or
+    not exactly although that was asked for.
     """
 
-    def __init__(self, model: torch.nn.Module, numerics: Numerics | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        numerics: Numerics | None = None,
+        step_times: StepTimes | None = None,
+    ) -> None:
         self._given = model.eval()
         self.model: Any = transformers_model(model)  # its class mixes in more than its type says
         self.device = self.model.device
         self.dtype = self.model.dtype
         self.context = context_length(self.model)
-        self.numerics: Numerics = "fast"  # until the probe has found exact to be possible
+        self.numerics: Numerics = "fast"  # until `row_range` has found exact to be possible
         self.rows = RowRange()  # the whole range, until a narrower one is found
-        self.loaded = self  # what `adapted` started from
-        self.base = self  # the same, or that with weights that an adapter has tuned: whose text it is
+        self.loaded = self  # the model that `adapted` started from
+        self.base = self  # the model whose output is reproduced: itself, or with merged adapter weights
         self.adapter: Adapter | None = None
         about: Mapping[str, Any] = getattr(self.model.config, MARK, None) or {}
         filler = about.get("filler")
@@ -88,7 +95,7 @@ class TransformersModel:
         self.grade: Grade = "tuned" if about else "base"
         self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
         self._gate = Gate()
-        self._times: StepTimes | None = None
+        self.step_times = step_times
         own = self.model.config._attn_implementation
         self.own_attention: str = "eager" if own == attention.NAME else own  # as the model came here
         with naming_the_model(self.model, "its forward is not that of a causal language model"):
@@ -152,7 +159,7 @@ class TransformersModel:
     def _twin(self, model: PreTrainedModel) -> TransformersModel:
         twin = copy.copy(self)
         twin.model = twin._given = model
-        twin._times = None
+        twin.step_times = None
         _, twin._base, twin._head = twin._split()
         return twin
 
@@ -238,9 +245,18 @@ class TransformersModel:
         return cast(Tensor, output[0])
 
     def cost(self, rows: int) -> float:
-        if self._times is None:
-            self._times = step_times(self, self.rows)
-        return self._times(rows)
+        if self.step_times is None:
+            self.step_times = step_times(self, self.rows, self._shape())
+        return self.step_times(rows)
+
+    def _shape(self) -> Mapping[str, object]:
+        """What the time of a step depends on: the shapes and dtypes of weights, and what else is computed."""
+        layers = Counter(
+            f"{type(part).__name__} {[(*w.shape, w.dtype) for w in part.parameters(recurse=False)]}"
+            for part in self.model.modules()
+        )
+        adapter = None if self.adapter is None else asdict(self.adapter.config)
+        return {"model": self.name, "layers": layers, "numerics": self.numerics, "adapter": adapter}
 
     @torch.inference_mode()
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:

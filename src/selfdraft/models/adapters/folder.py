@@ -20,7 +20,6 @@ from torch import Tensor
 from ..._common import options
 from ...drafting.method import Lookahead, Method
 from ...errors import AdapterError, InvalidOption
-from ..loading import EMBEDDED
 from ..transformers import TransformersModel
 from .adapter import Adapter, AdapterConfig, LowRank, linear_layers
 from .fingerprint import fingerprint
@@ -31,18 +30,16 @@ PEFT = "base_model.model."  # before the names of layers, in peft's layout
 
 
 def chosen(method: Method, label: str, name: str, given: str | None) -> str | None:
-    """Which adapter a method gets: the one given, or if it drafts with one, that which comes with an embedded
-    model. label, name: of the method and of the model. Raises AdapterError where it needs one, and there is
-    none."""
-    source = given
+    """The adapter given. label, name: of the method and of the model.
+
+    Raises AdapterError where the method needs one and none was given.
+    """
     if given is None and getattr(method, "adapted", False):
-        source = _embedded(f"{name}-{label}")
-        if source is None:
-            raise AdapterError(
-                f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
-                f"--adapter), or train one with `selfdraft train {label}`"
-            )
-    return source
+        raise AdapterError(
+            f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
+            f"--adapter), or train one with `selfdraft train {label}`"
+        )
+    return given
 
 
 def fit(model: TransformersModel, method: Method, label: str, source: str | None) -> TransformersModel:
@@ -63,8 +60,9 @@ def fit(model: TransformersModel, method: Method, label: str, source: str | None
 
 
 def load(source: str, model: TransformersModel, bound: bool = True) -> Adapter:
-    """The adapter of an embedded name, a folder or a hub id, for a model, in its dtype. bound: refuse one
-    that was trained for another base; not so where it is only to be trained on.
+    """The adapter of a folder or a hub id, for a model, in its dtype.
+
+    bound: refuse one that was trained for another base. False where its training is only continued.
 
     Raises AdapterError where files are missing or damaged, or where it was trained for another base.
     """
@@ -157,7 +155,7 @@ def _fill(adapter: Adapter, weights: Mapping[str, Tensor], source: str) -> None:
                 f"{tuple(part.shape)}"
             )
         if not weights[name].isfinite().all():
-            raise AdapterError(f"adapter {source}: {name} holds what is not a number")
+            raise AdapterError(f"adapter {source}: {name} holds numbers that are not finite")
         part.copy_(weights[name])
 
 
@@ -192,16 +190,8 @@ def _weights(folder: Path, source: str) -> dict[str, Tensor]:
     return weights
 
 
-def _embedded(name: str) -> str | None:
-    """The name, if an adapter inside the package has it."""
-    known = not name.count("/") and (EMBEDDED["pico"].parent / name / CONFIG).is_file()
-    return name if known else None
-
-
 def _folder(source: str) -> Path:
     """Where an adapter's files are; those of a hub id are fetched. Raises AdapterError."""
-    if _embedded(source):
-        return EMBEDDED["pico"].parent / source
     path = Path(source).expanduser()
     if path.is_dir():
         return path
