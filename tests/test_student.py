@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,8 @@ def compare(model: TransformersModel, rows: Any, folder: Path) -> None:
     steps = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     assert len(steps) == 6
     assert [entry for entry in resumed if "loss" in entry or "eval_loss" in entry] == steps
+    rates = [entry["learning_rate"] for entry in steps if "loss" in entry]
+    assert rates == pytest.approx([SCHEDULE.rate * (1 + math.cos(math.pi * s / 5)) / 2 for s in (0, 2, 4)])
     for entry in steps:
         prefix = "eval_" if "eval_loss" in entry else ""
         assert entry[f"{prefix}tokens_per_forward"] >= 1
@@ -345,6 +348,20 @@ def test_dice_with_a_state_of_their_own_are_seen(
     model: TransformersModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sequences, "_dice", lambda draw: torch.default_generator)
+    with pytest.raises(AssertionError):
+        compare(model, rows, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_constant_rate_is_seen(
+    model: TransformersModel, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = trainer.arguments
+
+    def constant(*given: Any, **more: Any) -> Any:
+        return arguments(*given, **{**more, "lr_scheduler_type": "constant"})
+
+    monkeypatch.setattr(trainer, "arguments", constant)
     with pytest.raises(AssertionError):
         compare(model, rows, tmp_path)
 

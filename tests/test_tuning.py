@@ -7,6 +7,7 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -298,6 +299,46 @@ def test_a_fresh_student_is_its_base(model: TransformersModel, rows: datasets.Da
     out["loss"].backward()
     assert all(cast(LowRank, low).b.grad is not None for low in learner.adapter.lora)
     assert not any(weight.requires_grad for weight in model.model.parameters())
+
+
+def gradients(
+    model: TransformersModel, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, Tensor]:
+    """Of the draft loss: at the last hidden states of branch rows with a loss, and at those of the text."""
+    learner = student(model, LORA, TunedLoss(weight=0.0))
+    batch = Noisy(CUT, BLOCK, NOISES[0], EOS, True)(drawn(rows, 0, 1))
+    hidden, kept = TunedStudent.hidden, list[Tensor]()
+
+    def noted(self: TunedStudent, *given: Tensor) -> Tensor:
+        kept.append(hidden(self, *given))
+        kept[0].retain_grad()
+        return kept[0]
+
+    monkeypatch.setattr(TunedStudent, "hidden", noted)
+    learner(**batch)["loss"].backward()
+    given = (batch[name] for name in ("tokens", "parents", "hung", "aims"))
+    grad = kept[0].grad
+    assert grad is not None
+    branches = torch.zeros(grad.shape[:2], dtype=torch.bool)
+    for lane, hung in enumerate(batch["hung"]):
+        branches[lane, hung[hung != NO_ROW]] = True
+    return grad[deviates(*given) & branches], grad[~branches]
+
+
+def test_the_target_of_a_draft_has_no_gradient(
+    model: TransformersModel, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop-gradient of the consistency loss, which the loss itself does not show."""
+    branches, text = gradients(model, rows, monkeypatch)
+    assert branches.any()
+    assert not text.any()
+
+
+def test_a_target_with_a_gradient_is_seen(
+    model: TransformersModel, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "no_grad", nullcontext)
+    assert gradients(model, rows, monkeypatch)[1].any()
 
 
 def test_a_pass_is_a_jacobi_iteration(model: TransformersModel, rows: datasets.Dataset) -> None:
