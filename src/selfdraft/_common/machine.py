@@ -1,7 +1,7 @@
-"""Where a run ran: versions, processor, memory; and what else ran there.
+"""Where a run took place: versions, processor, memory, and how busy the machine was with other work.
 
-Background work is seen by its processor time: all that the system was busy with, less our own. Known
-on Linux; elsewhere it is said to be unknown. Time that a hypervisor took for others counts with it.
+Background work is the processor time of the whole system less our own. Linux reports it; elsewhere it is
+unknown. Time that a hypervisor gave to other guests is counted as background work.
 """
 
 from __future__ import annotations
@@ -22,40 +22,46 @@ import torch
 from transformers import PreTrainedModel
 
 PACKAGES = ("selfdraft", "torch", "transformers")
-QUIET = 0.1  # cores that may be busy with other work before it is said
+QUIET = 0.1
+"""Cores that may be busy with other work before a report mentions it."""
 PROC = Path("/proc")
+INSTRUCTIONS = ("avx2", "fma", "f16c", "avx_vnni", "avx512", "amx", "neon", "asimd", "sve", "i8mm", "bf16")
+"""Processor flags that decide which matrix kernels run; a flag is listed if it begins with one of these."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Processor seconds since the machine started, of all processes and of this one."""
+    """Processor seconds since the machine started."""
 
     all: float
+    """Of all processes."""
     own: float
+    """Of this process and its children."""
     at: float
+    """When it was read, in seconds of `time.perf_counter`."""
 
     @classmethod
     def read(cls) -> Clock | None:
-        """Now; None where the system does not say."""
+        """The current values; None where the system does not report them."""
         try:
             with (PROC / "stat").open() as file:
                 user, nice, system, _, _, irq, soft, steal, *_ = map(int, file.readline().split()[1:])
         except (OSError, ValueError):
             return None
         own = sum(os.times()[:4])
-        ticks = os.sysconf("SC_CLK_TCK")
+        ticks = os.sysconf("SC_CLK_TCK")  # a system with /proc/stat has it
         return cls((user + nice + system + irq + soft + steal) / ticks, own, time.perf_counter())
 
 
 def others(before: Clock | None, after: Clock | None) -> float | None:
-    """Processor seconds that other processes took between two readings."""
+    """Processor seconds that other processes used between two readings."""
     if before is None or after is None:
         return None
     return max(0.0, round((after.all - before.all) - (after.own - before.own), 2))
 
 
 def idle_load(seconds: float = 1.0) -> float | None:
-    """Cores busy with other work while this process does nothing."""
+    """Cores busy with other work while this process sleeps."""
     before = Clock.read()
     time.sleep(seconds)
     after = Clock.read()
@@ -64,16 +70,16 @@ def idle_load(seconds: float = 1.0) -> float | None:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the most memory held so far."""
+    """Start a new measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError):  # else the peak is that of the process since its start
+    with suppress(OSError):  # without it the peak is that of the process since its start
         (PROC / "self" / "clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int | None:
-    """Most bytes held since: by torch on CUDA, else by the process. None where the system does not say."""
+    """Peak memory in bytes since `reset_peak`: torch's on CUDA, else the process's. None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -89,22 +95,43 @@ def peak(device: torch.device) -> int | None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions: all of it may change figures."""
+    """The machine and the versions: everything on which figures may depend."""
     return {
         **{name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory": _memory(),
+        "memory": memory(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "commit": commit(),
     }
 
 
+def instructions() -> list[str]:
+    """The processor's vector and matrix instruction sets, such as avx2, avx512f, amx_bf16; sorted.
+
+    Empty where the system does not report them (it is read from /proc/cpuinfo).
+    """
+    with suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text().splitlines():
+            name, _, flags = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return sorted(flag for flag in flags.split() if flag.startswith(INSTRUCTIONS))
+    return []
+
+
+def memory() -> int | None:
+    """Bytes of physical memory; None on Windows, which has no `os.sysconf`."""
+    if sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def commit() -> str | None:
-    """The git commit of this package's source, with `+` for changes on top; None outside a checkout."""
+    """The git commit of this package's source, with `+` for uncommitted changes; None outside a checkout."""
     here = Path(__file__).parents[1]
     known = _git(here, "ls-files", "--error-unmatch", "__init__.py")
     head = _git(here, "rev-parse", "HEAD")
@@ -125,13 +152,6 @@ def module_sha256(about: str, module: Any) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _memory() -> int | None:
-    """Bytes of the machine's memory. None where the system does not say."""
-    if sys.platform == "win32":
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _git(folder: Path, *words: str) -> str | None:

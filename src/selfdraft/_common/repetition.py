@@ -1,11 +1,11 @@
-"""Where a text begins to loop.
+"""Where a text begins to repeat itself.
 
-A looping model flatters every method that copies: a loop is drafted without fail. So figures are also
-taken up to the first repetition. It is defined on token ids: a sequence of 1 to 64 tokens that stands
-three times in a row, and as often again as it takes to fill 8 tokens, so that ordinary runs (a closing
-bracket three times, an indentation) do not count. The repetition found is the one that is complete
-first; among those complete at the same token, the one with the shortest sequence. The text is kept up
-to the end of that sequence's first copy: what comes after it is not new.
+A model that loops makes every method that copies look good, because a loop is drafted without a miss.
+Figures are therefore also computed up to the first repetition. It is defined on token ids: a sequence of
+1 to 64 tokens that occurs three times in a row, and as many more times as it takes to fill 8 tokens, so that
+ordinary runs (three closing brackets, an indentation) do not count. The first repetition is the one that is
+complete first; among those complete at the same token, the one with the shortest sequence. The text is kept
+up to the end of the first copy of that sequence.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-PERIOD = 64  # longest sequence looked for
-TIMES = 3  # how often it must stand in a row
-FILL = 8  # tokens the copies must fill together, at least
+PERIOD = 64
+"""Longest sequence searched for, in tokens."""
+TIMES = 3
+"""How often the sequence must occur in a row."""
+FILL = 8
+"""Tokens that the copies must fill together, at least."""
 
 
 def fresh(ids: Sequence[int]) -> int:
-    """How many tokens stand before the text's first repetition; all, if it has none."""
+    """How many tokens the text has before its first repetition; all of them if it has none."""
     return _fresh(tuple(ids))
 
 
-@lru_cache(maxsize=4096)  # arms and repeats mostly give the same text
+@lru_cache(maxsize=4096)  # arms and repeats mostly produce the same text
 def _fresh(ids: tuple[int, ...]) -> int:
-    streak = [0] * (PERIOD + 1)  # per period: how long the text has equalled itself that far back
+    streak = [0] * (PERIOD + 1)  # per period: for how many tokens the text has equalled itself that far back
     for end, token in enumerate(ids):
         for period in range(1, min(PERIOD, end) + 1):
             streak[period] = streak[period] + 1 if ids[end - period] == token else 0

@@ -1,13 +1,12 @@
 """Arms: what answers a prompt. Methods of this package, and Hugging Face's `generate` as the baseline.
 
-All are timed by one rule and counted by one counter. An answer's clock starts when the token ids of the
-prompt are handed over, drafting from references included, and notes the end of every step. A step is
-what emits tokens: a decode forward here; in `generate` a round of its loop, whose first one reads the
-prompt too. Tokens are ids, up to and including the one that ends the text.
+All arms are timed and counted alike. The clock starts when the arm receives the prompt's token ids, so that
+reading references counts, and the end of every step is noted. A step is what emits tokens: a decoding forward
+here; in `generate` a round of its loop, the first of which reads the prompt too. Tokens are ids, up to and
+including the one that ends the text.
 
-`generate` runs a copy of the weights of its own with transformers' default attention, its cache, and a
-generation config that asks for what the others are asked for. At a temperature it draws its own noise:
-then its text is expected to differ.
+`generate` runs its own copy of the weights with transformers' default attention, its cache, and a generation
+config with the settings of the other arms. At a temperature it draws its own noise, so its text differs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -32,54 +31,82 @@ from ..llm import LLM
 from ..models.transformers import TransformersModel
 from ..sampling.sampler import Sampler
 
-PLAIN = "plain"  # the method that the others are compared with
-GENERATE = "generate"  # the baseline they are compared with
+PLAIN = "plain"
+"""The method that all others are compared with."""
+GENERATE = "generate"
+"""The baseline that all others are compared with."""
 LOOKUP = re.compile(r"lookup-([1-9]\d*)")
-PEERS = {  # engines of their own, each with its word for prompt lookup
-    "llamacpp": re.compile(r"llamacpp(?:-lookup-([1-9]\d*))?"),
-    "vllm": re.compile(r"vllm(?:-ngram-([1-9]\d*))?"),
+ENGINES = {
+    "llamacpp": re.compile(r"llamacpp(?P<stored>-stored)?(?:-lookup-(?P<lookup>[1-9]\d*))?"),
+    "vllm": re.compile(r"vllm(?:-ngram-(?P<lookup>[1-9]\d*))?"),
 }
+"""Other inference engines -> how their baselines are spelled."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, step by step. ids: the tokens. runs: tokens of each step. rows: rows it ran, those of
-    the prompt apart. times: seconds from the request to each step's end. part: of a forward through the whole
-    depth that a step is; a stage of a looped model is less than one. Where another process answers: peak,
-    most bytes it held, and spent, processor seconds it took."""
+    """One answer, step by step."""
 
     ids: Sequence[int]
+    """The answer's tokens."""
     runs: Sequence[int]
+    """Tokens that each step emitted."""
     rows: Sequence[int]
+    """Rows that each step ran, without those of the prompt."""
     times: Sequence[float]
+    """Seconds from the request to the end of each step."""
     part: float = 1.0
+    """Share of the whole depth that a step runs; less than 1 for a stage of a looped model."""
     peak: int | None = None
+    """Peak memory in bytes, if another process answered."""
     spent: float = 0.0
+    """Processor seconds, if another process answered."""
 
 
 class Arm(Protocol):
-    """One way to answer. drafts: is it a method of this package? grade: whose text it is, the base's or
-    that of tuned weights. plain: the arm that decodes the same weights plainly, which it is compared with.
-    tuning_cost: what tuning those weights cost, as its training measured it (`train.tuning_cost`), if known.
-    identity_expected: has its text to be that of `plain`, token by token?"""
+    """One way to answer prompts."""
 
     @property
     def name(self) -> str: ...
     @property
-    def drafts(self) -> bool: ...
+    def drafts(self) -> bool:
+        """Is it a method of this package?"""
+
     @property
-    def grade(self) -> str: ...
+    def grade(self) -> str:
+        """Whose text it reproduces: "base", or "tuned" for weights that an adapter has changed."""
+
     @property
-    def plain(self) -> str: ...
+    def plain(self) -> str:
+        """The arm that decodes the same weights plainly, which this one is compared with."""
+
     @property
-    def tuning_cost(self) -> Mapping[str, Any] | None: ...
+    def tuning_cost(self) -> Mapping[str, Any] | None:
+        """What tuning the weights cost in quality, as measured by their training, if known."""
+
     @property
-    def identity_expected(self) -> bool: ...
+    def identity_expected(self) -> bool:
+        """Must its text be that of `plain`, token by token?"""
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Bytes of weights that a forward reads, where they differ from the loaded model's."""
+
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
-        """At most `length` tokens that continue the prompt, of which some may stand in the references."""
+        """At most `length` tokens that continue the prompt. The answer may quote the references."""
 
     def close(self) -> None:
-        """End what it started, if anything; a later answer starts it again."""
+        """End what the arm started, if anything. A later answer starts it again."""
+
+
+class External(NamedTuple):
+    """A baseline that another inference engine runs."""
+
+    engine: str
+    lookup: int = 0
+    """Draft tokens of its own prompt lookup, 0 for none."""
+    stored: bool = False
+    """Runs the GGUF file that the model was read from, instead of the loaded weights."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,7 @@ class Drafted:
     plain: str = PLAIN
     drafts: bool = True
     identity_expected: bool = True
+    weight_bytes: int | None = None
 
     @property
     def grade(self) -> str:
@@ -124,9 +152,9 @@ class Drafted:
 
 @dataclass
 class Rounds:
-    """Notes the rounds of `generate`: their time and length by its stopping criteria, rows by a hook.
+    """Records the rounds of `generate`: time and length with a stopping criterion, rows with a hook.
 
-    A stopping criterion is called once a round with all ids so far. It must not cost: two numbers noted.
+    A stopping criterion is called once a round with all ids so far; it must not slow the round.
     """
 
     device: torch.device
@@ -148,17 +176,19 @@ class Rounds:
 
 @dataclass(frozen=True)
 class Generated:
-    """`generate` of transformers, with its cache. lookup: tokens of prompt lookup, 0 for none."""
+    """`generate` of transformers, with its cache."""
 
     name: str
     model: PreTrainedModel
     sampler: Sampler
     eos: frozenset[int]
     lookup: int = 0
+    """Draft tokens of its prompt lookup, 0 for none."""
     drafts: bool = False
     grade: str = "base"
     plain: str = PLAIN
     tuning_cost: Mapping[str, Any] | None = None
+    weight_bytes: int | None = None
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
         rounds = Rounds(self.model.device)
@@ -179,15 +209,14 @@ class Generated:
 
     @property
     def identity_expected(self) -> bool:
-        """At a temperature its noise is its own, and 16-bit types round differently for other numbers of
-        rows, which it has."""
+        """At a temperature its noise differs, and in 16 bits rounding depends on the number of rows."""
         return self.sampler.temperature == 0 and self.model.dtype in (torch.float32, torch.float64)
 
     def close(self) -> None:
         pass
 
     def _config(self, length: int) -> GenerationConfig:
-        """Greedy, or sampled without any cut. It stands for the model's own, which may say more."""
+        """Greedy, or sampled from the whole distribution. It replaces the model's own generation config."""
         asked: dict[str, Any] = {"do_sample": False}
         if self.sampler.temperature > 0:
             asked = {"do_sample": True, "temperature": self.sampler.temperature, "top_k": 0, "top_p": 1.0}
@@ -205,7 +234,7 @@ class Generated:
 
 
 def _trace(text: Sequence[int], start: int, rounds: Rounds, started: float, eos: frozenset[int]) -> Answer:
-    """What `generate` did, in the steps and tokens that all arms are counted by."""
+    """The answer of `generate`, counted like those of all arms."""
     ids = list(text[start:])
     end = first_end(ids, eos)
     ids = ids[: len(ids) if end is None else end + 1]
@@ -218,8 +247,8 @@ def _trace(text: Sequence[int], start: int, rounds: Rounds, started: float, eos:
 
 
 def drafted(names: Sequence[str], generator: LLM, sampler: Sampler) -> list[Arm]:
-    """The methods asked for, plain decoding first, and plain decoding of the weights that an adapter tunes
-    before what drafts with them. Raises UnknownMethod and InvalidOption."""
+    """Arms of the methods, plain decoding first. Plain decoding of weights that an adapter has tuned comes
+    before the methods that draft with them. Raises UnknownMethod and InvalidOption."""
     wanted = [PLAIN, *(name for name in names if name != PLAIN)]
     _check_distinct(wanted)
     arms: dict[str, Arm] = {}
@@ -235,7 +264,7 @@ def drafted(names: Sequence[str], generator: LLM, sampler: Sampler) -> list[Arm]
 
 
 def spelled(name: str) -> tuple[str, dict[str, object], str | None]:
-    """A method, its options and its adapter, as in `llma`, `llma:block=10,match=3`, `bita:adapter=DIR`."""
+    """Read a method, its options and its adapter: `llma`, `llma:block=10,match=3`, `bita:adapter=DIR`."""
     label, _, rest = name.partition(":")
     options: dict[str, object] = {}
     for pair in rest.split(",") if rest else ():
@@ -247,36 +276,39 @@ def spelled(name: str) -> tuple[str, dict[str, object], str | None]:
 
 
 def method(name: str) -> Method:
-    """The method of such a name. Raises UnknownMethod and InvalidOption."""
+    """The method that a name with options stands for. Raises UnknownMethod and InvalidOption."""
     label, options, _ = spelled(name)
     return drafting.create(label, options)
 
 
 def lookups(names: Sequence[str]) -> dict[str, int]:
-    """Baselines of transformers by name -> tokens of prompt lookup; peers are left out. Raises InvalidOption
-    for a name that is none of both."""
+    """Baselines of transformers -> draft tokens of prompt lookup. Those of other engines are left out.
+
+    Raises InvalidOption for a name that is no baseline.
+    """
     found = {}
     _check_distinct(names)
-    others = peers(names)
+    others = externals(names)
     for name in (name for name in names if name not in others):
         match = LOOKUP.fullmatch(name)
         if name != GENERATE and match is None:
             raise InvalidOption(
-                f"no baseline {name!r}; there are {GENERATE} (Hugging Face, cached) and lookup-5, lookup-10, "
-                "lookup-20 (the same with prompt lookup of so many tokens), llamacpp, llamacpp-lookup-10, "
-                "vllm, vllm-ngram-10 (other engines, without and with theirs); plain always runs"
+                f"no baseline {name!r}; there are {GENERATE} (Hugging Face, cached), lookup-10 (the same "
+                "with prompt lookup of 10 tokens, or of another number), llamacpp, llamacpp-lookup-10, "
+                "llamacpp-stored, llamacpp-stored-lookup-10, vllm, vllm-ngram-10; plain always runs"
             )
         found[name] = int(match[1]) if match else 0
     return found
 
 
-def peers(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Those of the baselines that other engines answer -> the engine, and its tokens of lookup or 0."""
+def externals(names: Sequence[str]) -> dict[str, External]:
+    """Those of the baselines that other inference engines run."""
     found = {}
     for name in names:
-        for engine, spelling in PEERS.items():
+        for engine, spelling in ENGINES.items():
             if match := spelling.fullmatch(name):
-                found[name] = engine, int(match[1] or 0)
+                given = match.groupdict()
+                found[name] = External(engine, int(given["lookup"] or 0), given.get("stored") is not None)
     return found
 
 

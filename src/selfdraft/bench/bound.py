@@ -1,12 +1,12 @@
-"""What the machine could do at best: memory bandwidth, and what a step of n rows costs.
+"""The limits of the machine: memory bandwidth, and the cost of a step by its number of rows.
 
-Decoding one token at a time reads all weights once per forward, so bandwidth bounds it. The share of
-that bound is bytes of weights read per forward x forwards per second / bandwidth, the bandwidth being
-that of a large copy (bytes read and written) in the same run. Keys and values are left out. A model
-that fits the processor's last cache can pass 1.
+Decoding one token at a time reads all weights once per forward, so memory bandwidth bounds its speed. The
+share of that bound is the bytes of weights read per forward, times forwards per second, over the bandwidth
+of a large copy (bytes read and written) measured in the same run. Keys and values are left out. A model that
+fits into the processor's last cache can exceed 1.
 
 T(n) / T(1) is the time of a greedy engine step with a tree of n rows over that of one row, both on the same
-text: how much a draft costs if nothing of it is accepted.
+text: the cost of a draft of which nothing is accepted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COPY = 2**28  # bytes of the copy: far more than any cache
 
 @dataclass
 class Wide:
-    """Proposes `rows` rows, whatever the text: as a method, and as its drafter."""
+    """A method, and its drafter, that proposes `rows` rows whatever the text is."""
 
     rows: int = 1
 
@@ -49,7 +49,7 @@ class Wide:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written."""
+    """Bytes per second of a large copy, read and written."""
     source = torch.ones(COPY // 4, device=device)
     target = torch.empty_like(source)
     seconds = []
@@ -62,8 +62,8 @@ def bandwidth(device: torch.device) -> float:
 
 
 def weight_bytes(model: TransformersModel) -> int:
-    """Bytes of weights that a forward reads: all but an input embedding that is not the output's too; shared
-    layers at every pass."""
+    """Bytes of weights that a forward reads: all except an untied input embedding. Looped layers count once
+    per pass."""
     table = model.model.get_input_embeddings().weight
     head = model.model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is table
@@ -78,7 +78,7 @@ def _bytes(weights: Iterable[torch.Tensor]) -> int:
 
 
 def row_costs(model: TransformersModel) -> dict[str, object]:
-    """T(1) in seconds and T(n) / T(1), medians over rounds in which each n had its turn."""
+    """T(1) in seconds and T(n) / T(1), as medians over rounds that measure every n once."""
     room = model.context - 1
     history = [i % model.vocab_size for i in range(min(HISTORY, room // 2))]
     counts = [n for n in ROWS if n + len(ROWS) + 1 <= room - len(history)]

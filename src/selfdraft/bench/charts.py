@@ -1,7 +1,7 @@
-"""The pictures of a report, as SVG: text stays text, nothing is fetched, and a phone shows them sharp.
+"""The pictures of a report, as SVG: their text can be selected, and they need no other file.
 
-Each is narrow enough for a phone held upright. An arm has the same colour in all of them; plain decoding is
-grey. Needs matplotlib, which the extra `bench` brings.
+Each is narrow enough for a phone held upright. An arm has the same colour in all pictures; plain decoding is
+grey. Needs matplotlib, which the extra `bench` installs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BenchError
 from .arm import PLAIN
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Figures = Mapping[str, Any]
-# Okabe and Ito's colours, which stay apart for the colour-blind and in grey print; GREY is plain decoding's.
+# Okabe and Ito's colours, which colour-blind readers and grey print can tell apart; GREY is plain decoding's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
 GREY = "#767676"
 WIDTH = 4.9  # inches
@@ -40,13 +39,9 @@ STYLE: Any = {
 }
 
 
-def check() -> None:
-    """Raises BenchError where matplotlib is missing."""
-    if find_spec("matplotlib") is None:
-        raise BenchError(
-            "report.html needs matplotlib: pip install 'selfdraft[bench]', then run the same command again "
-            "(finished answers are kept)"
-        )
+def available() -> bool:
+    """Is matplotlib installed?"""
+    return find_spec("matplotlib") is not None
 
 
 def pictures(record: Figures) -> dict[str, str]:

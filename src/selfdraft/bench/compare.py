@@ -1,10 +1,10 @@
-"""Two reports against each other: what changed between two runs, prompt by prompt.
+"""Compare two reports: what changed between two runs, prompt by prompt.
 
-Runs at different times, or on different machines, have different clocks; so arms are compared by their
-speed-up over the plain decoding of their own run, and only plain decoding itself by tokens a second. Figures
-are over the prompts that both runs have, and ratios, B over A, paired by prompt; a difference is named only
-where the 95 % interval of its median leaves 1 out, and prompts are enough for that to mean something. What
-else differs between the runs is listed, since it may be the reason.
+Runs at different times or on different machines differ in speed. Arms are therefore compared by their
+speed-up over plain decoding of their own run, and only plain decoding itself by tokens per second. Figures
+cover the prompts that both runs have. Ratios, B over A, are paired by prompt; a difference is reported only
+if the 95 % interval of its median excludes 1 and there are enough prompts. Settings that differ between the
+runs are listed, since they may be the reason.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from . import metrics
 from .interval import median
 
 Figures = dict[str, Any]
-SKIPPED = ("suites", "methods", "baselines")  # of a run: told by the table itself, suites one by one
-ADAPTERS = {"adapters", "tuned"}  # of a run: by arm
-FEWEST = 6  # prompts: of fewer the interval ends at the smallest and the largest ratio, whatever they are
+SKIPPED = ("suites", "methods", "baselines")
+"""Settings that are not listed: the table shows them, and suites are compared one by one."""
+ADAPTERS = {"adapters", "tuned"}
+"""Settings that are given by arm."""
+FEWEST = 6
+"""Fewest prompts for a verdict: with fewer the interval is the range of the ratios."""
 
 
 def read(path: Path) -> Figures:
@@ -53,8 +56,9 @@ def read(path: Path) -> Figures:
 
 
 def compare(a: Figures, b: Figures) -> Figures:
-    """changed: what differs between the runs, in words. suites: for each that both have, the arms that both
-    have. Raises BenchError where there is none."""
+    """The settings that differ, in words, and the figures of the suites and arms that both runs have.
+
+    Raises BenchError if they have none in common."""
     shared = [name for name in a["suites"] if name in b["suites"]]
     suites = {name: _suite(a["suites"][name], b["suites"][name]) for name in shared}
     suites = {name: found for name, found in suites.items() if found["arms"]}
@@ -71,7 +75,7 @@ def compare(a: Figures, b: Figures) -> Figures:
 
 
 def _settings(run: Figures, arms: Container[str]) -> Figures:
-    """What a run depended on, suites apart; of adapters those of arms that both runs have."""
+    """The settings of a run without its suites; of adapters only those of arms that both runs have."""
     kept = {key: value for key, value in run.items() if key not in SKIPPED}
     for part in ADAPTERS & kept.keys():
         kept[part] = {name: value for name, value in kept[part].items() if name in arms}
@@ -79,7 +83,7 @@ def _settings(run: Figures, arms: Container[str]) -> Figures:
 
 
 def _asked(suite: str, a: Figures, b: Figures) -> Iterator[tuple[str, Any, Any]]:
-    """Where they differ in what they asked of a suite; of other prompts the texts differ anyhow."""
+    """How the runs differ in what they asked of a suite. The texts of different prompts always differ."""
     same = set(a["suites"][suite]["asked"]) == set(b["suites"][suite]["asked"])
     skipped = {"prompts"} if same else {"prompts", "texts"}
     one, other = (
@@ -122,7 +126,7 @@ def _arm(name: str, a: Figures, b: Figures, same_prompts: bool) -> Figures:
 
 
 def _shared(a: Figures, b: Figures, figure: str) -> Sequence[dict[str, float]]:
-    """A figure of each by prompt, of the prompts that both have."""
+    """A figure of both runs by prompt, for the prompts that both have."""
     one, two = a["prompts"][figure], b["prompts"][figure]
     return [{item: side[item] for item in one if item in two} for side in (one, two)]
 
@@ -135,7 +139,7 @@ def _said(ratio: Mapping[str, Any]) -> str:
 
 
 def show(record: Figures, console: Console) -> None:
-    """A table a suite, and what else differs between the runs."""
+    """Print a table per suite, and the settings that differ."""
     for name, suite in record["suites"].items():
         alone = [f"{suite[key]} only in {key[-1].upper()}" for key in ("only_a", "only_b") if suite[key]]
         title = ", ".join([f"{name}: {suite['prompts']} prompts in both", *alone])

@@ -1,4 +1,4 @@
-"""Medians, and how far they can be trusted: bootstrap intervals over prompts."""
+"""Medians, and their bootstrap intervals over prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DRAWS = 2000
 
 
 def quantile(values: Sequence[float], at: float) -> float | None:
-    """The value below which a share of the values lies, between neighbours by proportion."""
+    """The quantile at a share between 0 and 1, interpolated between neighbours. None without values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -25,9 +25,9 @@ def median(values: Sequence[float]) -> float | None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the median: the prompts drawn anew, with replacement, from a fixed seed.
+    """95 % bootstrap interval of the median, with a fixed seed. None for fewer than two values.
 
-    None for fewer than two values. Few values give a narrow interval by luck; at least 100 are advised.
+    With few values the interval may be too narrow by chance; at least 100 are advised.
     """
     if len(values) < 2:
         return None

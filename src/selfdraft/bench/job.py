@@ -1,4 +1,4 @@
-"""A job: what was asked for, made into arms, prompts and a journal; and the machine it runs on."""
+"""A job: turns the options of a run into arms, prompts and a journal, and describes the machine."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ from ..models.loading import load_pretrained
 from ..models.transformers import Numerics
 from ..sampling.sampler import Sampler
 from . import bound, peer
-from .arm import Arm, Drafted, Generated, drafted, lookups, method, peers
+from .arm import Arm, Drafted, Generated, drafted, externals, lookups, method
 from .journal import Journal
 from .measure import Bench, Work, plan
 from .source import Source
+from .stored import gguf_source, stored_format
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for. methods: names, with options as in `llma:block=10`; plain is always measured.
-    baselines: see `arm.lookups` and `arm.peers`. peer_python: the interpreter of a peer's engine, where it is
-    not this one. prompts: of each suite, at most. repeats: answers to each prompt.
-    max_new_tokens: None is the suite's own. Raises InvalidOption and UnknownMethod."""
+    """The options of a run. Raises InvalidOption and UnknownMethod."""
 
-    model: str = "pico"
+    model: str = "smollm2"
     methods: Sequence[str] = ("llma",)
+    """Names, with options as in `llma:block=10`; plain decoding is always measured."""
     baselines: Sequence[str] = ("generate",)
+    """See `arm.lookups` and `arm.externals`."""
     peer_python: Mapping[str, str] = field(default_factory=dict)
+    """Engine -> the interpreter that has it, if it is not this one."""
+    raw: bool = False
+    """Ask without the model's chat template."""
     prompts: int = 100
+    """Prompts of each suite, at most."""
     repeats: int = 3
+    """Answers to each prompt."""
     max_new_tokens: int | None = None
+    """Length of answers; None is the suite's."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; None is what the model's context allows."""
     temperature: float = 0.0
     seed: int = 0
     dtype: str | None = None
@@ -45,32 +53,35 @@ class Job:
     numerics: Numerics | None = None
 
     def __post_init__(self) -> None:
-        counts = {"prompts": self.prompts, "repeats": self.repeats, "max_new_tokens": self.max_new_tokens}
+        names = ("prompts", "repeats", "max_new_tokens", "max_prompt_tokens")
+        counts = {name: getattr(self, name) for name in names}
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InvalidOption(f"{name} must be at least 1; got {count}")
         for name in self.methods:
             method(name)
         lookups(self.baselines)
-        peer.check_asked(peers(self.baselines), self.peer_python, self.temperature)
+        peer.check_asked(externals(self.baselines), self.peer_python, self.temperature)
 
     def prepare(self, sources: Sequence[Source], out: Path | None = None) -> Bench:
-        """The bench, ready to run; out: its folder, by default named after what is run."""
+        """The bench, ready to run. out: its folder; the default is named after a hash of the settings."""
         sampler = Sampler(self.temperature, seed=self.seed)
         generator = load(self.model, dtype=self.dtype, device=self.device, numerics=self.numerics)
-        others = peers(self.baselines)
+        others = externals(self.baselines)
         peer.check_model(others, self.model, generator)
         versions = peer.versions(others, self.peer_python)
         arms = [*drafted(self.methods, generator, sampler), *self._generated(generator, sampler)]
-        works = [plan(source, generator, self.prompts, self.max_new_tokens) for source in sources]
-        run = self._run(generator, arms, works) | ({"peers": versions} if versions else {})
+        chat = bool(generator.tokenizer.chat_template) and not self.raw
+        limits = self.max_new_tokens, chat, self.max_prompt_tokens
+        works = [plan(source, generator, self.prompts, *limits) for source in sources]
+        run = self._run(generator, arms, works, chat) | ({"peers": versions} if versions else {})
         journal = Journal(out or Path(f"bench-{_digest(run)[:8]}"), run)
         context = max((work.context for work in works), default=0)
         arms += peer.arms(others, self.peer_python, self.model, generator, context, journal.folder)
-        return Bench(generator, arms, works, self.repeats, journal)
+        return Bench(generator, arms, works, self.repeats, journal, chat)
 
     def _generated(self, generator: LLM, sampler: Sampler) -> list[Arm]:
-        """The baselines, on one copy of the weights of their own."""
+        """The baselines of transformers, on their own copy of the weights."""
         wanted = lookups(self.baselines)
         if not wanted:
             return []
@@ -81,13 +92,16 @@ class Job:
             for name, tokens in wanted.items()
         ]
 
-    def _run(self, generator: LLM, arms: Sequence[Arm], works: Sequence[Work]) -> dict[str, Any]:
-        """All that figures depend on: no folder made with anything else is continued."""
+    def _run(self, generator: LLM, arms: Sequence[Arm], works: Sequence[Work], chat: bool) -> dict[str, Any]:
+        """Everything that figures depend on. A folder made with other settings is not continued."""
         model = generator.model
+        source = gguf_source(self.model)
         return {
             "model": generator.name,
             "weights": machine.weights_sha256(model.model),
+            "stored": None if source is None else stored_format(source),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "chat": chat,
             "numerics": model.numerics,
             "temperature": self.temperature,
             "seed": self.seed,
@@ -110,7 +124,7 @@ class Job:
 
 
 def circumstances(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How the figures come about; and what the machine can do at best. Takes some seconds."""
+    """The circumstances of the run, and the limits of the machine. Takes some seconds to measure."""
     model = bench.generator.model
     provenance = {
         "argv": sys.argv,

@@ -1,8 +1,8 @@
-"""Finished answers, one JSON line each, written as they come: a run that stops goes on where it stopped.
+"""Finished answers, one JSON line each, written as they come, so that a stopped run can be continued.
 
-A folder holds one run. `run.json` says which: everything that figures depend on. Asked to continue
-another, the journal refuses and says what differs. A line that was cut off (the machine died) is
-dropped; a write that fails (the disk is full) takes back what it has written of its line.
+A folder holds one run. `run.json` has everything that its figures depend on. If the settings of the command
+differ, the journal refuses to continue and says how. A line that was cut off (the machine died) is dropped; a
+write that fails (the disk is full) removes what it has written of its line.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One answer as it was measured. See `Answer`. prompt_tokens: the length of its prompt. peak: most
-    bytes the process (on CUDA: torch) held meanwhile. others: processor seconds that other processes
-    took meanwhile; None where the system does not say."""
+    """One answer as it was measured. The fields that `Answer` has too are documented there."""
 
     suite: str
     item: str
@@ -45,7 +43,9 @@ class Record:
     rows: tuple[int, ...]
     times: tuple[float, ...]
     peak: int | None
+    """Peak memory of the process (on CUDA: of torch) in bytes while it answered."""
     others: float | None
+    """Processor seconds that other processes used meanwhile. None where the system does not report it."""
     part: float = 1.0
 
     @property
@@ -54,7 +54,7 @@ class Record:
 
 
 class Journal:
-    """The answers of one run, on disk and at hand."""
+    """The answers of one run, in memory and on disk."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class Journal:
         self.found = len(self.records)
 
     def add(self, record: Record) -> None:
-        """Keep an answer. Raises BenchError where the disk does not take it; the others stay."""
+        """Keep an answer. Raises BenchError if it cannot be written; the others stay."""
         line = json.dumps(asdict(record), separators=(",", ":")).encode() + b"\n"
         size = self.path.stat().st_size
         try:
@@ -85,11 +85,11 @@ class Journal:
         self.records[record.key] = record
 
     def save(self, name: str, value: object) -> Path:
-        """Write a JSON file into the folder, whole or not at all. Raises BenchError."""
+        """Write a JSON file into the folder, completely or not at all. Raises BenchError."""
         return self.write(name, json.dumps(value, indent=1) + "\n")
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file into the folder, whole or not at all. Raises BenchError."""
+        """Write a file into the folder, completely or not at all. Raises BenchError."""
         path = self.folder / name
         part = path.with_suffix(".part")
         try:
@@ -104,7 +104,7 @@ class Journal:
         return path
 
     def _claim(self, run: Mapping[str, Any]) -> None:
-        """See that the folder is this run's. Raises BenchError if it is another's."""
+        """Raises BenchError if the folder belongs to another run."""
         mark = self.folder / "run.json"
         if not mark.exists():
             if self.path.exists():
@@ -122,7 +122,7 @@ class Journal:
             )
 
     def _read(self) -> None:
-        """Take in what is there; drop a last line that was cut off."""
+        """Read the answers; drop a last line that was cut off."""
         self.path.touch()
         raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]

@@ -1,12 +1,13 @@
 """The run: every arm answers every prompt, in turn.
 
-Arms take turns on each prompt, and another begins each time, so that a machine that slows down slows
-all of them. All prompts are answered once before any is answered again: a run that stops early has
-them all. Each arm answers once before its first answer counts. Nothing is printed or written while an
+Arms take turns on each prompt, and another one begins each time, so that a machine that slows down slows all
+of them. All prompts are answered once before any is answered again, so that a run that stops early has
+answers to all. Each arm warms up with an answer that does not count. Nothing is printed or written while an
 answer is timed.
 
-In a dialogue the later turns of all arms follow the answers of plain decoding's first repeat: the same
-text for all.
+A model with a chat template is asked through it: each turn is a message of the user. `--raw` asks for the
+plain continuation of the text instead. Either way all arms get the same token ids. In a dialogue the later
+turns of all arms follow the answers of plain decoding's first repeat.
 """
 
 from __future__ import annotations
@@ -24,22 +25,28 @@ from .journal import Journal, Key, Record
 from .source import Source
 from .suite import Item
 
-WARM = 16  # tokens of an answer that warms up
-JOIN = "\n\n"  # between an answer and the next turn
+WARM = 16
+"""Tokens of an answer that warms up."""
+JOIN = "\n\n"
+"""Separates an answer from the next raw turn."""
+SPARE = 4
+"""Tokens per turn that joining texts may cost."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """The prompts of one suite that are asked, and the length of answers. too_long: ids left out because
-    they do not fit the model's context. total: items the suite has. context: most tokens that an item's
-    turns and answers have together."""
+    """The prompts of one suite that are asked."""
 
     source: Source
     items: Sequence[Item]
     length: int
+    """Longest answer, in tokens."""
     total: int
+    """Items that the suite has."""
     too_long: Sequence[str]
+    """Ids of items that were left out because they do not fit the context, or the limit that was given."""
     context: int
+    """Most tokens that the turns and answers of one item have together."""
 
     @property
     def name(self) -> str:
@@ -48,23 +55,26 @@ class Work:
 
 @dataclass
 class Bench:
-    """Arms, the work, and where answers go."""
+    """A run: its arms, its prompts, and the journal that keeps the answers."""
 
     generator: LLM
     arms: Sequence[Arm]
     works: Sequence[Work]
     repeats: int
     journal: Journal
+    chat: bool = False
+    """Ask through the model's chat template."""
     warmed: set[str] = field(default_factory=set)
+    """Suites for which the arms have warmed up."""
 
     def answers(self) -> int:
-        """How many there will be in the end."""
+        """How many answers a finished run has."""
         turns = sum(len(item.turns) for work in self.works for item in work.items)
         return turns * len(self.arms) * self.repeats
 
     def run(self, tell: Callable[[Key], None] = lambda key: None) -> None:
-        """Answer what has no answer yet. `tell` hears of each answer, between two of them. However it ends,
-        arms are closed, and the processes of peers end with them."""
+        """Answer what has no answer yet. `tell` is called after each answer, outside of any timing. However
+        the run ends, the arms are closed, and the processes of other engines end."""
         with ExitStack() as stack:
             for arm in self.arms:
                 stack.callback(arm.close)
@@ -89,13 +99,14 @@ class Bench:
                 tell(keys[arm])
 
     def prompt(self, work: Work, item: Item, turn: int) -> Sequence[int]:
-        """The prompt of a turn: what was said before it, plain decoding's answers among it, and the turn."""
-        text = item.turns[0]
-        for earlier, said in enumerate(item.turns[1 : turn + 1]):
-            answer = self.journal.records[Key(work.name, item.id, earlier, PLAIN, 0)].ids
-            spoken = Detokenizer(self.generator.tokenizer).add(answer, last=True)
-            text += f"{spoken.rstrip()}{JOIN}{said}"
-        return self.generator.encode(text)
+        """Token ids of a turn's prompt: the earlier turns with plain decoding's answers, and the turn."""
+        answers = [self._text(Key(work.name, item.id, earlier, PLAIN, 0)) for earlier in range(turn)]
+        return encoded(self.generator, item, turn, answers, self.chat)
+
+    def _text(self, key: Key) -> str:
+        """The text of an answer."""
+        ids = self.journal.records[key].ids
+        return Detokenizer(self.generator.tokenizer).add(ids, last=True).rstrip()
 
     def _measured(
         self, arm: Arm, key: Key, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int
@@ -118,31 +129,56 @@ class Bench:
         )
 
     def _warm(self, work: Work) -> None:
-        """One short answer of each arm, not counted, before a suite's first."""
+        """Let each arm answer shortly before a suite's first answer; this does not count."""
         if work.name in self.warmed:
             return
         self.warmed.add(work.name)
-        prompt = self.generator.encode(work.items[0].turns[0])
+        prompt = self.prompt(work, work.items[0], 0)
         references = self.generator.references(work.items[0].references)
         for arm in self.arms:
             arm.answer(prompt, references, min(WARM, work.length))
 
 
+def encoded(generator: LLM, item: Item, turn: int, answers: Sequence[str], chat: bool) -> Sequence[int]:
+    """Token ids of a prompt: the item's turns up to `turn`, with the answers to the earlier ones."""
+    if not chat:
+        parts = [text for pair in zip(item.turns, answers, strict=False) for text in (*pair, JOIN)]
+        return generator.encode("".join([*parts, item.turns[turn]]))
+    messages = [{"role": "user", "content": item.chat[0]}]
+    for answer, asked in zip(answers, item.chat[1:], strict=False):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": asked}]
+    return generator.ids(None, messages)
+
+
 def _background(before: machine.Clock | None, after: machine.Clock | None, answer: Answer) -> float | None:
-    """Processor seconds of others, less those of a peer that answered."""
+    """Processor seconds of other work, less those of another engine that answered."""
     spent = machine.others(before, after)
     return None if spent is None else max(0.0, round(spent - answer.spent, 2))
 
 
-def plan(source: Source, generator: LLM, prompts: int, length: int | None) -> Work:
-    """The suite's prompts that fit the context; of those, `prompts` spread evenly over the set."""
+def plan(
+    source: Source,
+    generator: LLM,
+    prompts: int,
+    length: int | None,
+    chat: bool = False,
+    most: int | None = None,
+) -> Work:
+    """Choose prompts of a suite: of those that fit, `prompts` spread evenly over the set.
+
+    length: longest answer; None is the suite's. most: longest prompt in tokens, answers apart; None is what
+    the model's context allows. Raises InvalidSuite if no prompt fits.
+    """
     length = length or source.suite.max_new_tokens
-    needs = {item.id: _need(item, generator, length) for item in source.items}
-    fitting = [item for item in source.items if needs[item.id] <= generator.model.context]
+    room = generator.model.context
+    read = {item.id: _read(item, generator, chat) for item in source.items}
+    needs = {item.id: read[item.id] + len(item.turns) * (length + SPARE) for item in source.items}
+    fitting = [one for one in source.items if needs[one.id] <= room and read[one.id] <= (most or room)]
     if not fitting:
+        limit = f" and in the limit of {most} tokens a prompt" if most else ""
         raise InvalidSuite(
             f"suite {source.suite.name!r}: no prompt leaves room for answers of {length} tokens in the "
-            f"model's context of {generator.model.context}; lower --max-new-tokens"
+            f"model's context of {room}{limit}; lower --max-new-tokens or raise --max-prompt-tokens"
         )
     chosen = (
         [fitting[i * len(fitting) // prompts] for i in range(prompts)] if prompts < len(fitting) else fitting
@@ -153,6 +189,8 @@ def plan(source: Source, generator: LLM, prompts: int, length: int | None) -> Wo
     return Work(source, chosen, length, len(source.items), too_long, context)
 
 
-def _need(item: Item, generator: LLM, length: int) -> int:
-    """Tokens of its turns and answers together; joins may cost a token or two each."""
-    return sum(len(generator.encode(turn)) + length + 4 for turn in item.turns)
+def _read(item: Item, generator: LLM, chat: bool) -> int:
+    """Tokens of an item's turns, without answers."""
+    if not chat:
+        return sum(len(generator.encode(turn)) for turn in item.turns)
+    return len(encoded(generator, item, len(item.turns) - 1, [""] * (len(item.turns) - 1), chat))

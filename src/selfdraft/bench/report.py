@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._common.machine import QUIET
+from .._common.repetition import fresh
 from . import metrics
 from .arm import GENERATE, PLAIN, Arm
 from .journal import Key, Record
@@ -22,7 +23,7 @@ Figures = dict[str, Any]
 
 
 def report(bench: Bench, provenance: Mapping[str, Any], bound: Figures) -> Figures:
-    """All of it. provenance: how it came about; bound: what the machine can do."""
+    """The whole report. provenance: the circumstances of the run. bound: the limits of the machine."""
     records = bench.journal.records
     return {
         "run": bench.journal.run,
@@ -34,14 +35,14 @@ def report(bench: Bench, provenance: Mapping[str, Any], bound: Figures) -> Figur
 
 
 def background(records: Sequence[Record], provenance: Mapping[str, Any]) -> Figures:
-    """What else ran: cores busy with other work before the run, and while answers were timed."""
+    """Background work: cores busy with other work before the run, and while answers were timed."""
     known = [(r.others, r.times[-1]) for r in records if r.others is not None]
     during = sum(spent for spent, _ in known) / sum(at for _, at in known) if known else None
     before = provenance.get("idle_cores_busy")
     busy = max((cores for cores in (before, during) if cores is not None), default=None)
     said = "unknown on this system"
     if busy is not None:
-        said = f"{busy:.1f} cores were busy with other work" if busy > QUIET else "none to speak of"
+        said = f"{busy:.1f} cores were busy with other work" if busy > QUIET else "negligible"
     return {
         "before": before,
         "during": during,
@@ -61,6 +62,7 @@ def _suite(bench: Bench, work: Work, bound: Figures) -> Figures:
         "asked": [item.id for item in work.items],
         "too_long": list(work.too_long),
         "max_new_tokens": work.length,
+        "copied_share": _copied_share(bench, work),
         "arms": _arms(bench, work, {item.id for item in work.items}, bound),
         "sample": sample(bench, work),
         "groups": {
@@ -68,6 +70,19 @@ def _suite(bench: Bench, work: Work, bound: Figures) -> Figures:
             for group in groups
         },
     }
+
+
+def _copied_share(bench: Bench, work: Work) -> float:
+    """The share of plain decoding's tokens that lie inside 4-grams of the prompt or the references."""
+    inside = total = 0
+    for item in work.items:
+        references = bench.generator.references(item.references)
+        for turn in range(len(item.turns)):
+            ids = bench.journal.records[Key(work.name, item.id, turn, PLAIN, 0)].ids
+            texts = [bench.prompt(work, item, turn), *references]
+            found, of = metrics.copied(ids[: fresh(ids)], texts)
+            inside, total = inside + found, total + of
+    return inside / total
 
 
 def _arms(bench: Bench, work: Work, items: set[str], bound: Figures) -> Figures:
@@ -94,7 +109,9 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
         figures = metrics.figures(mine, cut)
         speed = figures["forwards_per_second"]
         if speed is not None:
-            figures["bandwidth_share"] = speed * bound["weight_bytes"] / bound["bandwidth"]
+            figures["bandwidth_share"] = (
+                speed * (arm.weight_bytes or bound["weight_bytes"]) / bound["bandwidth"]
+            )
         for label, other in ((PLAIN, arm.plain), (GENERATE, GENERATE)):
             if other != arm.name and any(key.arm == other for key in records):
                 figures[f"against_{label}"] = metrics.ratios(mine, records, other, cut)
@@ -103,7 +120,7 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
 
 
 def _prompts(arm: Arm, mine: Sequence[Record], records: Mapping[Key, Record]) -> Figures:
-    """The speed at each prompt, up to the first repetition: what two runs are compared by."""
+    """The speed at each prompt, up to the first repetition, by which two runs are compared."""
     return {
         "tokens_per_second": metrics.speeds_by_item(mine, cut=True),
         "against_plain": metrics.ratios_by_item(mine, records, arm.plain, cut=True),
@@ -111,13 +128,18 @@ def _prompts(arm: Arm, mine: Sequence[Record], records: Mapping[Key, Record]) ->
 
 
 def summary(record: Figures) -> Figures:
-    """The main figures, for the last line."""
+    """The main figures, for the last line of the output."""
     return {
         "model": record["run"]["model"],
+        "weights": weights(record["run"]),
+        "chat": record["run"]["chat"],
+        "hardware": hardware(record["run"]["machine"]),
         "background": record["background"]["said"],
         "suites": {
             name: {
                 "prompts": len(suite["asked"]),
+                "too_long": len(suite["too_long"]),
+                "copied_share": suite["copied_share"],
                 "arms": {arm: _main(figures) for arm, figures in suite["arms"].items()},
             }
             for name, suite in record["suites"].items()
@@ -135,6 +157,7 @@ def _main(figures: Figures) -> Figures:
         "tokens_per_forward_step": cut["tokens_per_forward_step"],
         "tokens_per_forward_request": cut["tokens_per_forward_request"],
         "rows_per_forward": cut["rows_per_forward"],
+        "bandwidth_share": cut.get("bandwidth_share"),
         "identical": [same["identical"], same["of"]],
         "repeated_share": figures["repeated_share"]["tokens"],
         "grade": figures["grade"],
@@ -146,10 +169,11 @@ STEPS = ("per step", "per request", "rows", "first ms", "gap p50", "gap p95", "b
 
 
 def show(record: Figures, console: Console) -> None:
-    """A table per suite, and what must be known to read it."""
+    """Print a table per suite, and notes on how to read them."""
     for name, suite in record["suites"].items():
-        left = f", {len(suite['too_long'])} too long for the context" if suite["too_long"] else ""
-        title = f"{name}: {len(suite['asked'])} of {suite['items']} prompts{left}"
+        left = f", {len(suite['too_long'])} too long" if suite["too_long"] else ""
+        copied = f"{suite['copied_share']:.0%} of plain decoding's tokens can be copied"
+        title = f"{name}: {len(suite['asked'])} of {suite['items']} prompts{left}; {copied}"
         console.print(_table(title, SPEED, {arm: speed_cells(one) for arm, one in suite["arms"].items()}))
         console.print(_table(None, STEPS, {arm: step_cells(one) for arm, one in suite["arms"].items()}))
         for group, arms in suite["groups"].items():
@@ -168,7 +192,7 @@ def _table(title: str | None, headings: Sequence[str], rows: Mapping[str, Sequen
 
 
 def speed_cells(figures: Figures) -> list[str]:
-    """What stands under SPEED."""
+    """The cells under SPEED."""
     cut, whole, same = figures["cut"], figures["whole"], figures["identity"]
     plain = cut.get("against_plain", {})
     low, high = plain.get("interval") or (None, None)
@@ -185,7 +209,7 @@ def speed_cells(figures: Figures) -> list[str]:
 
 
 def step_cells(figures: Figures) -> list[str]:
-    """What stands under STEPS."""
+    """The cells under STEPS."""
     cut = figures["cut"]
     gaps = cut["between_tokens_seconds"]
     return [
@@ -214,10 +238,13 @@ def _notes(record: Figures, console: Console) -> None:
     run, where, bound = record["run"], record["run"]["machine"], record["bound"]
     costs = ", ".join(f"{n}: {x:.2f}" for n, x in bound["rows"]["ratio"].items())
     lines = [
-        "Figures are up to each answer's first repetition; `uncut` is x plain without that cut. x plain and "
-        "x generate are medians of paired ratios over prompts, decoding alone.",
-        f"{run['model']}, {run['dtype']} on {where['device']} ({where['processor']}, {where['threads']} "
-        f"threads), {run['numerics']} numerics, temperature {run['temperature']}, seed {run['seed']}",
+        "Figures count each answer up to its first repetition; `uncut` is x plain without that cut. x plain "
+        "and x generate are medians over prompts of paired ratios of decoding speed. Per step, per request: "
+        "tokens per forward. Bandwidth: share of the memory's. Tokens that can be copied lie inside a 4-gram of the "
+        "prompt or the references.",
+        f"{run['model']}, weights {weights(run)}, {run['numerics']} numerics, temperature "
+        f"{run['temperature']}, seed {run['seed']}; {asked(run)}",
+        f"hardware: {hardware(where)}",
         grades(record),
         f"T(n)/T(1): {costs}; bandwidth {bound['bandwidth'] / 1e9:.1f} GB/s",
         f"background work: {record['background']['said']}",
@@ -226,12 +253,30 @@ def _notes(record: Figures, console: Console) -> None:
         lines.append(
             "At a temperature, generate draws other noise: its texts are not expected to be identical."
         )
+    if any("-stored" in name for name in run["baselines"]):
+        lines.append(f"llamacpp-stored runs the GGUF file as stored ({run['stored']}): its texts may differ.")
     for line in lines:
         console.print(line, style="dim", highlight=False)
 
 
+def weights(run: Figures) -> str:
+    """The format of the weights: as computed with, and as stored where that is another."""
+    return f"{run['dtype']} (stored as {run['stored']})" if run["stored"] else str(run["dtype"])
+
+
+def asked(run: Figures) -> str:
+    """How prompts were given to the model."""
+    return "prompts through the chat template" if run["chat"] else "raw prompts"
+
+
+def hardware(machine: Figures) -> str:
+    """Device, processor, threads and instruction sets."""
+    sets = ", ".join(machine["instructions"]) or "instruction sets unknown"
+    return f"{machine['device']}: {machine['processor']}, {machine['threads']} threads, {sets}"
+
+
 def grades(record: Figures) -> str:
-    """Whose text it is."""
+    """Whether texts are those of the base weights or of tuned ones."""
     arms = {name: one for suite in record["suites"].values() for name, one in suite["arms"].items()}
     tuned = sorted(name for name, one in arms.items() if one["grade"] == "tuned")
     if not tuned:

@@ -1,8 +1,8 @@
-"""A sample answer, forward by forward: what a reader can judge a figure by.
+"""A sample answer, step by step, so that a reader sees what a figure stands for.
 
-Of a suite the prompt is taken at which the first arm that drafts did as well as at most others, the median
-of its speed-up: neither the best one nor one drawn by chance. Its answers of the first repeat are kept as
-pieces of text with the number of tokens of each, one piece a step.
+It is the prompt of a suite at which the first drafting arm has its median speed-up: neither the best one nor
+a random one. Its answers of the first repeat are kept as pieces of text, one per step, with their number of
+tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .measure import Bench, Work
 
 
 def sample(bench: Bench, work: Work) -> dict[str, Any]:
-    """item: its id. prompt: its text. arms: for each its pieces, [tokens, text], and the seconds."""
+    """A suite's sample: the item's id, the prompt's text, each arm's pieces ([tokens, text]) and time."""
     usual = _usual(bench, work)
     item = next(one for one in work.items if one.id == usual)
     prompt = bench.prompt(work, item, 0)
@@ -29,11 +29,12 @@ def sample(bench: Bench, work: Work) -> dict[str, Any]:
             ids, begun = record.ids[begun : begun + run], begun + run
             pieces.append([run, shown.add(ids, last=begun == len(record.ids))])
         answers[arm.name] = {"pieces": pieces, "seconds": record.times[-1]}
-    return {"item": item.id, "prompt": item.turns[0], "arms": answers}
+    text = item.chat[0] if bench.chat else item.turns[0]
+    return {"item": item.id, "prompt": text, "arms": answers}
 
 
 def _usual(bench: Bench, work: Work) -> str:
-    """The id of the prompt whose speed-up is the median; of the first prompt where nothing drafts."""
+    """The id of the prompt with the median speed-up; of the first prompt if no arm drafts."""
     arm = next((one for one in bench.arms if one.drafts and one.name != PLAIN), None)
     if arm is None:
         return work.items[0].id

@@ -1,7 +1,7 @@
-"""The rows of a suite: from a folder of files, or from their public home through `datasets`.
+"""The rows of a suite: from a folder of files, or from where they are published, through `datasets`.
 
-Either way they come with a fingerprint, so that a report says which data it was measured on. From a
-folder it is the SHA-256 of each file; from the public home, of the rows.
+Either way they come with a fingerprint, so that a report says which data it was measured on. For files it is
+the SHA-256 of each file's contents, for a published set that of its rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from .suite import Home, Item, Row, Suite, items
 
 @dataclass(frozen=True)
 class Source:
-    """Items of a suite and the data they were made from: name of each file or home -> SHA-256."""
+    """Items of a suite and the data they were made from."""
 
     suite: Suite
     items: list[Item]
     fingerprints: dict[str, str]
+    """Name of each file or published set -> SHA-256."""
 
 
 def from_folder(suite: Suite, data: Path) -> Source:
@@ -79,7 +80,7 @@ def _find(suite: Suite, data: Path, name: str) -> Path:
 
 
 def _bytes(path: Path) -> bytes:
-    """What the file holds, unpacked if need be."""
+    """The contents of a file, unpacked if it ends in .gz."""
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -117,7 +118,7 @@ def _published(suite: Suite, home: Home) -> list[dict[str, Any]]:
         else:
             rows = datasets.load_dataset(home.dataset, home.config, split=home.split)
         return [dict(row) for row in rows]
-    except Exception as error:  # what is out of reach shows as errors of four libraries
+    except Exception as error:  # an unreachable set raises errors of four libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InvalidSuite(
             f"suite {suite.name!r}: {home.name} cannot be read ({reason}); "

@@ -1,11 +1,11 @@
-"""Suites: which prompts, how they are made from rows, and where the rows are at home.
+"""Suites: which prompts, how they are made from rows, and where the rows are published.
 
 A suite is one TOML file under `suites/`, found by its name, and holds the fields of `Suite`. Its data is
 never shipped. The user's own JSON lines are a suite too (`own`): rows of `prompt` or `turns`, with `id`,
 `reference` or `references` where there are any.
 
-A prompt ends with the suite's `after`: a blank line for sets that ask for something (prompt, blank line,
-response is the form pico was trained on), nothing where code is to be continued.
+Each item has its turns in two forms: as raw text to continue (`turns`), and as messages of a user to a chat
+model (`chat`). Which one is asked is decided by the model and `--raw`, see `measure`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import string
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,18 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Text out of a field of a row. match: keep what its first group finds. optional: may be missing."""
+    """Text out of a field of a row."""
 
     field: str
     match: str = ""
+    """A regular expression whose first group is kept. Empty: the whole field."""
     optional: bool = False
+    """Rows may lack the field."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Rows that belong: those whose field lies between the two, both included."""
+    """Rows that belong to the suite: those whose field lies between the two numbers, both included."""
 
     field: str
     least: int
@@ -45,16 +47,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Home:
-    """Where a set is published: a dataset on the Hugging Face hub, or files that `datasets` reads as JSON.
-
-    prompt: the template for rows of this form, where it is not the suite's.
-    """
+    """Where a set is published: a dataset on the Hugging Face hub, or files that `datasets` reads as JSON."""
 
     dataset: str = ""
     config: str | None = None
     split: str = "train"
     files: str = ""
     prompt: str = ""
+    """The template for rows of this form, where it differs from the suite's."""
 
     @property
     def name(self) -> str:
@@ -63,40 +63,48 @@ class Home:
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of prompts.
-
-    files: in the data folder. id, prompt: templates over a row's fields; a list is joined by line ends;
-    without one the id is the row's `id`, else its number. turns: field with the turns of a dialogue,
-    used where a row has it. after: what ends each turn. references: texts the answer may quote. group:
-    which part of the set a row belongs to, renamed by `groups`. lines: keep the prompt's first half, at
-    most so many lines. range: the rows that belong. max_new_tokens: how long answers get unless told
-    otherwise.
-    """
+    """A set of prompts. Templates are filled with a row's fields; a list is joined by line ends."""
 
     name: str
     about: str
     licence: str
     files: tuple[str, ...]
+    """Paths in the data folder."""
     id: str = ""
+    """Template of an item's id. Without one the id is the row's `id`, else its number."""
     prompt: str = ""
+    """Template of the raw prompt."""
+    chat: str = ""
+    """Template of the message to a chat model. Without one the message is the raw prompt."""
     turns: str = ""
+    """Field with the turns of a dialogue, used where a row has it."""
     after: str = ""
+    """Text that ends each raw turn: a blank line for sets that ask for something, nothing for code."""
     references: tuple[Part, ...] = ()
+    """Texts that the answer may quote."""
     group: Part | None = None
+    """The part of the set that a row belongs to."""
     groups: dict[str, str] = field(default_factory=dict)
+    """New names of groups."""
     lines: int = 0
+    """Keep the first half of the prompt's lines, at most so many. 0 keeps all."""
     range: Range | None = None
     max_new_tokens: int = 256
+    """Length of answers unless the command line gives one."""
     home: tuple[Home, ...] = ()
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt, or the user's turns of one dialogue, with the texts the answers may quote."""
+    """One prompt, or the user's turns of one dialogue."""
 
     id: str
     turns: tuple[str, ...]
+    """Raw text, to be continued."""
+    chat: tuple[str, ...]
+    """The same turns as messages of a user."""
     references: tuple[str, ...] = ()
+    """Texts that the answers may quote."""
     group: str = ""
 
 
@@ -116,7 +124,7 @@ def named(name: str) -> Suite:
 
 
 def own(path: Path) -> Suite:
-    """The user's JSON lines as a suite; prompts are taken as they are."""
+    """The user's JSON lines as a suite; prompts are used unchanged."""
     return Suite(
         name=path.name.split(".")[0] or path.name,
         about="JSON lines of the user's own",
@@ -129,7 +137,7 @@ def own(path: Path) -> Suite:
 
 
 def items(suite: Suite, rows: Iterable[tuple[str, Row]], prompt: str = "") -> list[Item]:
-    """The suite's items; `rows` come with the words that say where each stands. Raises InvalidSuite."""
+    """The suite's items. Each row comes with its place, such as "data, line 7". Raises InvalidSuite."""
     made = [
         _item(suite, row, where, prompt or suite.prompt) for where, row in rows if _belongs(suite, row, where)
     ]
@@ -139,9 +147,11 @@ def items(suite: Suite, rows: Iterable[tuple[str, Row]], prompt: str = "") -> li
 def _item(suite: Suite, row: Row, where: str, prompt: str) -> Item:
     number = where.rpartition(" ")[2]
     group = "".join(_texts(suite.group, row, where)) if suite.group else ""
+    turns = _turns(suite, row, where, prompt)
     return Item(
         id=_fill(suite.id, row, where) or str(row.get("id", number)),
-        turns=tuple(turn + suite.after for turn in _turns(suite, row, where, prompt)),
+        turns=tuple(turn + suite.after for turn in turns),
+        chat=(_chat(suite, row, where, turns[0]),) if suite.chat else tuple(turns),
         references=tuple(text for part in suite.references for text in _texts(part, row, where)),
         group=suite.groups.get(group, group),
     )
@@ -153,8 +163,13 @@ def _turns(suite: Suite, row: Row, where: str, prompt: str) -> Sequence[str]:
     else:
         turns = [_head(_fill(prompt, row, where), suite.lines)]
     if not turns or not all(turns):
-        raise InvalidSuite(f"{where}: the prompt is empty; every row needs some text")
+        raise InvalidSuite(f"{where}: the prompt is empty; every row needs a prompt")
     return turns
+
+
+def _chat(suite: Suite, row: Row, where: str, prompt: str) -> str:
+    """The message to a chat model: {prompt} in its template is the raw prompt, other names are fields."""
+    return _fill(suite.chat, {**row, "prompt": prompt}, where)
 
 
 def _head(text: str, most: int) -> str:
@@ -192,7 +207,7 @@ def _value(name: str, row: Row, where: str) -> Any:
 
 
 class _Template(string.Formatter):
-    """`str.format` over a row; what is missing is an error that says where."""
+    """`str.format` over a row. A missing field is an error that names the row's place."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -217,11 +232,11 @@ def _belongs(suite: Suite, row: Row, where: str) -> bool:
 
 
 def _distinct(made: Sequence[Item]) -> list[Item]:
-    """The items with ids that occur once: a repeated one gets its count."""
+    """The items with unique ids: a repeated id gets a number."""
     seen: dict[str, int] = {}
     out = []
     for item in made:
         seen[item.id] = seen.get(item.id, 0) + 1
         label = item.id if seen[item.id] == 1 else f"{item.id}#{seen[item.id]}"
-        out.append(Item(label, item.turns, item.references, item.group))
+        out.append(replace(item, id=label))
     return out

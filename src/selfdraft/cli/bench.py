@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import BenchError, InvalidOption, InvalidSuite
+from ..errors import InvalidOption, InvalidSuite
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from ..bench.measure import Bench
     from ..bench.source import Source
 
+DEFAULT_MODEL = "smollm2"  # models.loading.DEFAULT_MODEL, which would import torch for --help
 NONE = "none"
 
 
 def bench(
     suite: Annotated[
-        list[str] | None, typer.Option("--suite", "-s", help="A set of prompts, see above; repeatable.")
+        list[str] | None, typer.Option("--suite", "-s", help="A set of prompts, listed above; repeatable.")
     ] = None,
     file: Annotated[
         list[Path] | None,
@@ -33,9 +34,11 @@ def bench(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder that holds the suites' files. Default: their public home, by `datasets`."),
+        typer.Option(help="Folder with the suites' files. Default: download them with `datasets`."),
     ] = None,
-    model: Annotated[str, typer.Option(help="pico (embedded), a model folder, or a hub id.")] = "pico",
+    model: Annotated[
+        str, typer.Option(help="smollm2, a model folder, a GGUF file, or a hub id.")
+    ] = DEFAULT_MODEL,
     method: Annotated[
         list[str] | None,
         typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,...; repeatable. Default: llma."),
@@ -43,24 +46,32 @@ def bench(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate, lookup-5, lookup-10, lookup-20, or none; other engines: llamacpp, "
-            "llamacpp-lookup-10, vllm, vllm-ngram-10; repeatable. Default: generate."
+            help="generate, lookup-10 (generate with prompt lookup), or none; other engines: llamacpp (the "
+            "loaded weights), llamacpp-stored (the GGUF file itself), each also with -lookup-10; vllm, "
+            "vllm-ngram-10; repeatable. Default: generate."
         ),
     ] = None,
     peer_python: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=PATH",
-            help="The interpreter that has llamacpp or vllm; repeatable. Default: this one.",
+            help="The Python interpreter that has llamacpp or vllm; repeatable. Default: this one.",
         ),
     ] = None,
-    prompts: Annotated[int, typer.Option(help="Prompts a suite, spread evenly over it.")] = 100,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Prompts as raw text, without the model's chat template.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts per suite, spread evenly over it.")] = 100,
     repeats: Annotated[int, typer.Option(help="How often each prompt is answered.")] = 3,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", help="Tokens an answer. Default: the suite's.")
+        int | None,
+        typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens. Default: the suite's."),
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Leave out longer prompts. Default: what fits the model's context.")
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Keys the noise at a temperature.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for a temperature above 0.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: as stored.")
     ] = None,
@@ -70,31 +81,30 @@ def bench(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for answers and report. Default: bench-..., named after what is run."),
+        typer.Option(help="Folder for answers and report. Default: bench-HASH, by the settings."),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(
-            metavar="A.json B.json", help="Measure nothing: hold two reports against each other, B over A."
-        ),
+        typer.Option(metavar="A.json B.json", help="Measure nothing: compare two reports, B over A."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="No tables; the last line is JSON anyway.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the last line, which is JSON.")] = False,
 ) -> None:
-    """Measure methods side by side, so that no method brings its own figures.
+    """Compare methods on the same prompts and machine.
 
-    Plain decoding always runs: it is what the others are compared with, in text and in speed. All arms
-    answer each prompt in turn, warm, --repeats times. Figures count each answer up to its first
-    repetition, so that a looping model does not flatter a method; report.json has them without that
-    cut too, with every prompt's id, the machine, and what else ran on it. report.html shows all of it as
-    one page, with pictures and a sample answer, for a browser, a phone or a printer.
+    Plain decoding always runs; the others are compared with it, in text and in speed. All arms answer each
+    prompt in turn, warm, --repeats times, from the same token ids. A model with a chat template is asked
+    through it, unless --raw is given. Figures count each answer up to its first repetition, since every
+    method drafts a loop easily. report.json has all figures, with every prompt's id, the machine and its
+    background work; report.html shows them as one page with a sample answer.
 
-    Answers are kept as they come. Stop it at any time: the same command goes on where it stopped.
+    Answers are kept as they come. Stop at any time: the same command continues.
 
     Suites: py_edits, py_functions, py_code, humaneval, humaneval_x, mbpp, gsm8k, mt_bench, spec_bench,
-    spider, llma_rag, llma_cnndm. None is shipped: give --data, or let `datasets` fetch it.
+    spider, llma_rag (retrieval), llma_cnndm (summaries). None is shipped: give --data, or let `datasets`
+    download it.
 
-    A file of your own has one object a line: {"prompt": "..."} or {"turns": ["...", "..."]}; if answers
-    may quote something, "reference" or "references"; "id" as you like. Prompts are taken as they are.
+    A file of your own has one JSON object per line: {"prompt": "..."} or {"turns": ["...", "..."]}; with
+    "reference" or "references" for texts that answers may quote, and an "id" if you like.
 
     Examples:
 
@@ -108,8 +118,9 @@ def bench(
     """
     from rich.console import Console
 
-    from ..bench import report
+    from ..bench import charts, report
     from ..bench.job import Job, circumstances
+    from ..bench.page import page as made_page
 
     if compare is not None:
         _compare(*compare, given=bool(suite or file), as_json=as_json)
@@ -120,9 +131,11 @@ def bench(
         methods=method or ["llma"],
         baselines=[] if baseline == [NONE] else baseline or ["generate"],
         peer_python=_interpreters(peer_python or ()),
+        raw=raw,
         prompts=prompts,
         repeats=repeats,
         max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         temperature=temperature,
         seed=seed,
         dtype=dtype,
@@ -137,33 +150,27 @@ def bench(
     _measure(running, console)
     record = report.report(running, provenance, bound)
     path = running.journal.save("report.json", record)
+    page = running.journal.write("report.html", made_page(record))
+    if not charts.available():
+        console.print(
+            "selfdraft: report.html has no pictures, since matplotlib is not installed; "
+            "pip install 'selfdraft[bench]', then run the same command again",
+            style="yellow",
+        )
     if not as_json:
         report.show(record, _out())
-    print(
-        json.dumps({**report.summary(record), "report": str(path), "page": _page(running, record, console)})
-    )
+    print(json.dumps({**report.summary(record), "report": str(path), "page": str(page)}))
 
 
 def _out() -> Console:
-    """Where tables go."""
+    """The console for tables."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
-def _page(running: Bench, record: dict[str, Any], console: Console) -> str | None:
-    """Where the page is; None, and a word about it, where it cannot be made: the figures are there anyway."""
-    from ..bench.page import page
-
-    try:
-        return str(running.journal.write("report.html", page(record)))
-    except BenchError as error:
-        console.print(f"selfdraft: {error}", style="yellow", highlight=False, markup=False)
-        return None
-
-
 def _compare(a: Path, b: Path, given: bool, as_json: bool) -> None:
-    """Two reports. Raises BenchError, and InvalidOption where something is to be measured as well."""
+    """Compare two reports. Raises BenchError, and InvalidOption together with --suite or --file."""
     from ..bench import compare
 
     if given:
@@ -175,7 +182,7 @@ def _compare(a: Path, b: Path, given: bool, as_json: bool) -> None:
 
 
 def _interpreters(given: Sequence[str]) -> dict[str, str]:
-    """The interpreters of peers, by engine. Raises InvalidOption."""
+    """The interpreters of other engines. Raises InvalidOption."""
     found = {}
     for one in given:
         name, _, path = one.partition("=")
@@ -186,7 +193,7 @@ def _interpreters(given: Sequence[str]) -> dict[str, str]:
 
 
 def _sources(names: Sequence[str], files: Sequence[Path], data: Path | None) -> list[Source]:
-    """The suites asked for, read. Raises InvalidSuite."""
+    """Read the suites. Raises InvalidSuite."""
     from ..bench import source, suite
 
     if not names and not files:
@@ -211,13 +218,13 @@ def _warn(busy: float | None, console: Console) -> None:
 
 
 def _measure(running: Bench, console: Console) -> None:
-    """The run, with a bar that is drawn between answers only."""
+    """Run, with a progress bar that is drawn between answers only."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if running.journal.found:
         console.print(
-            f"selfdraft: going on in {running.journal.folder}, {running.journal.found} answers are there"
+            f"selfdraft: continuing in {running.journal.folder}, which has {running.journal.found} answers"
         )
     try:
         with Progress(*columns, console=console, auto_refresh=False) as bar:
@@ -230,6 +237,6 @@ def _measure(running: Bench, console: Console) -> None:
     except KeyboardInterrupt:
         kept = len(running.journal.records)
         console.print(
-            f"selfdraft: {kept} answers are kept in {running.journal.folder}; the same command goes on"
+            f"selfdraft: {kept} answers are kept in {running.journal.folder}; the same command continues"
         )
         raise

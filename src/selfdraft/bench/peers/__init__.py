@@ -1,10 +1,9 @@
-"""What runs in the processes of peers, engines of other houses.
+"""Programs that run other inference engines, each in its own process.
 
-None of it imports anything of selfdraft: each file runs by its path, under whichever interpreter has the
-engine.
+None of them imports selfdraft: each file is run by its path, under the interpreter that has the engine.
 
 worker.py        the protocol: JSON lines, token ids in, token ids out
 llamacpp.py      llama.cpp, through llama-cpp-python
 vllm.py          vLLM, its builds for the CPU
-gguf_folder.py   a Llama's folder as the one file that llama.cpp reads
+gguf_folder.py   converts a llama or qwen2 folder to a GGUF file, which llama.cpp reads
 """

@@ -1,12 +1,13 @@
-"""A Llama's folder as the one file that llama.cpp reads: `python gguf_folder.py FOLDER FILE DTYPE`.
+"""Convert a model folder to the GGUF file that llama.cpp reads: `python gguf_folder.py FOLDER FILE DTYPE`.
 
-The weights are those that transformers loads in that dtype, rounded alike where they are stored in a wider
-one; vectors are written in float32, as llama.cpp wants them, with the values they have in that dtype. Rows
-of queries and keys change places: llama.cpp turns neighbouring numbers of a head together, transformers
-those that are half a head apart.
+Models of the types llama and qwen2 are converted. The weights are those that transformers loads in the dtype,
+rounded in the same way if they are stored in a wider one. Vectors are written in float32, as llama.cpp
+requires, with the values they have in the dtype. For a llama the rows of query and key projections are
+permuted: llama.cpp rotates neighbouring numbers of a head together, transformers those that are half a head
+apart. For a qwen2 both do the latter.
 
-Tokens and merges of a byte-level BPE are written, but not how text is split before merging: by token ids
-the file gives what the folder gives, from text it may not. Needs numpy and gguf.
+Tokens and merges of a byte-level BPE are written, but not how text is split before merging. The file is
+therefore equivalent to the folder for token ids, but not for text. Needs numpy and gguf.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
+"""Types of models -> llama.cpp's name of their architecture."""
 NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 IN_LAYER = {
     "input_layernorm": "attn_norm",
@@ -33,25 +36,27 @@ IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""Layers that may have a bias: those of a qwen2."""
 STORED = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 KINDS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 FILE_TYPES = {"bfloat16": "MOSTLY_BF16", "float16": "MOSTLY_F16", "float32": "ALL_F32"}
 
 
 class Unfit(Exception):
-    """What the folder holds cannot be written as such a file."""
+    """The folder's model cannot be converted."""
 
 
 def unfit(config: Mapping[str, Any]) -> str | None:
-    """Why a model of this configuration (`config.json`) cannot be converted; None where it can."""
+    """Why a model with this configuration (`config.json`) cannot be converted; None if it can."""
     kind = config.get("model_type")
-    if kind != "llama":
-        return f"it is a {kind} model, and only Llamas are converted"
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+    if kind not in ARCHITECTURES:
+        return f"it is a {kind} model, and only {', '.join(ARCHITECTURES)} are converted"
+    for name in ("attention_bias", "mlp_bias", "quantization_config", "use_sliding_window"):
         if config.get(name):
-            return f"it is a Llama with {name}, and only those without are converted"
+            return f"it is a {kind} model with {name}, and only those without are converted"
     if config.get("hidden_act", "silu") != "silu":
-        return f"its activation is {config['hidden_act']}, and a Llama's is silu"
+        return f"its activation is {config['hidden_act']}, and only silu is converted"
     turned = rope(config)["rope_type"]
     if turned not in ("default", "llama3"):
         return f"its positions are scaled by {turned!r}, and only llama3's scaling is converted"
@@ -59,7 +64,7 @@ def unfit(config: Mapping[str, Any]) -> str | None:
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How positions turn, in either spelling of the configuration: rope_type, rope_theta, factors."""
+    """Parameters of the rotary positions, from either spelling of the configuration."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = given.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -67,7 +72,7 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert(folder: Path, file: Path, dtype: str) -> None:
-    """Write the file, whole or not at all. Raises Unfit, and OSError as it comes."""
+    """Write the file completely or not at all. Raises Unfit and OSError."""
     import gguf
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -75,7 +80,7 @@ def convert(folder: Path, file: Path, dtype: str) -> None:
     if reason:
         raise Unfit(reason)
     part = file.with_suffix(".part")
-    writer = gguf.GGUFWriter(part, "llama")
+    writer = gguf.GGUFWriter(part, ARCHITECTURES[config["model_type"]])
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
     _describe(writer, config)
     _vocabulary(writer, folder, config)
@@ -95,7 +100,7 @@ def convert(folder: Path, file: Path, dtype: str) -> None:
 
 
 def _describe(writer: Any, config: Mapping[str, Any]) -> None:
-    """Shapes and constants."""
+    """Write shapes and constants."""
     heads = config["num_attention_heads"]
     width = head_size(config)
     writer.add_context_length(config.get("max_position_embeddings", 2048))
@@ -113,7 +118,7 @@ def _describe(writer: Any, config: Mapping[str, Any]) -> None:
 
 
 def _vocabulary(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
-    """Tokens, merges, and the ids that begin and end a text. Raises Unfit for another kind of tokenizer."""
+    """Write tokens, merges, and the ids that begin and end a text. Raises Unfit for other tokenizers."""
     from gguf import TokenType
 
     path = folder / "tokenizer.json"
@@ -137,7 +142,7 @@ def _vocabulary(writer: Any, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _weights(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """All weights by their names in the folder, as they are stored, mapped from disk; bfloat16 as bits."""
+    """All weights with their names, as stored, mapped from disk. bfloat16 comes as its bits."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise Unfit("the folder has no weights as safetensors")
@@ -160,7 +165,7 @@ def _weights(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, NDA
 
 
 def _named(name: str) -> str:
-    """The name that llama.cpp knows it by. Raises Unfit."""
+    """The weight's name in llama.cpp. Raises Unfit for an unknown one."""
     whole, _, what = name.rpartition(".")
     parts = whole.split(".", 3)
     found = NAMES.get(whole)
@@ -168,32 +173,34 @@ def _named(name: str) -> str:
         found = whole
     elif parts[:2] == ["model", "layers"] and parts[-1] in IN_LAYER:
         found = f"blk.{parts[2]}.{IN_LAYER[parts[-1]]}"
-    if found is None or what != "weight":
-        raise Unfit(f"{name} is no weight of a plain Llama")
-    return f"{found}.weight"
+    if found is None or not (what == "weight" or (what == "bias" and parts[-1] in BIASED)):
+        raise Unfit(f"{name} is not a weight of a plain llama or qwen2 model")
+    return f"{found}.{what}"
 
 
 def _kind(shape: tuple[int, ...], dtype: str) -> tuple[str, int]:
-    """How a weight is written: the kind of its numbers, and bytes of each."""
+    """How a weight is written: the type of its numbers, and the bytes of each."""
     kind = KINDS[dtype] if len(shape) > 1 else "F32"
     return kind, np.dtype(STORED[kind]).itemsize
 
 
 def _written(name: str, weight: NDArray[Any], config: Mapping[str, Any], dtype: str) -> NDArray[Any]:
-    """A weight as it is written."""
+    """A weight in the form in which it is written."""
     heads = config["num_attention_heads"]
-    if name.endswith("attn_q.weight"):
+    if config["model_type"] != "llama":
+        pass
+    elif name.endswith("attn_q.weight"):
         weight = weight[turned_together(len(weight), heads)]
     elif name.endswith("attn_k.weight"):
         weight = weight[turned_together(len(weight), config.get("num_key_value_heads") or heads)]
-    elif name == "rope_freqs.weight":
+    if name == "rope_freqs.weight":
         return weight
     rounded = narrowed(widened(weight), dtype)
     return rounded if weight.ndim > 1 else widened(rounded)
 
 
 def turned_together(rows: int, heads: int) -> NDArray[np.intp]:
-    """Which row comes where: of each head 0, h, 1, h + 1, ..., with h half its size. [rows]"""
+    """The order of a llama's rows: in each head 0, h, 1, h + 1, ..., with h half the head's size. [rows]"""
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
@@ -205,7 +212,7 @@ def widened(weight: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def narrowed(weight: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """In that dtype, rounded to the nearest, ties to even; bfloat16 as its bits."""
+    """In the dtype, rounded to nearest, ties to even; bfloat16 as its bits."""
     if dtype == "bfloat16":
         bits = weight.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
@@ -214,7 +221,7 @@ def narrowed(weight: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 def rope_factors(config: Mapping[str, Any]) -> NDArray[np.float32]:
-    """What llama3's scaling divides each frequency by. [half a head]"""
+    """The divisors of the frequencies in llama3's scaling. [half a head]"""
     given = rope(config)
     width = head_size(config)
     frequencies = given["rope_theta"] ** (-np.arange(0, width, 2) / width)

@@ -1,8 +1,8 @@
 """llama.cpp, through llama-cpp-python: `Llama.generate`, greedy, with its prompt lookup or without.
 
-Keys and values are kept in the dtype of the weights, as in the other arms. The context is reset for each
-answer, so that a prompt is read anew. A step is one call of `Llama.eval`; all that is not set here is as
-the package comes.
+Keys and values are kept in the dtype of the other arms. The context is reset for each answer, so that every
+prompt is read anew. A step is one call of `Llama.eval`. Everything that is not set here has the package's
+default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KINDS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def versions() -> dict[str, str]:
-    """Of the packages, and what the library was compiled for."""
+    """Versions of the packages, and the instruction sets that the library uses."""
     library = importlib.import_module("llama_cpp")
     return {
         "python": platform.python_version(),
@@ -53,7 +53,7 @@ class Engine:
         self.eval(tokens)
 
     def steps(self, prompt: list[int], length: int, eos: list[int]) -> Iterator[tuple[list[int], int]]:
-        """Token by token: those of a step come one after the other, the first one with its rows."""
+        """Token by token. The tokens of a step come one after another, the first with the step's rows."""
         self.rows = 0
         self.llama.reset()
         for token in self.llama.generate(prompt, temp=0.0):

