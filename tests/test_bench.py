@@ -1,15 +1,17 @@
-"""The bench: counted alike for all arms, resumed as if never stopped, and every figure by hand."""
+"""The benchmark: all arms are counted alike, a resumed run equals a whole one, figures equal those by hand."""
 
 from __future__ import annotations
 
 import errno
 import gzip
 import json
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import transformers
@@ -17,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfdraft
+import selfdraft.drafting
 from selfdraft import LLM, Sampler
 from selfdraft._common import machine
+from selfdraft._common.machine import idle_load
 from selfdraft._common.repetition import fresh
-from selfdraft.bench import arm, interval, journal, metrics, report, source, suite
+from selfdraft.bench import arm, bound, interval, journal, metrics, report, source, suite
 from selfdraft.bench.arm import Answer, Arm, Generated
 from selfdraft.bench.journal import Journal, Key, Record
 from selfdraft.bench.measure import Bench, plan
@@ -45,6 +49,15 @@ def generator(folder: Path) -> LLM:
 def arms(generator: LLM, folder: Path) -> list[Arm]:
     """Methods and baselines, in float64, where all of them give one text."""
     return make_arms(generator, folder, generator.eos)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured with small copies and few rounds."""
+    monkeypatch.setattr(bound, "COPY", 2**16)
+    monkeypatch.setattr(bound, "ROUNDS", 2)
+    monkeypatch.setattr(bound, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
 def make_arms(generator: LLM, folder: Path, eos: frozenset[int]) -> list[Arm]:
@@ -202,6 +215,21 @@ def test_ratios_are_paired_by_prompt_and_repeat() -> None:
     assert found["prompts"] == 2
 
 
+@pytest.mark.parametrize(
+    ("ids", "texts", "share"),
+    [
+        ([1, 2, 3, 4], [[0, 1, 2, 3, 4, 5]], 4),
+        ([1, 2, 3, 9], [[0, 1, 2, 3, 4, 5]], 0),  # three tokens are no 4-gram
+        ([9, 1, 2, 3, 4, 5, 9], [[1, 2, 3, 4, 5]], 5),  # two that overlap
+        ([1, 2, 3, 4], [[1, 2], [3, 4]], 0),  # not across two texts
+        ([5, 6, 7, 8, 1, 2, 3, 4], [[1, 2, 3, 4], [5, 6, 7, 8]], 8),
+        ([1, 2, 3], [[1, 2, 3]], 0),
+    ],
+)
+def test_copied_share_by_hand(ids: list[int], texts: list[list[int]], share: int) -> None:
+    assert metrics.copied(ids, texts) == (share, len(ids))
+
+
 def test_identity_says_where_texts_part() -> None:
     records = table(
         record("plain", [1, 2, 3], [1] * 3, [1, 2, 3]),
@@ -285,7 +313,7 @@ def test_sampled_arms_of_the_package_give_one_text(generator: LLM) -> None:
 
 
 def test_names_of_arms() -> None:
-    assert arm.method("llma:block=4, match=2") == selfdraft.methods.create("llma", {"block": 4, "match": 2})
+    assert arm.method("llma:block=4, match=2") == selfdraft.drafting.create("llma", {"block": 4, "match": 2})
     assert arm.lookups(["generate", "lookup-20"]) == {"generate": 0, "lookup-20": 20}
     for names in (["beam"], ["lookup-0"], ["generate", "generate"]):
         with pytest.raises(InvalidOption, match=names[0]):
@@ -299,6 +327,25 @@ def test_names_of_arms() -> None:
 # The run
 
 
+@dataclass
+class Canned:
+    """An arm that answers at once, with ids that depend on the prompt: a run needs no model to be resumed."""
+
+    name: str
+    drafts: bool = True
+
+    def answer(self, prompt: Sequence[int], references: object, length: int) -> Answer:
+        ids = [2 + (sum(prompt) * 31 + 7 * at) % 300 for at in range(length)]
+        return Answer(ids, [1] * length, [1] * length, [0.1 * at for at in range(1, length + 1)])
+
+    def close(self) -> None:
+        pass
+
+
+def canned() -> list[Arm]:
+    return [cast(Arm, Canned(name)) for name in ("plain", "llma", "generate")]
+
+
 def told(bench: Bench) -> list[tuple[Any, ...]]:
     """All of the answers but what the clock said, in the order they were written."""
     lines = bench.journal.path.read_text().splitlines()
@@ -308,9 +355,8 @@ def told(bench: Bench) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_interrupted_and_resumed_is_as_if_never_stopped(
-    generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path
-) -> None:
+def test_interrupted_and_resumed_is_as_if_never_stopped(generator: LLM, mine: Path, tmp_path: Path) -> None:
+    arms = canned()
     whole = make(generator, arms, mine, tmp_path / "whole")
     whole.run()
     assert len(whole.journal.records) == whole.answers() == 4 * len(arms) * 2
@@ -365,9 +411,38 @@ def test_all_arms_see_the_same_first_turn(
     }
 
 
-def test_a_full_disk_keeps_what_is_finished(
+TEMPLATE = (
+    "{% for one in messages %}<{{ one.role }}>{{ one.content }}</{{ one.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_chat_model_is_asked_through_its_template(
     generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Turn 2 sees turn 1 as messages, with plain decoding's answer; --raw and other models do not."""
+    monkeypatch.setattr(generator.tokenizer, "chat_template", TEMPLATE)
+    read = source.from_files(suite.own(mine), [mine])
+    work = plan(read, generator, 100, 4, chat=True)
+    bench = Bench(generator, arms[:1], [work], 1, Journal(tmp_path, {"chat": True}), chat=True)
+    bench.run()
+    item = next(one for one in work.items if one.id == "talk")
+    records = bench.journal.records
+    first, second = (records[Key("mine", "talk", turn, "plain", 0)] for turn in (0, 1))
+    said = bench._text(first.key)
+    text = "<user>class Stack:\n</user><assistant>{}<user>push the item\n</user><assistant>"
+    asked = generator.encode(text.format(f"{said}</assistant>"), special=False)
+    assert bench.prompt(work, item, 1) == asked
+    assert second.prompt_tokens == len(asked)
+    assert work.context >= len(asked) + 4
+    raw = Bench(generator, arms[:1], [work], 1, bench.journal)
+    assert raw.prompt(work, item, 0) == generator.encode("class Stack:\n")
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    generator: LLM, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = canned()
     bench = make(generator, arms, mine, tmp_path / "out")
     write_all = journal.write_all
 
@@ -391,13 +466,13 @@ def test_a_full_disk_keeps_what_is_finished(
 
 
 def test_another_run_has_another_folder(tmp_path: Path) -> None:
-    Journal(tmp_path, {"model": "pico", "machine": {"threads": 1}})
-    Journal(tmp_path, {"model": "pico", "machine": {"threads": 1}})
+    Journal(tmp_path, {"model": "tiny", "machine": {"threads": 1}})
+    Journal(tmp_path, {"model": "tiny", "machine": {"threads": 1}})
     with pytest.raises(BenchError, match=r"machine.threads: 1 there, 2 asked for.*another folder"):
-        Journal(tmp_path, {"model": "pico", "machine": {"threads": 2}})
+        Journal(tmp_path, {"model": "tiny", "machine": {"threads": 2}})
     (tmp_path / "answers.jsonl").write_text('{"suite": 3}\n')
     with pytest.raises(BenchError, match="line 1 is not an answer"):
-        Journal(tmp_path, {"model": "pico", "machine": {"threads": 1}})
+        Journal(tmp_path, {"model": "tiny", "machine": {"threads": 1}})
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(BenchError, match="not JSON"):
         Journal(tmp_path, {})
@@ -415,6 +490,10 @@ def test_prompts_are_spread_and_fit(generator: LLM, tmp_path: Path) -> None:
     work = plan(source.from_files(suite.own(path), [path]), generator, 3, 20)
     assert [item.id for item in work.items] == ["0", "4", "7"]
     assert (work.total, work.too_long) == (10, ["3"])
+    short = plan(source.from_files(suite.own(path), [path]), generator, 3, 20, most=9)
+    assert short.too_long == ["3"]
+    with pytest.raises(InvalidSuite, match=r"limit of 2 tokens a prompt; .*--max-prompt-tokens"):
+        plan(source.from_files(suite.own(path), [path]), generator, 3, 20, most=2)
     with pytest.raises(InvalidSuite, match="context of 256"):
         plan(source.from_files(suite.own(path), [path]), generator, 3, 300)
 
@@ -455,6 +534,8 @@ def test_every_suite_reads_its_rows_and_names_the_line_that_lacks_a_field(name: 
     for field in row:
         (item,) = suite.items(one, [("data, line 1", row)])
         assert all(turn.endswith(one.after) for turn in item.turns)
+        assert len(item.chat) == len(item.turns)
+        assert bool(one.references) == bool(item.references)
         with pytest.raises(InvalidSuite, match=f"data, line 7: no field '{field}'"):
             suite.items(one, [("data, line 7", {key: value for key, value in row.items() if key != field})])
 
@@ -472,6 +553,11 @@ def test_what_suites_make_of_rows() -> None:
     assert item("llma_rag").turns == ("docs:\none\ntwo\nquery: why\nanswer:",)
     assert item("llma_rag").references == ("one", "two")
     assert item("gsm8k").id == "3"
+    assert item("gsm8k").chat == ("How many?",)
+    assert item("mt_bench").chat == ("One.", "Two.")
+    assert item("humaneval").chat[0].endswith("```python\ndef f():\n```")
+    assert item("llma_rag").chat == ("one\ntwo\n\nAnswer this question with the passages above: why",)
+    assert item("llma_cnndm").chat == ("Summarize this article.\n\nthis",)
     assert suite.items(suite.named("mbpp"), [("x, line 1", {**SAMPLES["mbpp"], "task_id": 511})]) == []
 
 
@@ -540,6 +626,18 @@ def test_sets_from_their_public_home(monkeypatch: pytest.MonkeyPatch) -> None:
 # The machine
 
 
+def test_posix_modules_are_imported_where_they_are_used() -> None:
+    """Windows has none of them: no file of the bench, or of what it shares, imports one at its top."""
+    home = Path(report.__file__).parents[1]
+    files = [*home.glob("bench/**/*.py"), *home.glob("_common/*.py"), home / "cli" / "bench.py"]
+    tops = {
+        file.name: [line for line in file.read_text().splitlines() if line[:1].isalpha()] for file in files
+    }
+    assert len(tops) > 20
+    found = re.compile(r"(import|from) (fcntl|resource|termios|pwd|grp)\b|.*os\.(sysconf|pread)\b")
+    assert [(name, line) for name, lines in tops.items() for line in lines if found.match(line)] == []
+
+
 def test_background_work_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before, after = machine.Clock(100, 10, 0), machine.Clock(103, 11, 1)
     assert machine.others(before, after) == 2
@@ -548,9 +646,13 @@ def test_background_work_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert quiet["quiet"] is True
     loud = report.background([], {"idle_cores_busy": 1.5})
     assert "1.5 cores" in loud["said"]
+    assert machine.instructions() or not (machine.PROC / "cpuinfo").exists()
     monkeypatch.setattr(machine, "PROC", tmp_path)
+    assert machine.instructions() == []
+    (tmp_path / "cpuinfo").write_text("processor : 0\nflags : fpu avx avx2 avx512f amx_bf16 sse\n")
+    assert machine.instructions() == ["amx_bf16", "avx2", "avx512f"]
     assert machine.Clock.read() is None
-    assert machine.idle_load(0) is None
+    assert idle_load(0) is None
     assert report.background([], {"idle_cores_busy": None})["quiet"] is None
 
 
@@ -567,6 +669,9 @@ def test_command(command: Run, folder: Path, mine: Path, tmp_path: Path) -> None
     assert code == 0
     assert "x plain" in out
     assert "background work" in out
+    assert "prompts through the chat template" not in out
+    assert "raw prompts" in " ".join(out.split())
+    assert "tokens can be copied" in " ".join(out.split())
     last = json.loads(out.splitlines()[-1])
     names = ["plain", "llma:block=4", "jacobi", "generate", "lookup-5"]
     assert list(last["suites"]["mine"]["arms"]) == names
@@ -574,6 +679,7 @@ def test_command(command: Run, folder: Path, mine: Path, tmp_path: Path) -> None
     assert kept["provenance"]["argv"] == ["selfdraft", *words]
     assert set(kept["provenance"]) >= {"time", "seeds", "idle_cores_busy", "answers_found"}
     assert set(kept["run"]["machine"]) >= {"torch", "transformers", "selfdraft", "commit", "threads"}
+    assert (kept["run"]["chat"], kept["run"]["stored"]) == (False, None)
     assert len(kept["run"]["weights"]) == 64
     assert set(kept["bound"]["rows"]["ratio"]) == {"1", "2", "4", "8", "16", "24", "32", "48", "64"}
     (one,) = kept["suites"].values()
@@ -587,7 +693,7 @@ def test_command(command: Run, folder: Path, mine: Path, tmp_path: Path) -> None
     assert one["arms"]["jacobi"]["cut"]["against_generate"]["interval"]
     code, out, err = command(*words, "--json")
     assert code == 0
-    assert "40 answers are there" in " ".join(err.split())
+    assert "which has 40 answers" in " ".join(err.split())
     assert out.count("\n") == 1
 
 
@@ -611,18 +717,16 @@ def test_command_at_a_temperature(command: Run, folder: Path, mine: Path, tmp_pa
     assert one["arms"]["llma"]["identity"]["identical"] == one["arms"]["llma"]["answers"]
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", True), ("bfloat16", False)])
-def test_generate_may_round_otherwise_in_16_bits(
-    dtype: str, expected: bool, command: Run, folder: Path, mine: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("dtype", "temperature", "expected"),
+    [("float32", 0.0, True), ("bfloat16", 0.0, False), ("float32", 0.8, False)],
+)
+def test_where_generate_must_give_plain_decodings_text(
+    dtype: str, temperature: float, expected: bool, folder: Path
 ) -> None:
-    code, _, err = command(
-        *("bench", "--file", str(mine), "--model", str(folder), "-n", "4", "--repeats", "1"),
-        *("--prompts", "1", "--dtype", dtype, "--out", str(tmp_path / "out")),
-    )
-    assert code == 0, err
-    (one,) = json.loads((tmp_path / "out" / "report.json").read_text())["suites"].values()
-    assert one["arms"]["generate"]["identity_expected"] == expected
-    assert one["arms"]["llma"]["identity_expected"]
+    """16-bit types round by the number of rows, and at a temperature its noise differs."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert Generated("generate", theirs, Sampler(temperature), frozenset()).identity_expected == expected
 
 
 @pytest.mark.parametrize(

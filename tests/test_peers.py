@@ -1,5 +1,5 @@
-"""Peers: asked and counted like all arms, each in a process that neither outlives the bench nor takes answers
-with it; and a converted model that has every weight of its folder."""
+"""Other inference engines: counted like all arms, in processes that end with the bench and lose no answers.
+GGUF files hold every weight of the model that they were made from."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import selfdraft
 from selfdraft import LLM
 from selfdraft._common import machine
-from selfdraft.bench import arm, measure, peer, source, suite
-from selfdraft.bench.arm import Answer
+from selfdraft.bench import arm, bound, measure, peer, source, stored, suite
+from selfdraft.bench.arm import Answer, External
 from selfdraft.bench.job import Job
 from selfdraft.bench.journal import Journal
 from selfdraft.bench.measure import Bench, plan
-from selfdraft.bench.peer import Peer, Process
+from selfdraft.bench.peer import EngineProcess, Peer
 from selfdraft.bench.peers import gguf_folder
 from selfdraft.errors import BenchError, InvalidOption, PeerFailed, PeerUnavailable
 from selfdraft.models.loading import EMBEDDED
 
-from conftest import Run, tiny_llama
+from conftest import VOCABULARY, Run, tiny_llama
 
 PROMPT = [5, 6, 7, 8]
 SETTINGS = {"model": "none", "dtype": "float32", "threads": 1, "context": 64, "lookup": 2}
@@ -68,6 +68,15 @@ class Engine:
 '''
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured with small copies and few rounds."""
+    monkeypatch.setattr(bound, "COPY", 2**16)
+    monkeypatch.setattr(bound, "ROUNDS", 2)
+    monkeypatch.setattr(bound, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
+
+
 def said(count: int, prompt: Sequence[int] = PROMPT) -> list[int]:
     """What the engine says, token by token."""
     token, out = prompt[-1], []
@@ -78,8 +87,8 @@ def said(count: int, prompt: Sequence[int] = PROMPT) -> list[int]:
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of workers whose llama.cpp is the engine above."""
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of worker programs whose llama.cpp is the engine above."""
     path = tmp_path / "peers"
     path.mkdir()
     for name in ("worker.py", "gguf_folder.py"):
@@ -110,7 +119,7 @@ def made() -> Iterator[Callable[..., Peer]]:
         one.close()
 
 
-def is_running(one: Process) -> bool:
+def is_running(one: EngineProcess) -> bool:
     return one.process.poll() is None
 
 
@@ -127,7 +136,7 @@ def told(made: Callable[..., Peer]) -> list[tuple[list[int], ...]]:
     return [counted(made(eos).answer(PROMPT, [], 6)) for eos in ends]
 
 
-def test_answers_are_counted_as_all_are(house: Path, made: Callable[..., Peer]) -> None:
+def test_answers_are_counted_as_all_are(workers: Path, made: Callable[..., Peer]) -> None:
     ids = said(6)
     assert told(made) == [
         (ids, [1, 3, 2], [1, 3, 3]),
@@ -155,9 +164,9 @@ def test_answers_are_counted_as_all_are(house: Path, made: Callable[..., Peer]) 
         ("tokens[: min(left, end)]", "tokens[:end]"),
     ],
 )
-def test_each_fault_of_a_worker_is_seen(old: str, new: str, house: Path, made: Callable[..., Peer]) -> None:
+def test_each_fault_of_a_worker_is_seen(old: str, new: str, workers: Path, made: Callable[..., Peer]) -> None:
     right = told(made)
-    change(house / "worker.py", old, new)
+    change(workers / "worker.py", old, new)
     try:
         wrong = told(made)
     except PeerFailed:
@@ -165,10 +174,10 @@ def test_each_fault_of_a_worker_is_seen(old: str, new: str, house: Path, made: C
     assert wrong != right
 
 
-def test_a_peer_says_what_it_took(house: Path, made: Callable[..., Peer]) -> None:
+def test_a_peer_says_what_it_took(workers: Path, made: Callable[..., Peer]) -> None:
     """Its seconds and its memory, of this answer: they are not ours."""
     change(
-        house / "llamacpp.py",
+        workers / "llamacpp.py",
         'print("asked")',
         "until = time.process_time() + 0.2\n"
         "        while time.process_time() < until: pass\n"
@@ -187,16 +196,16 @@ def test_a_peer_says_what_it_took(house: Path, made: Callable[..., Peer]) -> Non
 # What goes wrong
 
 
-def test_an_engine_that_is_not_there(house: Path, made: Callable[..., Peer]) -> None:
-    (house / "llamacpp.py").write_text("def versions():\n    import no_such_engine\n")
+def test_an_engine_that_is_not_there(workers: Path, made: Callable[..., Peer]) -> None:
+    (workers / "llamacpp.py").write_text("def versions():\n    import no_such_engine\n")
     with pytest.raises(
         PeerUnavailable, match=r"No module named 'no_such_engine'.*-m pip install llama-cpp-p"
     ):
         made().answer(PROMPT, [], 6)
     with pytest.raises(PeerUnavailable, match=r"--peer-python llamacpp=PATH"):
-        peer.versions({"llamacpp": ("llamacpp", 0)}, {})
+        peer.versions({"llamacpp": External("llamacpp")}, {})
     with pytest.raises(PeerUnavailable, match=r"no-such-python cannot be run \(No such file"):
-        peer.versions({"llamacpp": ("llamacpp", 0)}, {"llamacpp": str(house / "no-such-python")})
+        peer.versions({"llamacpp": External("llamacpp")}, {"llamacpp": str(workers / "no-such-python")})
 
 
 @pytest.mark.parametrize(
@@ -208,47 +217,53 @@ def test_an_engine_that_is_not_there(house: Path, made: Callable[..., Peer]) -> 
             "print('out of memory'); sys.stdout.flush(); os._exit(7)",
             r"code 7\).*out of memory",
         ),
-        ('print("asked")', "os._exit(7)", r"code 7\); its last words: loaded"),
+        ('print("asked")', "os._exit(7)", r"code 7\); end of its standard error: loaded"),
         ('print("asked")', "os.close(1); os.kill(os.getpid(), 9)", r"code -9\)"),
-        ("yield tokens[:1], rows", "return", "it answered .* which is no answer"),
+        ("yield tokens[:1], rows", "return", "it wrote .* which is not a valid answer"),
     ],
 )
-def test_a_process_that_ends(old: str, new: str, says: str, house: Path, made: Callable[..., Peer]) -> None:
-    change(house / "llamacpp.py", old, new)
+def test_a_process_that_ends(old: str, new: str, says: str, workers: Path, made: Callable[..., Peer]) -> None:
+    change(workers / "llamacpp.py", old, new)
     one = made()
     with pytest.raises(PeerFailed, match=f"llamacpp: .*{says}.*finished answers are kept"):
         one.answer(PROMPT, [], 6)
 
 
 def test_a_process_that_is_stuck(
-    house: Path, made: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
+    workers: Path, made: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change(house / "llamacpp.py", 'print("asked")', "time.sleep(60)")
+    change(workers / "llamacpp.py", 'print("asked")', "time.sleep(60)")
     one = made()
     one.process, _ = peer.opened("llamacpp", "llamacpp", sys.executable, SETTINGS)
-    monkeypatch.setattr(peer, "SILENCE", 0.3)
-    with pytest.raises(PeerFailed, match=r"llamacpp: it said nothing for 0.3 s; its last words: loaded"):
+    monkeypatch.setattr(peer, "TIMEOUT", 0.3)
+    with pytest.raises(
+        PeerFailed, match=r"llamacpp: it wrote nothing for 0.3 s; end of its standard error: loaded"
+    ):
         one.answer(PROMPT, [], 6)
     assert not is_running(one.process)
 
 
-def test_a_process_ends_with_a_start_that_is_broken_off(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Process] = []
+def test_a_process_ends_with_a_start_that_is_broken_off(
+    workers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[EngineProcess] = []
 
-    def interrupt(process: Process) -> dict[str, Any]:
+    def interrupt(process: EngineProcess) -> dict[str, Any]:
         started.append(process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Process, "read", interrupt)
+    monkeypatch.setattr(EngineProcess, "read", interrupt)
     with pytest.raises(KeyboardInterrupt):
         peer.opened("llamacpp", "llamacpp", sys.executable, SETTINGS)
     assert not is_running(started[0])
 
 
 @pytest.mark.parametrize("line", ["what?", "[1]", '{"ids": [1]}', '{"ready": 1}'])
-def test_nonsense(line: str, house: Path, made: Callable[..., Peer]) -> None:
-    (house / "worker.py").write_text(f"print({line!r}, flush=True)\ninput()\n")
-    with pytest.raises(PeerFailed, match=r"it answered .* which is no answer; it said nothing"):
+def test_nonsense(line: str, workers: Path, made: Callable[..., Peer]) -> None:
+    (workers / "worker.py").write_text(f"print({line!r}, flush=True)\ninput()\n")
+    with pytest.raises(
+        PeerFailed, match=r"it wrote .* which is not a valid answer; its standard error is empty"
+    ):
         made().answer(PROMPT, [], 6)
 
 
@@ -267,7 +282,7 @@ RIGHT = {"ids": [3, 4], "runs": [1, 1], "rows": [1, 2], "times": [0.1, 0.2], "pe
         {"times": [0.2, 0.1]},
         {"times": [-0.1, 0.1]},
         {"spent": None},
-        {"peak": None},
+        {"peak": "much"},
         {"ids": [], "runs": [], "rows": [], "times": []},
     ],
 )
@@ -278,12 +293,12 @@ def test_what_is_no_answer(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("fault", [False, True])
-def test_a_process_ends_with_its_bench(fault: bool, house: Path) -> None:
+def test_a_process_ends_with_its_bench(fault: bool, workers: Path) -> None:
     """Also in the middle of an answer, when nobody is left to close it; but not with a Ctrl-C that is for
     the bench, which closes it in its own time."""
-    change(house / "llamacpp.py", 'print("asked")', "time.sleep(60)")
+    change(workers / "llamacpp.py", 'print("asked")', "time.sleep(60)")
     if fault:
-        change(house / "worker.py", "os._exit(0)", "pass")
+        change(workers / "worker.py", "os._exit(0)", "pass")
     one, _ = peer.opened("llamacpp", "llamacpp", sys.executable, SETTINGS)
     assert os.getpgid(one.process.pid) != os.getpgid(0)
     assert one.process.stdin is not None
@@ -320,23 +335,23 @@ def bench(generator: LLM, mine: Path, out: Path, *peers: Peer) -> Bench:
 
 
 @pytest.fixture
-def running(house: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path) -> Bench:
+def running(workers: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path) -> Bench:
     """Ready to run, with a peer as its last arm."""
     return bench(generator, mine, tmp_path / "out", made())
 
 
 def test_a_run_goes_on_where_a_process_died(
-    house: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path
+    workers: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path
 ) -> None:
     whole = bench(generator, mine, tmp_path / "whole", made())
     whole.run()
-    change(house / "llamacpp.py", 'print("loaded")', "self.left = 3")
-    change(house / "llamacpp.py", 'print("asked")', "self.left -= 1; self.left or os._exit(3)")
+    change(workers / "llamacpp.py", 'print("loaded")', "self.left = 3")
+    change(workers / "llamacpp.py", 'print("asked")', "self.left -= 1; self.left or os._exit(3)")
     parts = bench(generator, mine, tmp_path / "parts", made())
     with pytest.raises(PeerFailed, match="code 3"):
         parts.run()
     assert 0 < len(parts.journal.records) < whole.answers()
-    (house / "llamacpp.py").write_text(ENGINE)
+    (workers / "llamacpp.py").write_text(ENGINE)
     parts = bench(generator, mine, tmp_path / "parts", made())
     parts.run()
     assert parts.journal.found > 0
@@ -352,7 +367,7 @@ def test_processes_end_with_the_run(
 ) -> None:
     one = running.arms[-1]
     assert isinstance(one, Peer)
-    processes: list[Process] = []
+    processes: list[EngineProcess] = []
 
     def tell(key: object) -> None:
         assert one.process is not None
@@ -396,41 +411,49 @@ def test_more_than_all_was_not_taken() -> None:
 
 def test_names_of_peers() -> None:
     names = ["generate", "llamacpp", "lookup-5", "llamacpp-lookup-10", "vllm", "vllm-ngram-7"]
-    assert arm.peers(names) == {
-        "llamacpp": ("llamacpp", 0),
-        "llamacpp-lookup-10": ("llamacpp", 10),
-        "vllm": ("vllm", 0),
-        "vllm-ngram-7": ("vllm", 7),
+    assert arm.externals([*names, "llamacpp-stored", "llamacpp-stored-lookup-4"]) == {
+        "llamacpp": External("llamacpp"),
+        "llamacpp-lookup-10": External("llamacpp", 10),
+        "vllm": External("vllm"),
+        "vllm-ngram-7": External("vllm", 7),
+        "llamacpp-stored": External("llamacpp", stored=True),
+        "llamacpp-stored-lookup-4": External("llamacpp", 4, stored=True),
     }
     assert arm.lookups(names) == {"generate": 0, "lookup-5": 5}
-    for name in ("llamacpp-ngram-3", "llamacpp-lookup-0", "vllm-lookup-3", "vllm-", "sglang"):
+    for name in ("llamacpp-ngram-3", "llamacpp-lookup-0", "vllm-lookup-3", "vllm-stored", "vllm-", "sglang"):
         with pytest.raises(InvalidOption, match=rf"no baseline '{name}'.*llamacpp-lookup-10.*vllm-ngram-10"):
             arm.lookups([name])
     with pytest.raises(InvalidOption, match="given twice"):
         arm.lookups(["vllm", "vllm"])
-    assert set(arm.PEERS) == set(peer.HOUSES)
-    assert all((peer.HERE / f"{name}.py").exists() for name in peer.HOUSES)
+    assert set(arm.ENGINES) == set(peer.SPECS)
+    assert all((peer.HERE / f"{name}.py").exists() for name in peer.SPECS)
 
 
-def test_what_peers_cannot_do(generator: LLM, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidOption, match=r"vllm can be asked greedily only, and the temperature is 0.7"):
+def test_what_peers_cannot_do(generator: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        InvalidOption,
+        match=r"vllm: these engines are compared at temperature 0 only, and the temperature is 0.7",
+    ):
         Job(baselines=["vllm"], temperature=0.7)
     with pytest.raises(InvalidOption, match=r"names 'sglang'; there are llamacpp, vllm"):
         Job(baselines=["vllm"], peer_python={"sglang": "python"})
     with pytest.raises(InvalidOption, match=r"names vllm, and no --baseline of it"):
         Job(baselines=["llamacpp"], peer_python={"vllm": "python"})
-    wanted = arm.peers(["llamacpp"])
+    wanted = arm.externals(["llamacpp"])
     peer.check_model(wanted, str(folder), generator)
+    with pytest.raises(InvalidOption, match=r"is not read from one; give llamacpp-lookup-4"):
+        peer.check_model(arm.externals(["llamacpp-stored-lookup-4"]), str(folder), generator)
     with pytest.raises(InvalidOption, match=r"and the bench in float64; give --dtype float32"):
         peer.check_model(wanted, str(folder), selfdraft.load(str(folder), dtype="float64"))
-    with pytest.raises(PeerUnavailable, match=r"pico-loop: it is a \w+ model, and only Llamas"):
-        peer.check_model(wanted, "pico-loop", generator)
+    monkeypatch.setattr(generator.model.model.config, "attention_bias", True)
+    with pytest.raises(PeerUnavailable, match=r"it is a llama model with attention_bias, .*; leave it out"):
+        peer.check_model(wanted, str(folder), generator)
 
 
 def test_a_peer_on_another_device(generator: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator.model, "device", torch.device("meta"))
-    with pytest.raises(InvalidOption, match=r"and the bench runs on meta; give --device cpu"):
-        peer.check_model(arm.peers(["vllm"]), "pico", generator)
+    with pytest.raises(InvalidOption, match=r"and the bench on meta; give --device cpu"):
+        peer.check_model(arm.externals(["vllm"]), "looped-tiny", generator)
 
 
 def test_what_a_process_is_told(
@@ -441,17 +464,17 @@ def test_what_a_process_is_told(
     assert work.context == len(generator.encode(work.items[0].turns[0])) + 6 + 4
 
     def told(context: int) -> Peer:
-        (one,) = peer.arms(arm.peers(["vllm-ngram-7"]), {}, str(folder), generator, context, tmp_path)
+        (one,) = peer.arms(arm.externals(["vllm-ngram-7"]), {}, str(folder), generator, context, tmp_path)
         return one
 
     one = told(100)
     rest = {"dtype": "float32", "threads": torch.get_num_threads(), "lookup": 7}
     assert one.settings == {"model": str(folder), "context": 107, **rest}
     assert told(255).settings["context"] == 256
-    assert (one.name, one.house, one.python, one.grade) == ("vllm-ngram-7", "vllm", sys.executable, "base")
+    assert (one.name, one.engine, one.python, one.grade) == ("vllm-ngram-7", "vllm", sys.executable, "base")
     assert (one.eos, one.plain, one.drafts) == (generator.eos, "plain", False)
     python = tmp_path / "bin" / "python"
-    vllm = peer.HOUSES["vllm"]
+    vllm = peer.SPECS["vllm"]
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     assert "LD_PRELOAD" not in peer._environment(vllm, str(python), one.settings)
     library = tmp_path / "lib" / "libiomp5.so"
@@ -465,12 +488,12 @@ def test_what_a_process_is_told(
 
 def test_where_a_model_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "cached_file", lambda name, file: f"/hub/{name}/snapshot/{file}")
-    assert peer.folder("pico") == EMBEDDED["pico"]
+    assert peer.folder("looped-tiny") == EMBEDDED["looped-tiny"]
     assert peer.folder(str(folder)) == folder
     assert peer.folder("some/model") == Path("/hub/some/model/snapshot")
 
 
-def test_command(house: Path, command: Run, folder: Path, mine: Path, tmp_path: Path) -> None:
+def test_command(workers: Path, command: Run, folder: Path, mine: Path, tmp_path: Path) -> None:
     words = (
         *("bench", "--file", str(mine), "--model", str(folder), "-n", "6", "--repeats", "1", "--json"),
         *("--baseline", "llamacpp-lookup-4", "--peer-python", f"llamacpp={sys.executable}"),
@@ -487,8 +510,8 @@ def test_command(house: Path, command: Run, folder: Path, mine: Path, tmp_path: 
     assert (tmp_path / "out" / "bfloat16.gguf").exists()
     code, _, err = command(*words)
     assert code == 0
-    assert "6 answers are there" in " ".join(err.split())
-    change(house / "llamacpp.py", '"fake": "1"', '"fake": "2"')
+    assert "which has 6 answers" in " ".join(err.split())
+    change(workers / "llamacpp.py", '"fake": "1"', '"fake": "2"')
     code, _, err = command(*words)
     assert code == 2
     assert "peers.llamacpp.fake" in " ".join(err.split())
@@ -497,14 +520,14 @@ def test_command(house: Path, command: Run, folder: Path, mine: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--baseline", "vllm", "--temperature", "0.5"], "greedily only"),
+        (["--baseline", "vllm", "--temperature", "0.5"], "temperature 0 only"),
         (["--baseline", "llamacpp", "--peer-python", "python"], "takes NAME=PATH"),
         (["--baseline", "llamacpp", "--peer-python", "llamacpp=no-such-python"], "cannot be run"),
         (["--baseline", "llamacpp", "--dtype", "float64"], "--dtype float32"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_no_folder(
-    words: list[str], says: str, house: Path, command: Run, folder: Path, mine: Path, tmp_path: Path
+    words: list[str], says: str, workers: Path, command: Run, folder: Path, mine: Path, tmp_path: Path
 ) -> None:
     model = ("--model", str(folder), "--out", str(tmp_path / "out"))
     code, out, err = command("bench", "--file", str(mine), *model, *words)
@@ -518,9 +541,34 @@ def test_mistakes_are_one_line_and_leave_no_folder(
 # A model as one file
 
 
-def saved(path: Path, folder: Path, stored: torch.dtype, **config: Any) -> Path:
-    """A tiny random Llama with 2 key and value heads, and its tokenizer."""
-    model = tiny_llama(stored)
+def tiny_qwen(dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """A random Qwen2 with q, k and v biases, and one table for embedding and head."""
+    torch.manual_seed(1)
+    config = transformers.Qwen2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        bos_token_id=0,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    return model.to(dtype).eval()
+
+
+def saved(
+    path: Path, folder: Path, dtype: torch.dtype, made: Callable[..., Any] = tiny_llama, **config: Any
+) -> Path:
+    """A tiny random model with 2 key and value heads, and its tokenizer."""
+    model = made(dtype)
     for name, value in config.items():
         setattr(model.config, name, value)
     model.save_pretrained(path)
@@ -537,10 +585,12 @@ def fits(file: Path, source: Path, dtype: str) -> bool:
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
     found = {one.name: one for one in gguf.GGUFReader(file).tensors}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    kind = gguf.MODEL_ARCH[config["model_type"].upper()]
+    names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
     same = len(found) == len(weights)
     for name, weight in weights.items():
-        tensor = found[f"{names.get_name(name.removesuffix('.weight'))}.weight"]
+        whole, _, what = name.rpartition(".")
+        tensor = found[f"{names.get_name(whole)}.{what}"]
         data = np.array(tensor.data)
         right = weight.to(getattr(torch, dtype))
         if weight.dim() == 1:
@@ -548,20 +598,49 @@ def fits(file: Path, source: Path, dtype: str) -> bool:
             continue
         bits = torch.from_numpy(data.view(np.int32 if dtype == "float32" else np.int16))
         for part, count in heads.items():
-            if part in name:  # pairs of neighbours become two halves again
+            if part in name and kind is gguf.MODEL_ARCH.LLAMA:  # neighbours become two halves again
                 bits = bits.reshape(count, -1, 2, bits.shape[-1]).transpose(1, 2)
         same &= torch.equal(bits.reshape(right.shape), right.view(bits.dtype))
         same &= tensor.tensor_type.name == {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
     return bool(same)
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("made", [tiny_llama, tiny_qwen])
+@pytest.mark.parametrize("kept", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_file_has_every_weight(stored: str, dtype: str, folder: Path, tmp_path: Path) -> None:
-    source = saved(tmp_path / "tiny", folder, getattr(torch, stored))
-    file = peer.gguf(sys.executable, source, tmp_path, dtype)
-    assert file == tmp_path / f"{dtype}.gguf"
-    assert fits(file, source, dtype)
+def test_a_file_has_every_weight(
+    kept: str, dtype: str, made: Callable[..., Any], folder: Path, tmp_path: Path
+) -> None:
+    source = saved(tmp_path / "tiny", folder, getattr(torch, kept), made)
+    gguf_folder.convert(source, tmp_path / "made.gguf", dtype)
+    assert fits(tmp_path / "made.gguf", source, dtype)
+
+
+def test_a_file_has_the_loaded_weights(generator: LLM, folder: Path, tmp_path: Path) -> None:
+    """Also those that came from no folder, or were loaded in another dtype than they are stored in."""
+    file = peer.gguf(sys.executable, generator, tmp_path)
+    assert file == tmp_path / "float32.gguf"
+    assert list(tmp_path.iterdir()) == [file]
+    assert fits(file, folder, "float32")
+
+
+def test_the_file_that_a_model_was_read_from(generator: LLM, folder: Path, tmp_path: Path) -> None:
+    assert stored.gguf_source(str(folder)) is None
+    assert stored.gguf_source(str(tmp_path)) is None
+    file = peer.gguf(sys.executable, generator, tmp_path)
+    assert stored.gguf_source(str(file)) == stored.gguf_source(str(tmp_path)) == file
+    assert stored.stored_format(file) == "F32"
+    assert peer.folder(str(file)) is None
+    weights = load_file(folder / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    read = sum(4 * weight.numel() for weight in weights.values()) - 4 * table.numel()
+    assert stored.stored_bytes(file) == read
+    wanted = arm.externals(["llamacpp-stored", "vllm"])
+    peer.check_model(wanted, str(file), generator)
+    one, other = peer.arms(wanted, {}, str(file), generator, 20, tmp_path)
+    assert (one.settings["model"], one.weight_bytes) == (str(file), read)
+    assert (Path(other.settings["model"]) / "tokenizer.json").exists()
+    assert other.weight_bytes is None
 
 
 FAULTS: dict[str, Callable[..., Any]] = {
@@ -586,23 +665,26 @@ def fields(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
-def test_a_file_says_what_the_folder_says(tmp_path: Path) -> None:
-    source = EMBEDDED["pico"]
-    file = peer.gguf(sys.executable, source, tmp_path, "bfloat16")
-    assert fits(file, source, "bfloat16")  # tied: there is no head of its own
-    said = fields(file)
+@pytest.mark.parametrize("made", [tiny_llama, tiny_qwen])
+def test_a_file_says_what_the_folder_says(made: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    source = saved(tmp_path / "tiny", folder, torch.bfloat16, made)
+    gguf_folder.convert(source, tmp_path / "made.gguf", "bfloat16")
+    said, config = fields(tmp_path / "made.gguf"), json.loads((source / "config.json").read_text())
     spoken = json.loads((source / "tokenizer.json").read_text())
     ids = {token: id for id, token in enumerate(said["tokenizer.ggml.tokens"])}
     assert ids.items() >= spoken["model"]["vocab"].items()
-    assert len(ids) == 8192 == said["llama.vocab_size"]
+    kind = said["general.architecture"]
+    assert kind == config["model_type"]
+    assert len(ids) == VOCABULARY == said[f"{kind}.vocab_size"]
     assert [one.split(" ") for one in said["tokenizer.ggml.merges"]] == spoken["model"]["merges"]
     assert said["tokenizer.ggml.token_type"][:3] == [3, 3, 1]
     assert (said["tokenizer.ggml.bos_token_id"], said["tokenizer.ggml.eos_token_id"]) == (0, 1)
-    assert said["llama.rope.freq_base"] == 10000
-    assert said["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
-    assert (said["llama.attention.head_count"], said["llama.attention.head_count_kv"]) == (5, 1)
-    assert said["llama.attention.key_length"] == said["llama.rope.dimension_count"] == 64
-    assert (said["llama.block_count"], said["llama.context_length"]) == (8, 2048)
+    assert said[f"{kind}.rope.freq_base"] == 10000
+    assert said[f"{kind}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    assert (said[f"{kind}.attention.head_count"], said[f"{kind}.attention.head_count_kv"]) == (4, 2)
+    size = config.get("head_dim") or 16
+    assert said[f"{kind}.attention.key_length"] == said[f"{kind}.rope.dimension_count"] == size
+    assert (said[f"{kind}.block_count"], said[f"{kind}.context_length"]) == (2, 256)
 
 
 SCALED = {
@@ -633,22 +715,30 @@ def test_scaled_positions_are_transformers(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "qwen2"}, "it is a qwen2 model, and only Llamas"),
-        ({"attention_bias": True}, "a Llama with attention_bias"),
+        ({"model_type": "gemma3_text"}, "it is a gemma3_text model, and only llama, qwen2"),
+        ({"attention_bias": True}, "a llama model with attention_bias"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scaled by 'yarn'"),
         ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "scaled by 'dynamic'"),
     ],
 )
-def test_what_is_no_plain_llama(config: dict[str, Any], says: str, folder: Path, tmp_path: Path) -> None:
+def test_what_is_not_converted(config: dict[str, Any], says: str, folder: Path, tmp_path: Path) -> None:
     source = saved(tmp_path / "tiny", folder, torch.float32)
     given = json.loads((source / "config.json").read_text())
     assert gguf_folder.unfit(given) is None
     assert re.search(says, gguf_folder.unfit({**given, **config}) or "")
     (source / "config.json").write_text(json.dumps({**given, **config}))
-    with pytest.raises(PeerUnavailable, match=f"cannot be converted; .*{says}"):
-        peer.gguf(sys.executable, source, tmp_path, "float32")
+    with pytest.raises(gguf_folder.Unfit, match=says):
+        gguf_folder.convert(source, tmp_path / "made.gguf", "float32")
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_conversion_that_fails(
+    generator: LLM, workers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workers / "gguf_folder.py").write_text("import sys; sys.exit('it is too wide')")
+    with pytest.raises(PeerUnavailable, match=r"cannot be converted; .*it is too wide"):
+        peer.gguf(sys.executable, generator, tmp_path)
 
 
 def test_what_is_missing_or_strange(folder: Path, tmp_path: Path) -> None:
@@ -661,7 +751,7 @@ def test_what_is_missing_or_strange(folder: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
     with pytest.raises(gguf_folder.Unfit, match="byte-level BPE"):
         gguf_folder.convert(source, tmp_path / "a.gguf", "float32")
-    with pytest.raises(gguf_folder.Unfit, match=r"model.layers.0.mlp.gate.weight is no weight"):
+    with pytest.raises(gguf_folder.Unfit, match=r"model.layers.0.mlp.gate.weight is not a weight"):
         gguf_folder._named("model.layers.0.mlp.gate.weight")
 
 
@@ -679,35 +769,37 @@ def test_workers_import_nothing_of_the_package(tmp_path: Path) -> None:
 # interpreters that have them.
 
 
-def installed(house: str) -> str:
-    python = os.environ.get(f"SELFDRAFT_{house.upper()}", sys.executable)
+def installed(engine: str) -> str:
+    python = os.environ.get(f"SELFDRAFT_{engine.upper()}", sys.executable)
     try:
-        peer.versions({house: (house, 0)}, {house: python})
+        peer.versions({engine: External(engine)}, {engine: python})
     except PeerUnavailable as error:
         pytest.skip(str(error))
     return python
 
 
-@pytest.mark.parametrize("kind", ["tiny", "scaled", "pico"])
-@pytest.mark.parametrize("name", ["llamacpp", "llamacpp-lookup-5", "vllm", "vllm-ngram-5"])
+@pytest.mark.parametrize("kind", ["llama", "scaled", "qwen2"])
+@pytest.mark.parametrize("name", ["llamacpp", "llamacpp-lookup-5", "llamacpp-stored", "vllm", "vllm-ngram-5"])
 def test_engines_say_what_transformers_says(name: str, kind: str, folder: Path, tmp_path: Path) -> None:
-    """In float32, where rounding hardly ever changes a pick: the same text, with lookup in fewer steps."""
-    wanted = arm.peers([name])
-    ((house, lookup),) = wanted.values()
-    pythons = {house: installed(house)}
+    """In float32, where rounding hardly ever changes a pick: the same text."""
+    wanted = arm.externals([name])
+    (one,) = wanted.values()
+    pythons = {one.engine: installed(one.engine)}
     scaled = {"rope_parameters": SCALED} if kind == "scaled" else {}
-    source = EMBEDDED["pico"] if kind == "pico" else saved(tmp_path / "tiny", folder, torch.float32, **scaled)
+    made = tiny_qwen if kind == "qwen2" else tiny_llama
+    source = saved(tmp_path / "tiny", folder, torch.float32, made, **scaled)
     generator = selfdraft.load(str(source), dtype="float32")
     prompt = generator.encode("def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return")
     plain = arm.drafted([], generator, selfdraft.Sampler())[0].answer(prompt, [], 40)
-    ((one),) = peer.arms(wanted, pythons, str(source), generator, len(prompt) + 40, tmp_path)
+    if one.stored:
+        source = peer.gguf(pythons["llamacpp"], generator, tmp_path)
+    (engine,) = peer.arms(wanted, pythons, str(source), generator, len(prompt) + 40, tmp_path)
     try:
-        answers = [one.answer(prompt, [], 40) for _ in range(2)]
+        answers = [engine.answer(prompt, [], 40) for _ in range(2)]
     finally:
-        one.close()
+        engine.close()
     for answer in answers:
         assert list(answer.ids) == list(plain.ids)
         assert answer.rows[0] == 1  # the prompt was read anew
         assert all(run <= rows for run, rows in zip(answer.runs, answer.rows, strict=True))
-        assert lookup or set(answer.runs) == {1}
-    assert not lookup or kind != "pico" or len(answers[0].runs) < len(plain.runs)
+        assert one.lookup or set(answer.runs) == {1}

@@ -1,4 +1,4 @@
-"""The report for people: a page that stands alone and shows what was measured, and two reports compared."""
+"""The report as a page that needs no other file, and the comparison of two reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from selfdraft.bench import compare, job, page, report, source, suite
+from selfdraft._common import machine
+from selfdraft.bench import bound, compare, job, page, report, source, suite
 from selfdraft.bench.measure import Bench
 from selfdraft.errors import BenchError
 
@@ -34,6 +35,15 @@ BOUND = {
     "rows": {"seconds": 0.004, "ratio": {"1": 1.0, "8": 1.3, "64": 4.0}, "rounds": 3},
 }
 COST = {"tokens": 9, "loss": [3.1769, 3.1792], "agreement": 0.939, "repeated": [0.37, 0.36]}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured with small copies and few rounds."""
+    monkeypatch.setattr(bound, "COPY", 2**16)
+    monkeypatch.setattr(bound, "ROUNDS", 2)
+    monkeypatch.setattr(bound, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +88,7 @@ def test_the_page_shows_the_figures_of_the_report(record: Figures) -> None:
         cells = [*report.speed_cells(one), *report.step_cells(one)]
         assert f"{name} {' '.join(cell for cell in cells if cell)}" in row
     assert record["run"]["machine"]["torch"] in text
-    assert "none to speak of" in text or "busy" in text
+    assert "negligible" in text or "busy" in text
 
 
 def test_words_of_models_and_data_are_no_markup(record: Figures) -> None:
@@ -179,7 +189,7 @@ def test_a_long_name_leaves_room_for_its_picture(record: Figures) -> None:
     assert "jacobi:ada…" in made
 
 
-def test_without_matplotlib_the_figures_are_there(
+def test_without_matplotlib_the_page_has_no_pictures(
     command: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("selfdraft.bench.charts.find_spec", lambda name: None)
@@ -191,7 +201,10 @@ def test_without_matplotlib_the_figures_are_there(
     )
     assert code == 0
     assert "pip install 'selfdraft[bench]'" in " ".join(err.split())
-    assert json.loads(out)["page"] is None
+    made = Path(json.loads(out)["page"]).read_text()
+    assert "<svg" not in made
+    assert "No pictures: matplotlib is not installed" in made
+    assert "All figures" in made
     assert (tmp_path / "out" / "report.json").is_file()
 
 

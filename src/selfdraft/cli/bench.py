@@ -156,6 +156,7 @@ def bench(
             "selfdraft: report.html has no pictures, since matplotlib is not installed; "
             "pip install 'selfdraft[bench]', then run the same command again",
             style="yellow",
+            markup=False,
         )
     if not as_json:
         report.show(record, _out())

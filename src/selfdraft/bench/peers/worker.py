@@ -133,7 +133,6 @@ def peak() -> int | None:
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    import resource  # POSIX only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
