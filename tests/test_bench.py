@@ -1,4 +1,4 @@
-"""The benchmark: all arms are counted alike, a resumed run equals a whole one, figures equal those by hand."""
+"""The benchmark: all arms are counted alike, a resumed run equals a whole one, figures as by hand."""
 
 from __future__ import annotations
 
@@ -327,7 +327,7 @@ def test_names_of_arms() -> None:
 # The run
 
 
-@dataclass
+@dataclass(frozen=True)
 class Canned:
     """An arm that answers at once, with ids that depend on the prompt: a run needs no model to be resumed."""
 

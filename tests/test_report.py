@@ -65,6 +65,12 @@ def record(bench: Bench) -> Figures:
     return dict(json.loads(json.dumps(report.report(bench, provenance, BOUND))))
 
 
+@pytest.fixture
+def unillustrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without pictures, which take most of the time, for what does not concern them."""
+    monkeypatch.setattr("selfdraft.bench.charts.find_spec", lambda name: None)
+
+
 def arms(record: Figures) -> Figures:
     return dict(record["suites"]["mine"]["arms"])
 
@@ -81,6 +87,7 @@ def test_the_page_stands_alone(record: Figures) -> None:
     assert not re.findall(r"url\((?!#)|@import", made)
 
 
+@pytest.mark.usefixtures("unillustrated")
 def test_the_page_shows_the_figures_of_the_report(record: Figures) -> None:
     text = html.unescape(re.sub(r"<[^>]+>", " ", page.page(record)))
     for name, one in arms(record).items():
@@ -91,6 +98,7 @@ def test_the_page_shows_the_figures_of_the_report(record: Figures) -> None:
     assert "negligible" in text or "busy" in text
 
 
+@pytest.mark.usefixtures("unillustrated")
 def test_words_of_models_and_data_are_no_markup(record: Figures) -> None:
     first = next(iter(record["suites"]["mine"]["sample"]["arms"].values()))
     first["pieces"][0][1] = "</pre><script>alert(1)</script>"
@@ -105,6 +113,7 @@ def coloured(made: str) -> list[tuple[int, str]]:
     return [(int(tokens), turn) for turn, tokens in found]
 
 
+@pytest.mark.usefixtures("unillustrated")
 def test_a_sample_is_the_answer_forward_by_forward(bench: Bench, record: Figures) -> None:
     kept = record["suites"]["mine"]["sample"]
     for name, one in kept["arms"].items():
@@ -128,6 +137,7 @@ def test_dollars_in_names_are_no_formulas(record: Figures) -> None:
     assert "llma:$5_to_$" in first
 
 
+@pytest.mark.usefixtures("unillustrated")
 def test_runs_beside_each_other_differ_in_colour(record: Figures) -> None:
     sample = record["suites"]["mine"]["sample"]
     sample["arms"]["jacobi"]["pieces"] = [[2, "a"], [3, "b"], [1, "c"], [2, "d"]]
@@ -147,6 +157,7 @@ def verdicts(made: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("expected", "word"), [(True, "DIFFERS"), (False, "differs, as expected")])
+@pytest.mark.usefixtures("unillustrated")
 def test_a_difference_is_named(record: Figures, expected: bool, word: str) -> None:
     assert [one for one in verdicts(page.page(record)) if one.startswith("i")] == ["identical"] * 3
     other = arms(record)["jacobi"]
@@ -163,6 +174,7 @@ def test_a_difference_is_named(record: Figures, expected: bool, word: str) -> No
 
 
 @pytest.mark.parametrize("cost", [COST, {**COST, "agreement": None, "repeated": None}, None])
+@pytest.mark.usefixtures("unillustrated")
 def test_tuned_weights_have_their_tuning_cost(record: Figures, cost: Figures | None) -> None:
     assert "What tuning cost" not in page.page(record)
     arms(record)["jacobi"] |= {"grade": "tuned", "tuning_cost": cost}

@@ -14,7 +14,7 @@ from typing import Any
 from .._common import machine
 from ..errors import InvalidOption
 from ..llm import LLM, load
-from ..models.loading import load_pretrained
+from ..models.loading import DEFAULT_MODEL, load_pretrained
 from ..models.transformers import Numerics
 from ..sampling.sampler import Sampler
 from . import bound, peer
@@ -29,7 +29,7 @@ from .stored import gguf_source, stored_format
 class Job:
     """The options of a run. Raises InvalidOption and UnknownMethod."""
 
-    model: str = "smollm2"
+    model: str = DEFAULT_MODEL
     methods: Sequence[str] = ("llma",)
     """Names, with options as in `llma:block=10`; plain decoding is always measured."""
     baselines: Sequence[str] = ("generate",)

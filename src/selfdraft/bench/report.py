@@ -240,8 +240,8 @@ def _notes(record: Figures, console: Console) -> None:
     lines = [
         "Figures count each answer up to its first repetition; `uncut` is x plain without that cut. x plain "
         "and x generate are medians over prompts of paired ratios of decoding speed. Per step, per request: "
-        "tokens per forward. Bandwidth: share of the memory's. Tokens that can be copied lie inside a 4-gram of "
-        "the prompt or the references.",
+        "tokens per forward. Bandwidth: share of the memory's. Tokens that can be copied lie inside a 4-gram "
+        "of the prompt or the references.",
         f"{run['model']}, weights {weights(run)}, {run['numerics']} numerics, temperature "
         f"{run['temperature']}, seed {run['seed']}; {asked(run)}",
         f"hardware: {hardware(where)}",

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..models import hub, smollm2
+from ..models.loading import DEFAULT_MODEL, HUB_FILE
+
 
 def gguf_source(model: str) -> Path | None:
     """The GGUF file that stands behind a model's name; None for a model of another form."""
+    if model == DEFAULT_MODEL:
+        return smollm2.gguf_file()
+    on_hub = HUB_FILE.fullmatch(model)
     path = Path(model).expanduser()
-    files = [path] if path.is_file() else sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if (path / "config.json").is_file() or len(files) != 1:
-        return None
-    return files[0]
+    if on_hub and not path.exists():
+        return hub.file(on_hub["repository"], on_hub["file"])
+    if path.is_dir() and not (path / "config.json").is_file():
+        return next(path.glob("*.gguf"), None)
+    return path if path.is_file() else None
 
 
 def stored_bytes(file: Path) -> int:
