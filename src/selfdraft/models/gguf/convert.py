@@ -32,7 +32,7 @@ def convert(file: GgufFile, folder: Path) -> None:
         )
     ends = tokenizer.end_ids()
     special = {"bos_token_id": tokenizer.special("bos"), "pad_token_id": tokenizer.special("padding")}
-    special = {name: id for name, id in special.items() if id is not None}
+    # An id that the file leaves out is null: config classes have defaults of their own.
     _write(folder / "config.json", config | special | {"eos_token_id": ends or None})
     _write(folder / "generation_config.json", special | {"eos_token_id": ends or None})
     _write(folder / "tokenizer.json", tokenizer.tokenizer_json())
