@@ -1,101 +1,82 @@
-"""`selfdraft demo`: three tasks on the embedded model, plain decoding against the methods at hand."""
+"""`selfdraft demo`: three tasks, plain decoding beside the methods that need no training."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import flags
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..llm import LLM
     from ..params import Completion
 
-OLD = '''def load_settings(path, defaults=None):
-    """Read settings from a JSON file and merge them with the defaults."""
-    settings = dict(defaults or {})
-    try:
-        with open(path, encoding="utf-8") as handle:
-            settings.update(json.load(handle))
-    except FileNotFoundError:
-        logger.warning("no settings in %s", path)
-    return settings
-'''
+SHOWN = "llma"  # all methods write the same text, so one of them shows it
+METHODS = ("plain", SHOWN, "jacobi")
 
-
-SHOWN = "llma"
+LETTER = (
+    "I am writeing to tell you about the meeting on Monday. We will start at ten in the main room. Please "
+    "bring you're notes and a pen. After lunch we will talk about the new plan, and everyone can ask "
+    "questons. The meeting will end at four. If you cannot come, please send me an email by Friday."
+)
+SHOP = (
+    "Our shop is open from Monday to Saturday, from nine in the morning to six in the evening. You can "
+    "return any item within thirty days if you bring the receipt. Repairs take about one week. We deliver "
+    "to your home for free if you spend more than fifty dollars."
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt of one of the three forms pico was trained on."""
-
     title: str
-    prompt: str
-    references: tuple[str, ...] = ()
+    question: str
 
 
 TASKS = (
-    Task(
-        "edit a function, given its old version",
-        f"Edit this function: rename path to filename\n\n```python\n{OLD}```\n\n",
-        (f"```python\n{OLD}```",),
-    ),
-    Task(
-        "continue code",
-        "import os\nimport sys\n\n\nclass Stack:\n"
-        '    """A last in, first out container."""\n\n'
-        "    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    ),
-    Task(
-        "write a body for a signature and docstring",
-        "def count_words(text: str) -> dict[str, int]:\n"
-        '    """Return how often each word occurs in the text."""\n',
-    ),
+    Task("Correct a text", f"Correct the mistakes in this text:\n\n{LETTER}"),
+    Task("Answer from a passage", f"When is the shop open, and is delivery free?\n\n{SHOP}"),
+    Task("Answer an open question", "Explain what photosynthesis is in three sentences."),
 )
 
 
 def demo(
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens per answer.")] = 160,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="All figures as one JSON object, last line.")
-    ] = False,
+    model: flags.Model = flags.DEFAULT_MODEL,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum length of an answer in tokens.")
+    ] = 100,
+    as_json: flags.Json = False,
 ) -> None:
-    """Watch a real model answer in fewer passes with exactly the same tokens.
+    """Watch a model give the same answers in fewer forward passes.
 
-    Runs the embedded model on three tasks: plain decoding first, then each method, streamed. Tokens
-    that came several to a forward are coloured. Takes under a minute on two cores.
+    The default model answers three questions: with plain decoding, and with the drafting methods that need
+    no training. Coloured text came several tokens to a forward pass. Takes under a minute on two cores.
     """
-    from rich.console import Console
+    from .paint import console, figures_table
 
-    from .. import drafting
-    from .._common.repetition import fresh
-    from ..llm import load
-    from .paint import figures_table
-
-    console = Console(stderr=as_json)
-    with console.status("loading pico and probing its numerics"):
-        generator = load("pico")
-        names = ["plain", *(name for name in drafting.available() if name != "plain")]
-        looped = generator.model.loops is not None
-        using = [generator.using(name) for name in names if looped or not drafting.drafts_early(name)]
-        using = [one for one in using if one.model.grade == "base"]  # tuned weights say other things
-        for one in using:  # the first forwards of a shape are slower
-            one.generate(TASKS[0].prompt, max_new_tokens=8)
-    records = []
+    screen = console(stderr=as_json)
+    with screen.status(f"loading {model}") as status:
+        llm = flags.load(model, SHOWN, None, None, None, None, None)
+        status.update("measuring step times")
+        llm.model.cost(1)
+        arms = [llm.using(name) for name in METHODS]
+        for arm in arms:  # the first forwards of a shape are slower
+            arm.generate(flags.prompt_ids(arm, TASKS[0].question, raw=False), max_new_tokens=8)
+    records: list[dict[str, Any]] = []
     for task in TASKS:
-        console.rule(task.title, align="left")
-        console.print(task.prompt, style="dim", highlight=False, markup=False, end="")
-        results = [_run(one, task, max_new_tokens, as_json) for one in using]
+        screen.rule(task.title, align="left")
+        screen.print(task.question, style="dim", highlight=False, markup=False)
+        screen.print()
+        results = [_answer(arm, task, max_new_tokens, screen, as_json) for arm in arms]
+        screen.print()
         if not as_json:
-            figures_table(results, results[0], task.title)
-            kept = fresh(results[0].ids)
-            if kept < results[0].tokens:
-                console.print(
-                    f"the text repeats itself after {kept} tokens, which flatters drafting\n", style="yellow"
-                )
+            figures_table(results, results[0], flags.chats(llm, raw=False))
+            screen.print()
         identical = all(result.ids == results[0].ids for result in results)
         figures = [result.figures() for result in results]
         records.append({"task": task.title, "identical": identical, "results": figures})
@@ -103,15 +84,18 @@ def demo(
         print(json.dumps({"tasks": records}))
 
 
-def _run(generator: LLM, task: Task, tokens: int, quiet: bool) -> Completion:
-    """One answer. It is the same text each time, so one method shows it as it comes: the one that copies."""
+def _answer(llm: LLM, task: Task, max_new_tokens: int, screen: Console, as_json: bool) -> Completion:
     from .paint import printer
 
-    stream = generator.stream(task.prompt, references=task.references, max_new_tokens=tokens)
-    show = (
-        printer(sys.stderr if quiet else sys.stdout) if generator.method_name == SHOWN else lambda chunk: None
-    )
-    for chunk in stream:
-        show(chunk)
-    show(None)
+    ids = flags.prompt_ids(llm, task.question, raw=False)
+    stream = llm.stream(ids, max_new_tokens=max_new_tokens)
+    if llm.method_name == SHOWN:
+        show = printer(sys.stderr if as_json else sys.stdout)
+        for chunk in stream:
+            show(chunk)
+        show(None)
+    else:
+        with screen.status(f"{llm.method_name}: the same answer, not shown"):
+            for _ in stream:
+                pass
     return stream.result

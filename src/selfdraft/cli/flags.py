@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InvalidOption
+from ..errors import InvalidOption, InvalidPrompt
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -72,17 +72,26 @@ def load(
     )
 
 
+def check_text(what: str, given: str | None) -> None:
+    """Raises InvalidPrompt for an argument that is not UTF-8, which Python passes on as lone surrogates."""
+    try:
+        (given or "").encode()
+    except UnicodeEncodeError as error:
+        raise InvalidPrompt(f"{what} is not valid UTF-8 at character {error.start}: {given!a:.80}") from None
+
+
 def chats(llm: LLM, raw: bool) -> bool:
     """Whether prompts go through the model's chat template."""
     return bool(llm.tokenizer.chat_template) and not raw
 
 
 def prompt_ids(llm: LLM, text: str, raw: bool, system: str | None = None) -> Sequence[int]:
-    """Token ids of a prompt, in the form of the model's chat template if it has one."""
-    if not chats(llm, raw):
+    """Token ids of a prompt, in the form of the model's chat template if it has one. Raises InvalidOption for
+    a system message without a template."""
+    if system is None and (not text or not chats(llm, raw)):
         return llm.ids(text)
-    above = [] if system is None else [{"role": "system", "content": system}]
-    return llm.ids(None, [*above, {"role": "user", "content": text}])
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return llm.ids(None, [*before, {"role": "user", "content": text}])
 
 
 def pairs(flag: str, given: Sequence[str] | None) -> dict[str, object]:

@@ -5,140 +5,83 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import InvalidOption, InvalidPrompt
-from . import flags
+from . import flags, sampling_flags
 
 if TYPE_CHECKING:
-    from ..llm import Stream
+    from ..llm import LLM, Stream
     from ..params import Completion
 
-SAMPLING, ENDS = "Sampling", "Where the text ends"
+WARM_UP = 8  # tokens generated before a comparison, since the first forwards of a shape are slower
 Text = Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)]
 
 
 def generate(
     prompt: Text = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
-    model: flags.Model = "pico",
-    method: flags.Method = "llma",
+    model: flags.Model = flags.DEFAULT_MODEL,
+    method: flags.Method = flags.DEFAULT_METHOD,
     option: flags.MethodOptions = None,
     adapter: flags.Adapter = None,
     reference: flags.References = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Tokens to add at most.")
-    ] = 256,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="The prompt is a user's message: use the tokenizer's chat template."),
-    ] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: a system message before it.")] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.", rich_help_panel=SAMPLING)
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(help="Keep the most likely tokens that reach this mass.", rich_help_panel=SAMPLING),
-    ] = 1.0,
-    min_p: Annotated[
-        float,
-        typer.Option(help="Keep tokens this likely, relative to the likeliest.", rich_help_panel=SAMPLING),
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float,
-        typer.Option(help="Divide logits of tokens in prompt or answer; 1: off.", rich_help_panel=SAMPLING),
-    ] = 1.0,
-    presence_penalty: Annotated[
-        float, typer.Option(help="Take off logits of tokens in the answer.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    frequency_penalty: Annotated[
-        float, typer.Option(help="The same, for each time they occur.", rich_help_panel=SAMPLING)
-    ] = 0.0,
-    logit_bias: Annotated[
-        list[str] | None,
-        typer.Option(help="ID=VALUE, added to a logit; -inf bans it; repeatable.", rich_help_panel=SAMPLING),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Same seed, same text; random and reported by default.", rich_help_panel=SAMPLING),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Answers to the prompt; --json gives a list then.", rich_help_panel=SAMPLING
-        ),
-    ] = 1,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text that ends the answer, left out of it; $'\\n' in bash is a line break; repeatable.",
-            rich_help_panel=ENDS,
-        ),
-    ] = None,
-    eos: Annotated[
-        list[int] | None,
-        typer.Option(help="Token id that ends it, instead of the model's; repeatable.", rich_help_panel=ENDS),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="No token id ends it.", rich_help_panel=ENDS)
-    ] = False,
-    min_new_tokens: Annotated[
-        int, typer.Option(help="Tokens to add before it may end.", rich_help_panel=ENDS)
-    ] = 0,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(help="Report each token's, and those of so many alternatives (with --json)."),
-    ] = None,
+    raw: flags.Raw = False,
+    system: Annotated[str | None, typer.Option(help="System message before the prompt.")] = None,
+    temperature: sampling_flags.Temperature = None,
+    top_k: sampling_flags.TopK = None,
+    top_p: sampling_flags.TopP = None,
+    min_p: sampling_flags.MinP = None,
+    repetition_penalty: sampling_flags.RepetitionPenalty = None,
+    presence_penalty: sampling_flags.PresencePenalty = None,
+    frequency_penalty: sampling_flags.FrequencyPenalty = None,
+    logit_bias: sampling_flags.LogitBias = None,
+    seed: sampling_flags.Seed = None,
+    samples: sampling_flags.Samples = 1,
+    max_new_tokens: sampling_flags.MaxNewTokens = None,
+    min_new_tokens: sampling_flags.MinNewTokens = None,
+    stop: sampling_flags.Stop = None,
+    eos: sampling_flags.Eos = None,
+    ignore_eos: sampling_flags.IgnoreEos = False,
+    logprobs: sampling_flags.Logprobs = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Run plain decoding beside it.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Run plain decoding too, and compare text and speed.")
+    ] = False,
     as_json: flags.Json = False,
 ) -> None:
-    """Generate text.
+    """Ask a model, and watch the answer come.
 
-    The text is the model's own, whatever the method: a draft only decides how many tokens one
-    forward yields. --compare shows it: plain decoding, the speed-up, and whether the texts are identical.
+    A prompt goes through the model's chat template if it has one; --raw continues the text as it is.
+    Drafting changes the speed, never the words: --compare runs plain decoding too, and says how much faster
+    the method was and whether the texts are identical.
 
     Examples:
 
-      selfdraft generate "def fibonacci(n):" --compare
+      selfdraft generate "Why is the sky blue?" --compare
 
-      selfdraft generate --file prompt.txt --reference old.py --method llma --json
+      selfdraft generate --file prompt.txt --reference notes.txt --json
 
-      echo "def mean(values):" | selfdraft generate - --temperature 0.8 --seed 7
+      echo "Write a haiku about rain." | selfdraft generate - --temperature 0.8 --seed 7
 
-      selfdraft generate "# Sorting" --stop "def " --repetition-penalty 1.1 -t 0.8 --samples 3
+      selfdraft generate --raw "def fibonacci(n):" --stop "def " --samples 3 --temperature 0.8
     """
-    from ..llm import load, read_reference
+    from ..llm import read_reference
+    from .paint import console
 
-    text = _prompt(prompt, file)
-    if logprobs is not None and not as_json:
-        raise InvalidOption("--logprobs goes with --json")
-    if system is not None and not chat:
-        raise InvalidOption("--system goes with --chat")
-    if samples > 1 and compare:
-        raise InvalidOption("--compare takes one sample; leave out --samples")
-    references = [read_reference(path) for path in reference or ()]
-    generator = load(
-        model,
-        method,
-        options=flags.pairs("--option", option),
-        adapter=adapter,
-        dtype=dtype,
-        device=device,
-        numerics=numerics,  # type: ignore[arg-type]
-    )
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
+    flags.check_text("the prompt", prompt)
+    flags.check_text("--system", system)
+    for text in stop or ():
+        flags.check_text("--stop", text)
+    question = _prompt(prompt, file)
+    given: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -146,34 +89,96 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
-        "logit_bias": flags.pairs("--logit-bias", logit_bias),
-        "stop": tuple(stop or ()),
-        "eos": tuple(eos) if eos else None,
-        "ignore_eos": ignore_eos,
+        "logit_bias": sampling_flags.biases(logit_bias) or None,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
+        "stop": tuple(stop or ()) or None,
+        "eos": tuple(eos or ()) or None,
+        "ignore_eos": ignore_eos or None,
         "logprobs": logprobs,
     }
-    asked = generator.ids(None, _messages(text, system)) if chat else generator.ids(text)
+    settings = {name: value for name, value in given.items() if value is not None}
+    _check(samples, settings, as_json, compare)
+    if system is not None and raw:
+        raise InvalidOption("--system needs the chat template, which --raw leaves out; give one of the two")
+    references = [read_reference(path) for path in reference or ()]
+    with console(stderr=True).status(f"loading {model}") as status:
+        llm = flags.load(model, method, option, adapter, dtype, device, numerics)
+        ids = flags.prompt_ids(llm, question, raw, system)
+        if method != "plain":
+            status.update("measuring step times")
+            llm.model.cost(1)
+        if samples > 1:
+            status.update(f"generating {samples} answers")
+            with sampling_flags.naming_flags(settings):
+                answers = llm.generate(ids, n=samples, references=references, **settings)
+    job = Job(llm, ids, references, settings, flags.chats(llm, raw))
     if samples > 1:
-        _samples(generator.generate(asked, n=samples, references=references, **settings, seed=seed), as_json)
-        return
+        _show_samples(job, answers, as_json)
+    else:
+        _answer(job, compare, as_json)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one call of the command asks of its model."""
+
+    llm: LLM
+    ids: Sequence[int]
+    references: Sequence[str]
+    # Fields of SamplingParams that were given.
+    settings: Mapping[str, Any]
+    # Whether the prompt went through the chat template.
+    chat: bool
+
+    def stream(self, llm: LLM, **changed: Any) -> Stream:
+        with sampling_flags.naming_flags(self.settings):
+            return llm.stream(self.ids, references=self.references, **{**self.settings, **changed})
+
+    def record(self, result: Completion) -> dict[str, object]:
+        """A result for JSON."""
+        return result.figures() | {"ids": list(result.ids), "chat": self.chat}
+
+
+def _answer(job: Job, compare: bool, as_json: bool) -> None:
+    """One answer, streamed; before it plain decoding's, if they are to be compared."""
     plain = None
     if compare:
-        seed = secrets.randbits(63) if seed is None else seed
-        short = {"max_new_tokens": min(8, max_new_tokens), "min_new_tokens": 0}
-        for arm in (generator, generator.using("plain")):  # the first forwards of a shape are slower
-            arm.generate(asked, references=references, **{**settings, **short})
-        other = generator.using("plain").stream(asked, **settings, seed=seed)
-        interrupted = _show(other, None)
-        plain = other.result
+        # one seed for both answers
+        job = replace(job, settings={"seed": secrets.randbits(63), **job.settings})
+        others = job.llm.using("plain")
+        for llm in (job.llm, others):
+            for _ in job.stream(llm, max_new_tokens=WARM_UP, min_new_tokens=0):
+                pass
+        stream = job.stream(others)
+        interrupted = _show(stream, None, "running plain decoding for comparison")
+        plain = stream.result
         if interrupted:
-            _report(plain, None, as_json)
+            _report(job, plain, None, as_json)
             raise KeyboardInterrupt
-    stream = generator.stream(asked, references=references, **settings, seed=seed)
-    interrupted = _show(stream, sys.stderr if as_json else sys.stdout)
-    _report(stream.result, plain, as_json, interrupted)
+    stream = job.stream(job.llm)
+    interrupted = _show(stream, sys.stderr if as_json else sys.stdout, "reading the prompt")
+    _report(job, stream.result, plain, as_json, interrupted)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _check(samples: int, settings: Mapping[str, Any], as_json: bool, compare: bool) -> None:
+    """Flags that do not go together, and those without an effect, which are noted once."""
+    greedy = not settings.get("temperature")
+    if "logprobs" in settings and not as_json:
+        raise InvalidOption("--logprobs needs --json")
+    if samples > 1 and greedy:
+        raise InvalidOption(
+            f"--samples {samples} needs a --temperature above 0: at temperature 0 all answers are the same"
+        )
+    if samples > 1 and compare:
+        raise InvalidOption("--compare compares one answer; leave out --samples")
+    unused = [sampling_flags.flag(name) for name in ("top_k", "top_p", "min_p", "seed") if name in settings]
+    if unused and greedy:
+        verb = "has" if len(unused) == 1 else "have"
+        print(f"selfdraft: note: {', '.join(unused)} {verb} no effect at temperature 0", file=sys.stderr)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -187,46 +192,56 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise InvalidPrompt(f"{file or 'standard input'} cannot be read as text: {error}") from error
 
 
-def _messages(text: str, system: str | None) -> list[dict[str, str]]:
-    above = [] if system is None else [{"role": "system", "content": system}]
-    return [*above, {"role": "user", "content": text}]
-
-
-def _samples(results: Sequence[Completion], as_json: bool) -> None:
+def _show_samples(job: Job, results: Sequence[Completion], as_json: bool) -> None:
     """Several answers to one prompt, one below the other, or as a list on the last line."""
     from .paint import figures_table
 
     if as_json:
-        print(json.dumps([result.figures() for result in results]))
+        print(json.dumps([job.record(result) for result in results]))
         return
     for result in results:
         print(f"--- sample {result.sample}\n{result.text}")
-    figures_table(results, None)
+    figures_table(results, None, job.chat)
 
 
-def _show(stream: Stream, out: IO[str] | None) -> bool:
-    """Print the text as it comes, accepted runs coloured, or nowhere; was it interrupted?"""
-    from .paint import printer
+def _show(stream: Stream, out: IO[str] | None, until_then: str) -> bool:
+    """Print the text as it comes, accepted runs coloured, or nowhere; True if it was interrupted.
+
+    until_then: what the spinner says until the first token, or to the end if the text is not shown.
+    """
+    from .paint import console, printer
 
     show = printer(out) if out else lambda chunk: None
+    spinner = console(stderr=True).status(until_then)
+    spinner.start()
     try:
         for chunk in stream:
+            if out is not None:
+                spinner.stop()
             show(chunk)
     except KeyboardInterrupt:
         return True
     finally:
+        spinner.stop()
         show(None)
     return False
 
 
-def _report(result: Completion, plain: Completion | None, as_json: bool, interrupted: bool = False) -> None:
-    """The figures. Of an interrupted text, what there is is compared."""
+def _report(
+    job: Job, result: Completion, plain: Completion | None, as_json: bool, interrupted: bool = False
+) -> None:
+    """The figures. If the text was interrupted, what there is is compared."""
     from .paint import figures_table, identical
 
     if as_json:
-        record = result.figures()
+        record = job.record(result)
         if plain is not None:
-            record |= {"plain": plain.figures(), "identical": identical(result, plain, interrupted)}
+            record |= {"plain": job.record(plain), "identical": identical(result, plain, interrupted)}
         print(json.dumps(record))
-    else:
-        figures_table([plain, result] if plain else [result], plain, interrupted=interrupted)
+        return
+    figures_table([plain, result] if plain else [result], plain, job.chat, interrupted=interrupted)
+    if not result.text and not job.chat and job.llm.tokenizer.chat_template:
+        print(
+            "selfdraft: note: the model ended at once; without --raw its chat template is applied",
+            file=sys.stderr,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,48 +11,70 @@ from . import flags
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="pico (embedded), a model folder, or a hub id.")] = "pico",
+    model: Annotated[
+        str, typer.Argument(help="smollm2, looped-tiny, a model folder, a GGUF file, or a Hugging Face id.")
+    ] = flags.DEFAULT_MODEL,
+    adapter: flags.Adapter = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Load a model, probe it, and say what it allows.
+    """Load a model, check it, and say what it allows.
 
-    The probe compares trees of tokens with the model's own forward, and looks for the row counts at
-    which every row keeps its bits: the condition of exact numerics.
+    The check compares trees of tokens with the model's own forward pass, and looks for the numbers of rows
+    at which a token's result does not depend on the rows beside it: exact numerics need that.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    from .. import drafting
-    from ..models.loading import drive, load_pretrained
+    from .paint import console
 
-    pretrained, tokenizer = load_pretrained(model, dtype, device)
-    loaded = drive(pretrained)
-    facts = {
-        "model": model,
-        "type": loaded.name,
-        "parameters": pretrained.num_parameters(),
-        "vocabulary": loaded.vocab_size,
-        "tokenizer": len(tokenizer),
-        "context": loaded.context,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": str(loaded.device),
-        "verifies trees": True,
-        "grade": loaded.grade,
-        "passes through its layers": loaded.loops.count if loaded.loops is not None else 1,
-        "numerics": loaded.numerics,
-        "rows per call": [loaded.rows.least, loaded.rows.most],
-        "methods": [
-            name
-            for name in drafting.available()
-            if loaded.loops is not None or not drafting.drafts_early(name)
-        ],
-    }
+    with console(stderr=True).status(f"loading and checking {model}"):
+        facts = _facts(model, adapter, dtype, device)
     if as_json:
         print(json.dumps(facts))
         return
     table = Table(show_header=False)
     for name, value in facts.items():
-        table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-    Console().print(table)
+        table.add_row(name, _words(value))
+    console().print(table, markup=False)
+
+
+def _facts(model: str, adapter: str | None, dtype: str | None, device: str | None) -> dict[str, Any]:
+    from .. import drafting
+    from ..models.adapters import folder
+
+    llm = flags.load(model, "plain", None, None, dtype, device, None)
+    own = llm.model
+    facts = {
+        "model": model,
+        "loaded from": own.model.name_or_path,
+        "type": own.name,
+        "parameters": own.model.num_parameters(),
+        "vocabulary": own.vocab_size,
+        "tokenizer": len(llm.tokenizer),
+        "chat template": bool(llm.tokenizer.chat_template),
+        "end-of-text ids": sorted(llm.eos),
+        "context": own.context,
+        "dtype": str(own.dtype).removeprefix("torch."),
+        "device": str(own.device),
+        "numerics": own.numerics,
+        "rows per call": [own.rows.least, own.rows.most],
+        "text of": f"{own.grade} weights",
+        "methods": [
+            name for name in drafting.available() if own.loops is not None or not drafting.drafts_early(name)
+        ],
+    }
+    if own.loops is not None:
+        facts["passes through its layers"] = own.loops.count
+    if adapter is not None:
+        gated = folder.load(adapter, own).config.gated
+        facts |= {"adapter": adapter, "text with the adapter of": f"{'base' if gated else 'tuned'} weights"}
+    return facts
+
+
+def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)

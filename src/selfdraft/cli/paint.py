@@ -11,8 +11,15 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..params import Chunk, Completion
 
-RUNS = ("\x1b[32m", "\x1b[36m")  # forwards that yielded several tokens, in turn, so that runs stay apart
-FRESH = "\x1b[0m"
+RUN_COLOURS = ("\x1b[32m", "\x1b[36m")  # alternate, so that neighbouring runs can be told apart
+RESET = "\x1b[0m"
+ENDED = {
+    "eos": "ended by the model",
+    "stop": "ended by a stop text",
+    "length": "ended at the maximum length",
+    "context": "ended at the end of the context",
+    "cancelled": "cancelled",
+}
 
 
 def console(stderr: bool = False) -> Console:
@@ -27,18 +34,18 @@ def has_colours(out: IO[str]) -> bool:
 
 
 def printer(out: IO[str]) -> Callable[[Chunk | None], None]:
-    """Prints chunks as they come, character for character; on a terminal, those of several tokens in
-    colour. None ends the text."""
-    coloured = has_colours(out)
-    turn = 0
+    """Prints chunks as they come, unchanged. Where colours are shown, a chunk of several tokens is coloured.
+    None ends the text."""
+    colours = has_colours(out)
+    runs = 0
 
     def show(chunk: Chunk | None) -> None:
-        nonlocal turn
+        nonlocal runs
         if chunk is None:
             out.write("\n")
-        elif coloured and len(chunk.ids) > 1:
-            turn += 1
-            out.write(f"{RUNS[turn % 2]}{chunk.text}{FRESH}")
+        elif colours and len(chunk.ids) > 1:
+            runs += 1
+            out.write(f"{RUN_COLOURS[runs % 2]}{chunk.text}{RESET}")
         else:
             out.write(chunk.text)
         out.flush()
@@ -47,7 +54,7 @@ def printer(out: IO[str]) -> Callable[[Chunk | None], None]:
 
 
 def identical(result: Completion, plain: Completion, interrupted: bool = False) -> bool:
-    """Is the text plain's? Of an interrupted one, as far as it goes."""
+    """Whether the tokens are plain decoding's. If the text was interrupted, as far as it goes."""
     shared = len(result.ids) if interrupted else None
     return list(result.ids) == list(plain.ids[:shared])
 
@@ -55,34 +62,41 @@ def identical(result: Completion, plain: Completion, interrupted: bool = False) 
 def figures_table(
     results: Sequence[Completion],
     plain: Completion | None,
+    chat: bool,
     title: str | None = None,
     interrupted: bool = False,
 ) -> None:
-    """One row a result, with the speed-up over plain and whether the text is identical; of an interrupted
-    one, as far as it goes."""
+    """One row per result. With plain decoding's, the speed-up over it and whether the text is identical."""
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for heading in ("tokens", "forwards", "tokens/forward", "tokens/s", "speed-up", "identical"):
+    headings = ["tokens", "forwards", "tokens/\nforward", "tokens/s"]
+    for heading in headings if plain is None else [*headings, "speed-up", "identical"]:
         table.add_column(heading, justify="right")
     for result in results:
-        against = ("", "")
-        if plain is not None:
-            speedup = result.tokens_per_second / plain.tokens_per_second if plain.tokens else 1.0
-            against = (f"{speedup:.2f}x", "yes" if identical(result, plain, interrupted) else "NO")
-        table.add_row(
+        row = [
             result.method,
             str(result.tokens),
             f"{result.forwards:.4g}",
             f"{result.tokens_per_forward:.2f}",
-            f"{result.tokens_per_second:.0f}",
-            *against,
-        )
-    console = Console()
-    console.print(table)
-    last = results[-1]
-    console.print(
-        f"{last.model}, {last.dtype} on {last.device}, {last.numerics} numerics, seed {last.seed}, "
-        f"ended by {last.finish_reason}; the text is that of the {last.grade} weights",
-        style="dim",
-        highlight=False,
-    )
+            f"{result.tokens_per_second:.1f}",
+        ]
+        if plain is not None:
+            speedup = result.tokens_per_second / plain.tokens_per_second if plain.tokens else 1.0
+            row += [f"{speedup:.2f}x", "yes" if identical(result, plain, interrupted) else "NO"]
+        table.add_row(*row)
+    screen = console()
+    screen.print(table)
+    screen.print(about(results[-1], chat), style="dim", highlight=False, markup=False)
+
+
+def about(result: Completion, chat: bool) -> str:
+    """How an answer was made, in one sentence or two."""
+    facts = [
+        result.model,
+        "asked through its chat template" if chat else "prompt taken as it is",
+        f"{result.dtype} on {result.device}",
+        f"{result.numerics} numerics",
+        *([f"seed {result.seed}"] if result.temperature else []),
+        ENDED[result.finish_reason],
+    ]
+    return f"{', '.join(facts)}. The text is that of the {result.grade} weights."

@@ -1,0 +1,145 @@
+"""The flags of SamplingParams. One that is not given is None: SamplingParams alone has the defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from ..errors import InvalidOption
+
+SAMPLING, ENDS = "Sampling", "Where the answer ends"
+
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        "-t",
+        help="0, the default, takes the most likely token; more varies more.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Keep the K most likely tokens.", rich_help_panel=SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep the most likely tokens whose probabilities add up to P.", rich_help_panel=SAMPLING
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Keep tokens at least P times as likely as the most likely one.", rich_help_panel=SAMPLING
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Penalise tokens already in the prompt or the answer; 1 is off.", rich_help_panel=SAMPLING
+    ),
+]
+PresencePenalty = Annotated[
+    float | None,
+    typer.Option(help="Penalise tokens already in the answer; 0 is off.", rich_help_panel=SAMPLING),
+]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(
+        help="Penalise tokens once for each time they are in the answer; 0 is off.", rich_help_panel=SAMPLING
+    ),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID=VALUE",
+        help="Add VALUE to the logit of token ID; -inf bans it; repeatable.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="The same seed gives the same text. By default it is random, and reported.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(min=1, help="Number of answers; more than 1 needs a temperature.", rich_help_panel=SAMPLING),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        "-n",
+        help="Maximum length of the answer in tokens; by default 256.",
+        rich_help_panel=ENDS,
+    ),
+]
+MinNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Minimum length of the answer in tokens.", rich_help_panel=ENDS),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text that ends the answer and is left out of it; repeatable. In bash, $'\\n' is a newline.",
+        rich_help_panel=ENDS,
+    ),
+]
+Eos = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Token id that ends the answer, instead of the model's; its text stays in; repeatable.",
+        rich_help_panel=ENDS,
+    ),
+]
+IgnoreEos = Annotated[
+    bool,
+    typer.Option("--ignore-eos", help="No token id ends the answer.", rich_help_panel=ENDS),
+]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Log-probability of each token and of the N most likely alternatives; needs --json.",
+    ),
+]
+
+
+@contextmanager
+def naming_flags(given: Mapping[str, object]) -> Iterator[None]:
+    """Errors name the flag where they name a field of SamplingParams that was given."""
+    try:
+        yield
+    except InvalidOption as error:
+        names = "|".join(sorted(given, key=len, reverse=True))
+        if not names:
+            raise
+        message = re.sub(rf"(?<![-\w])({names})\b", lambda found: flag(found[1]), str(error), count=1)
+        raise InvalidOption(message) from error
+
+
+def flag(field: str) -> str:
+    """The flag of a field of SamplingParams."""
+    return f"--{field.replace('_', '-')}"
+
+
+def biases(given: Sequence[str] | None) -> dict[int, float]:
+    """The --logit-bias flags: token id to value."""
+    found = {}
+    for text in given or ():
+        token, _, value = text.partition("=")
+        try:
+            found[int(token)] = float(value)
+        except ValueError:
+            raise InvalidOption(
+                f"--logit-bias takes ID=VALUE, a token id and a number such as 42=-1.5; got {text!r}"
+            ) from None
+    return found
