@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
-from selfdraft import Engine, Limits, Method, Request, Sampler
+from selfdraft import Engine, Method, Request, SamplingParams
 from selfdraft.models.protocol import Model
+from selfdraft.sampling.stopping import Stop
+
+TOKENS = 40
+
+
+def greedy(tokens: int = TOKENS, **others: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=tokens, seed=0, **others)
+
+
+def sampled(temperature: float = 0.8, seed: int = 0, tokens: int = TOKENS, **others: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=tokens, temperature=temperature, seed=seed, **others)
 
 
 def run(
     model: Model,
     method: Method,
     prompt: Sequence[int],
-    sampler: Sampler | None = None,
-    limits: Limits | None = None,
+    params: SamplingParams | None = None,
     references: Sequence[Sequence[int]] = (),
+    *,
+    eos_ids: Collection[int] = (),
+    stop: Stop | None = None,
 ) -> Request:
     """One request on an engine of its own, to its end."""
     engine = Engine(model)
-    request = engine.submit(prompt, method, sampler, limits or Limits(40), references)
+    request = engine.submit(prompt, method, params or greedy(), references, eos_ids=eos_ids, stop=stop)
     for _ in engine.run(request):
         pass
     return request

@@ -2,8 +2,8 @@
 
     import selfdraft
 
-    model = selfdraft.load("pico", method="llma")
-    print(model.generate("def add(a, b):").text)
+    llm = selfdraft.LLM("smollm2")
+    print(llm.generate("Why is the sky blue?").text)
 
 Names are imported when first used, so that the command line answers at once.
 """
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .conversation import Conversation
     from .drafting.method import DraftContext, Drafter, Method
     from .engine.engine import Engine
-    from .engine.request import Limits, Request, TokenLogprob
+    from .engine.request import Request, TokenLogprob
     from .engine.step import Step
     from .engine.tree import Tree
     from .errors import SelfdraftError
     from .integrations.transformers import hook
-    from .llm import LLM, Stream, load
-    from .params import Chunk, Completion, SamplingParams
-    from .sampling.sampler import Sampler
+    from .llm import LLM, Stream
+    from .outputs import Chunk, Completion
+    from .params import SamplingParams
 
 __version__ = "0.1.0.dev0"
 
@@ -36,10 +36,8 @@ __all__ = [
     "DraftContext",
     "Drafter",
     "Engine",
-    "Limits",
     "Method",
     "Request",
-    "Sampler",
     "SamplingParams",
     "SelfdraftError",
     "Step",
@@ -47,21 +45,20 @@ __all__ = [
     "TokenLogprob",
     "Tree",
     "hook",
-    "load",
 ]
 
 _HOME = {
     "conversation": ("Conversation",),
     "drafting.method": ("Drafter", "Method", "DraftContext"),
     "engine.engine": ("Engine",),
-    "engine.request": ("Limits", "Request", "TokenLogprob"),
+    "engine.request": ("Request", "TokenLogprob"),
     "engine.step": ("Step",),
     "engine.tree": ("Tree",),
     "errors": ("SelfdraftError",),
     "integrations.transformers": ("hook",),
-    "llm": ("Stream", "LLM", "load"),
-    "params": ("Chunk", "SamplingParams", "Completion"),
-    "sampling.sampler": ("Sampler",),
+    "llm": ("LLM", "Stream"),
+    "outputs": ("Chunk", "Completion"),
+    "params": ("SamplingParams",),
 }
 
 

@@ -6,47 +6,50 @@ the same as without: a kept cache holds what a fresh one would.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .engine.engine import Engine
 from .engine.request import Request
-from .llm import LLM, Prompt, Stream
-from .params import Completion, SamplingParams
+from .llm import LLM, Message, Prompt, Stream
+from .outputs import Completion
+from .params import SamplingParams
 
 
 class Conversation:
     """Turns of one text.
 
-    generator: its model, tokenizer and method. messages: what has been said with `send`, to read or to
-    begin with. `generate` and `stream` take any prompt; of it, the part that the last turn had is reused.
-    Closing it, or the end of a `with` block, frees the cache.
+    messages: what has been said with `send`, to read or to begin with. `generate` and `stream` take any
+    prompt; the part of it that the last turn had is reused. Closing it, or the end of a `with` block, frees
+    the cache.
     """
 
-    def __init__(self, generator: LLM, messages: Sequence[Mapping[str, str]] = ()) -> None:
+    def __init__(self, llm: LLM, messages: Sequence[Message] = ()) -> None:
         self.messages = list(messages)
-        self._generator = generator
-        self._engine = Engine(generator.model)
+        self._llm = llm
+        self._engine = Engine(llm.model)
         self._last: Request | None = None
 
-    def send(self, text: str, **options: Any) -> Completion:
-        """Say something as the user; the answer, which is noted too unless it fails. Options as in
+    def send(self, text: str, params: SamplingParams | None = None, **options: Any) -> Completion:
+        """Say something as the user; the answer, which is noted too unless it fails. Arguments as in
         `LLM.generate`. Raises InvalidOption where the tokenizer has no chat template."""
         asked = [*self.messages, {"role": "user", "content": text}]
-        result = self.generate(messages=asked, **options)
+        result = self.generate(None, params, messages=asked, **options)
         self.messages = [*asked, {"role": "assistant", "content": result.text}]
         return result
 
     def generate(
         self,
         prompt: Prompt | None = None,
+        params: SamplingParams | None = None,
         *,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         references: Sequence[Prompt] = (),
+        raw: bool = False,
         **options: object,
     ) -> Completion:
-        """The answer to a prompt or to messages."""
-        stream = self.stream(prompt, messages=messages, references=references, **options)
+        """The answer to a prompt or to messages. Arguments as in `LLM.generate`."""
+        stream = self.stream(prompt, params, messages=messages, references=references, raw=raw, **options)
         for _ in stream:
             pass
         return stream.result
@@ -54,17 +57,20 @@ class Conversation:
     def stream(
         self,
         prompt: Prompt | None = None,
+        params: SamplingParams | None = None,
         *,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         references: Sequence[Prompt] = (),
+        raw: bool = False,
         **options: object,
     ) -> Stream:
         """The same, chunk by chunk. A turn under way is cancelled by the next one."""
-        ids, asked = self._generator.ids(prompt, messages), SamplingParams.read(options)
+        ids, asked = self._llm.prompt_ids(prompt, messages, raw), SamplingParams.read(options, params)
         if self._last is not None:
             self._engine.cancel(self._last)
-        self._last = self._generator.submit(self._engine, ids, references, asked, start=self._last, keep=True)
-        return Stream(self._generator, self._engine, self._last)
+        self._last = self._llm.submit(self._engine, ids, references, asked, start=self._last, keep=True)
+        chat = messages is not None or self._llm.chats(prompt, raw)
+        return Stream(self._llm, self._engine, self._last, chat)
 
     def close(self) -> None:
         """Free the cache. The next turn reads its whole prompt."""

@@ -4,7 +4,8 @@ SelfdraftError
 ├── InvalidOption        a value no setting can have (negative counts, NaN temperature, unknown option)
 ├── InvalidPrompt        an empty prompt, or one that does not fit the context
 ├── InvalidReference     a reference that cannot be read
-├── InvalidTree          a drafter proposed something that is not a tree of this text
+├── DraftError           a drafter raised an error; it is the cause
+│   └── InvalidTree      a drafter proposed something that is not a tree of this text
 ├── UnknownMethod        no drafting method of that name
 ├── ModelError
 │   ├── ModelNotFound    no such folder or hub id
@@ -28,6 +29,11 @@ class SelfdraftError(Exception):
 class InvalidOption(SelfdraftError, ValueError):
     """An option has a value that cannot be honoured."""
 
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+        """Name of the option, where the error is about one."""
+
 
 class InvalidPrompt(SelfdraftError, ValueError):
     """The prompt is empty or does not fit the model's context."""
@@ -37,7 +43,11 @@ class InvalidReference(SelfdraftError, ValueError):
     """A reference text cannot be read."""
 
 
-class InvalidTree(SelfdraftError, ValueError):
+class DraftError(SelfdraftError):
+    """A drafter failed. Only its own request ends."""
+
+
+class InvalidTree(DraftError, ValueError):
     """A drafter proposed rows that do not form a tree under the last token."""
 
 

@@ -22,12 +22,19 @@ def read(kind: type[T], given: Mapping[str, object], what: str) -> T:
     try:
         return cast(T, _reader(cast(Any, kind)).validate_python(dict(given)))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(getattr(kind, "__dataclass_fields__", {})) or "none"
-        raise InvalidOption(
-            f"{what}, option {where!r}: {first['msg']}, got {first['input']!r}; its options: {known}"
-        ) from None
+        raise _named(error, kind, what) from None
+
+
+def _named(error: ValidationError, kind: type[Any], what: str) -> InvalidOption:
+    first = error.errors()[0]
+    own = first.get("ctx", {}).get("error")
+    if isinstance(own, InvalidOption):
+        return own
+    known = getattr(kind, "__dataclass_fields__", {})
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if name in known:
+        return InvalidOption(f"{what}, option {name!r}: {first['msg']}; got {first['input']!r}", option=name)
+    return InvalidOption(f"{what}: no option {name!r}; there are {', '.join(known) or 'none'}")
 
 
 @cache

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -25,11 +25,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from .. import drafting
 from ..drafting.method import Method
 from ..engine.engine import Engine
-from ..engine.request import Limits, first_end
+from ..engine.request import first_end
 from ..errors import InvalidOption
 from ..llm import LLM
 from ..models.transformers import TransformersModel
-from ..sampling.sampler import Sampler
+from ..params import SamplingParams
 
 PLAIN = "plain"
 """The method that all others are compared with."""
@@ -116,7 +116,7 @@ class Drafted:
     name: str
     method: Method
     model: TransformersModel
-    sampler: Sampler
+    params: SamplingParams
     eos: frozenset[int]
     plain: str = PLAIN
     drafts: bool = True
@@ -136,7 +136,8 @@ class Drafted:
         rows = [0]
         started = time.perf_counter()
         engine = Engine(self.model)
-        request = engine.submit(prompt, self.method, self.sampler, Limits(length, self.eos), references)
+        params = replace(self.params, max_new_tokens=length)
+        request = engine.submit(prompt, self.method, params, references, eos_ids=self.eos)
         while request.finish_reason is None:
             engine.step()
             if len(request.runs) > len(times):  # else it read a part of the prompt
@@ -180,7 +181,7 @@ class Generated:
 
     name: str
     model: PreTrainedModel
-    sampler: Sampler
+    params: SamplingParams
     eos: frozenset[int]
     lookup: int = 0
     """Draft tokens of its prompt lookup, 0 for none."""
@@ -194,7 +195,7 @@ class Generated:
         rounds = Rounds(self.model.device)
         config = self._config(length)
         handle = self.model.register_forward_pre_hook(rounds.hook, with_kwargs=True)
-        torch.manual_seed(self.sampler.seed)
+        torch.manual_seed(self.params.seed or 0)
         try:
             started = time.perf_counter()
             ids = torch.tensor([list(prompt)], device=self.model.device)
@@ -210,7 +211,7 @@ class Generated:
     @property
     def identity_expected(self) -> bool:
         """At a temperature its noise differs, and in 16 bits rounding depends on the number of rows."""
-        return self.sampler.temperature == 0 and self.model.dtype in (torch.float32, torch.float64)
+        return self.params.temperature == 0 and self.model.dtype in (torch.float32, torch.float64)
 
     def close(self) -> None:
         pass
@@ -218,8 +219,8 @@ class Generated:
     def _config(self, length: int) -> GenerationConfig:
         """Greedy, or sampled from the whole distribution. It replaces the model's own generation config."""
         asked: dict[str, Any] = {"do_sample": False}
-        if self.sampler.temperature > 0:
-            asked = {"do_sample": True, "temperature": self.sampler.temperature, "top_k": 0, "top_p": 1.0}
+        if self.params.temperature > 0:
+            asked = {"do_sample": True, "temperature": self.params.temperature, "top_k": 0, "top_p": 1.0}
         if self.lookup:
             asked["prompt_lookup_num_tokens"] = self.lookup
         ends = sorted(self.eos) or None
@@ -246,20 +247,20 @@ def _trace(text: Sequence[int], start: int, rounds: Rounds, started: float, eos:
     return Answer(ids, runs, rows, [at - started for at in rounds.times])
 
 
-def drafted(names: Sequence[str], generator: LLM, sampler: Sampler) -> list[Arm]:
+def drafted(names: Sequence[str], llm: LLM, params: SamplingParams) -> list[Arm]:
     """Arms of the methods, plain decoding first. Plain decoding of weights that an adapter has tuned comes
     before the methods that draft with them. Raises UnknownMethod and InvalidOption."""
     wanted = [PLAIN, *(name for name in names if name != PLAIN)]
     _check_distinct(wanted)
     arms: dict[str, Arm] = {}
     for name in wanted:
-        one = generator.using(*spelled(name))
-        plain = PLAIN if one.model.base is generator.model else f"{PLAIN}:adapter={one.adapter}"
+        one = llm.using(*spelled(name))
+        plain = PLAIN if one.model.base is llm.model else f"{PLAIN}:adapter={one.adapter}"
         if plain not in arms:
             same = one.using(PLAIN)
-            arms[plain] = Drafted(plain, same.method, same.model, sampler, same.eos, plain)
+            arms[plain] = Drafted(plain, same.method, same.model, params, same.eos_ids, plain)
         if name != plain:
-            arms[name] = Drafted(name, one.method, one.model, sampler, one.eos, plain)
+            arms[name] = Drafted(name, one.method, one.model, params, one.eos_ids, plain)
     return list(arms.values())
 
 

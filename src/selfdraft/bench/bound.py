@@ -19,10 +19,10 @@ import torch
 
 from ..drafting.method import DraftContext
 from ..engine.engine import Engine
-from ..engine.request import Limits
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..models.transformers import TransformersModel
+from ..params import SamplingParams
 from .interval import median
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -97,7 +97,7 @@ def row_costs(model: TransformersModel) -> dict[str, object]:
 def _round(model: TransformersModel, history: Sequence[int], counts: Sequence[int]) -> dict[int, float]:
     wide = Wide()
     engine = Engine(model)
-    request = engine.submit(history, wide, limits=Limits(model.context))
+    request = engine.submit(history, wide, SamplingParams(max_new_tokens=model.context))
     engine.step()
     out = {}
     for wide.rows in counts:

@@ -13,12 +13,12 @@ from typing import Any
 
 from .._common import machine
 from ..errors import InvalidOption
-from ..llm import LLM, load
+from ..llm import LLM
 from ..models.loading import DEFAULT_MODEL, load_pretrained
 from ..models.transformers import Numerics
-from ..sampling.sampler import Sampler
+from ..params import SamplingParams
 from . import bound, peer
-from .arm import Arm, Drafted, Generated, drafted, externals, lookups, method
+from .arm import PLAIN, Arm, Drafted, Generated, drafted, externals, lookups, method
 from .journal import Journal
 from .measure import Bench, Work, plan
 from .source import Source
@@ -65,39 +65,39 @@ class Job:
 
     def prepare(self, sources: Sequence[Source], out: Path | None = None) -> Bench:
         """The bench, ready to run. out: its folder; the default is named after a hash of the settings."""
-        sampler = Sampler(self.temperature, seed=self.seed)
-        generator = load(self.model, dtype=self.dtype, device=self.device, numerics=self.numerics)
+        params = SamplingParams(temperature=self.temperature, seed=self.seed)
+        llm = LLM(self.model, PLAIN, dtype=self.dtype, device=self.device, numerics=self.numerics)
         others = externals(self.baselines)
-        peer.check_model(others, self.model, generator)
+        peer.check_model(others, self.model, llm)
         versions = peer.versions(others, self.peer_python)
-        arms = [*drafted(self.methods, generator, sampler), *self._generated(generator, sampler)]
-        chat = bool(generator.tokenizer.chat_template) and not self.raw
+        arms = [*drafted(self.methods, llm, params), *self._generated(llm, params)]
+        chat = llm.chats(raw=self.raw)
         limits = self.max_new_tokens, chat, self.max_prompt_tokens
-        works = [plan(source, generator, self.prompts, *limits) for source in sources]
-        run = self._run(generator, arms, works, chat) | ({"peers": versions} if versions else {})
+        works = [plan(source, llm, self.prompts, *limits) for source in sources]
+        run = self._run(llm, arms, works, chat) | ({"peers": versions} if versions else {})
         journal = Journal(out or Path(f"bench-{_digest(run)[:8]}"), run)
         context = max((work.context for work in works), default=0)
-        arms += peer.arms(others, self.peer_python, self.model, generator, context, journal.folder)
-        return Bench(generator, arms, works, self.repeats, journal, chat)
+        arms += peer.arms(others, self.peer_python, self.model, llm, context, journal.folder)
+        return Bench(llm, arms, works, self.repeats, journal, chat)
 
-    def _generated(self, generator: LLM, sampler: Sampler) -> list[Arm]:
+    def _generated(self, llm: LLM, params: SamplingParams) -> list[Arm]:
         """The baselines of transformers, on their own copy of the weights."""
         wanted = lookups(self.baselines)
         if not wanted:
             return []
         model = load_pretrained(self.model, self.dtype, self.device)[0].eval()
-        grade = generator.model.grade
+        grade = llm.model.grade
         return [
-            Generated(name, model, sampler, generator.eos, tokens, grade=grade)
+            Generated(name, model, params, llm.eos_ids, tokens, grade=grade)
             for name, tokens in wanted.items()
         ]
 
-    def _run(self, generator: LLM, arms: Sequence[Arm], works: Sequence[Work], chat: bool) -> dict[str, Any]:
+    def _run(self, llm: LLM, arms: Sequence[Arm], works: Sequence[Work], chat: bool) -> dict[str, Any]:
         """Everything that figures depend on. A folder made with other settings is not continued."""
-        model = generator.model
+        model = llm.model
         source = gguf_source(self.model)
         return {
-            "model": generator.name,
+            "model": llm.name,
             "weights": machine.weights_sha256(model.model),
             "stored": None if source is None else stored_format(source),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -125,7 +125,7 @@ class Job:
 
 def circumstances(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
     """The circumstances of the run, and the limits of the machine. Takes some seconds to measure."""
-    model = bench.generator.model
+    model = bench.llm.model
     provenance = {
         "argv": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

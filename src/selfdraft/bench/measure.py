@@ -57,7 +57,7 @@ class Work:
 class Bench:
     """A run: its arms, its prompts, and the journal that keeps the answers."""
 
-    generator: LLM
+    llm: LLM
     arms: Sequence[Arm]
     works: Sequence[Work]
     repeats: int
@@ -93,7 +93,7 @@ class Bench:
                 continue
             self._warm(work)
             prompt = self.prompt(work, item, turn)
-            references = self.generator.references(item.references)
+            references = self.llm.references(item.references)
             for arm in missing:
                 self.journal.add(self._measured(arm, keys[arm], prompt, references, work.length))
                 tell(keys[arm])
@@ -101,17 +101,17 @@ class Bench:
     def prompt(self, work: Work, item: Item, turn: int) -> Sequence[int]:
         """Token ids of a turn's prompt: the earlier turns with plain decoding's answers, and the turn."""
         answers = [self._text(Key(work.name, item.id, earlier, PLAIN, 0)) for earlier in range(turn)]
-        return encoded(self.generator, item, turn, answers, self.chat)
+        return encoded(self.llm, item, turn, answers, self.chat)
 
     def _text(self, key: Key) -> str:
         """The text of an answer."""
         ids = self.journal.records[key].ids
-        return Detokenizer(self.generator.tokenizer).add(ids, last=True).rstrip()
+        return Detokenizer(self.llm.tokenizer).add(ids, last=True).rstrip()
 
     def _measured(
         self, arm: Arm, key: Key, prompt: Sequence[int], references: Sequence[Sequence[int]], length: int
     ) -> Record:
-        device = self.generator.model.device
+        device = self.llm.model.device
         machine.reset_peak(device)
         before = machine.Clock.read()
         answer = arm.answer(prompt, references, length)
@@ -134,20 +134,20 @@ class Bench:
             return
         self.warmed.add(work.name)
         prompt = self.prompt(work, work.items[0], 0)
-        references = self.generator.references(work.items[0].references)
+        references = self.llm.references(work.items[0].references)
         for arm in self.arms:
             arm.answer(prompt, references, min(WARM, work.length))
 
 
-def encoded(generator: LLM, item: Item, turn: int, answers: Sequence[str], chat: bool) -> Sequence[int]:
+def encoded(llm: LLM, item: Item, turn: int, answers: Sequence[str], chat: bool) -> Sequence[int]:
     """Token ids of a prompt: the item's turns up to `turn`, with the answers to the earlier ones."""
     if not chat:
         parts = [text for pair in zip(item.turns, answers, strict=False) for text in (*pair, JOIN)]
-        return generator.encode("".join([*parts, item.turns[turn]]))
+        return llm.encode("".join([*parts, item.turns[turn]]))
     messages = [{"role": "user", "content": item.chat[0]}]
     for answer, asked in zip(answers, item.chat[1:], strict=False):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": asked}]
-    return generator.ids(None, messages)
+    return llm.prompt_ids(None, messages)
 
 
 def _background(before: machine.Clock | None, after: machine.Clock | None, answer: Answer) -> float | None:
@@ -158,7 +158,7 @@ def _background(before: machine.Clock | None, after: machine.Clock | None, answe
 
 def plan(
     source: Source,
-    generator: LLM,
+    llm: LLM,
     prompts: int,
     length: int | None,
     chat: bool = False,
@@ -170,8 +170,8 @@ def plan(
     the model's context allows. Raises InvalidSuite if no prompt fits.
     """
     length = length or source.suite.max_new_tokens
-    room = generator.model.context
-    read = {item.id: _read(item, generator, chat) for item in source.items}
+    room = llm.model.context
+    read = {item.id: _read(item, llm, chat) for item in source.items}
     needs = {item.id: read[item.id] + len(item.turns) * (length + SPARE) for item in source.items}
     fitting = [one for one in source.items if needs[one.id] <= room and read[one.id] <= (most or room)]
     if not fitting:
@@ -189,8 +189,8 @@ def plan(
     return Work(source, chosen, length, len(source.items), too_long, context)
 
 
-def _read(item: Item, generator: LLM, chat: bool) -> int:
+def _read(item: Item, llm: LLM, chat: bool) -> int:
     """Tokens of an item's turns, without answers."""
     if not chat:
-        return sum(len(generator.encode(turn)) for turn in item.turns)
-    return len(encoded(generator, item, len(item.turns) - 1, [""] * (len(item.turns) - 1), chat))
+        return sum(len(llm.encode(turn)) for turn in item.turns)
+    return len(encoded(llm, item, len(item.turns) - 1, [""] * (len(item.turns) - 1), chat))

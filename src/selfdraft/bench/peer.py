@@ -258,9 +258,9 @@ def check_asked(wanted: Wanted, pythons: Mapping[str, str], temperature: float) 
         )
 
 
-def check_model(wanted: Wanted, model: str, generator: LLM) -> None:
+def check_model(wanted: Wanted, model: str, llm: LLM) -> None:
     """Check that the engines can run the model. Raises InvalidOption and PeerUnavailable."""
-    dtype, device = dtype_of(generator), generator.model.device
+    dtype, device = dtype_of(llm), llm.model.device
     for name, one in wanted.items():
         if device.type != "cpu":
             raise InvalidOption(f"{name} runs on the CPU, and the bench on {device}; give --device cpu")
@@ -273,7 +273,7 @@ def check_model(wanted: Wanted, model: str, generator: LLM) -> None:
                 f"{name} runs the GGUF file that a model is read from, and {model} is not read from one; "
                 f"give {name.replace('-stored', '')}"
             )
-        reason = unfit(generator.model.model.config.to_dict()) if one.engine == "llamacpp" else None
+        reason = unfit(llm.model.model.config.to_dict()) if one.engine == "llamacpp" else None
         if reason and not one.stored:
             raise PeerUnavailable(f"{name} cannot run {model}: {reason}; leave it out")
 
@@ -290,7 +290,7 @@ def versions(wanted: Wanted, pythons: Mapping[str, str]) -> dict[str, dict[str, 
 
 
 def arms(
-    wanted: Wanted, pythons: Mapping[str, str], model: str, generator: LLM, context: int, out: Path
+    wanted: Wanted, pythons: Mapping[str, str], model: str, llm: LLM, context: int, out: Path
 ) -> list[Peer]:
     """The arms of the baselines. Raises PeerUnavailable.
 
@@ -299,37 +299,37 @@ def arms(
     made = []
     for name, one in wanted.items():
         python = pythons.get(one.engine, sys.executable)
-        file = _file(one, python, model, generator, out)
+        file = _file(one, python, model, llm, out)
         settings = {
             "model": str(file),
-            "dtype": dtype_of(generator),
+            "dtype": dtype_of(llm),
             "threads": torch.get_num_threads(),
-            "context": min(context + one.lookup, generator.model.context),
+            "context": min(context + one.lookup, llm.model.context),
             "lookup": one.lookup,
         }
         size = stored_bytes(file) if one.stored else None
-        made.append(Peer(name, one.engine, python, settings, generator.eos, generator.model.grade, size))
+        made.append(Peer(name, one.engine, python, settings, llm.eos_ids, llm.model.grade, size))
     return made
 
 
-def _file(one: External, python: str, model: str, generator: LLM, out: Path) -> Path:
+def _file(one: External, python: str, model: str, llm: LLM, out: Path) -> Path:
     """What the engine loads: a GGUF file, or a model folder."""
     if one.stored:
         source = gguf_source(model)
         assert source is not None  # `check_model` has seen to it
         return source
     if one.engine == "llamacpp":
-        return gguf(python, generator, out)
-    return folder(model) or _saved(generator, out / "model")
+        return gguf(python, llm, out)
+    return folder(model) or _saved(llm, out / "model")
 
 
-def gguf(python: str, generator: LLM, out: Path) -> Path:
+def gguf(python: str, llm: LLM, out: Path) -> Path:
     """The loaded weights as a GGUF file, made if it does not exist. Raises PeerUnavailable."""
-    dtype = dtype_of(generator)
+    dtype = dtype_of(llm)
     file = out / f"{dtype}.gguf"
     if not file.exists():
         with tempfile.TemporaryDirectory(dir=out) as place:
-            source = _saved(generator, Path(place))
+            source = _saved(llm, Path(place))
             words = [python, str(HERE / "gguf_folder.py"), str(source), str(file), dtype]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -347,13 +347,13 @@ def folder(model: str) -> Path | None:
     return path if path.is_dir() else Path(str(cached_file(model, "config.json"))).parent
 
 
-def _saved(generator: LLM, place: Path) -> Path:
+def _saved(llm: LLM, place: Path) -> Path:
     """A folder with the loaded weights and the tokenizer."""
     if not (place / "config.json").exists():
-        generator.model.model.save_pretrained(place)
-        generator.tokenizer.save_pretrained(place)
+        llm.model.model.save_pretrained(place)
+        llm.tokenizer.save_pretrained(place)
     return place
 
 
-def dtype_of(generator: LLM) -> str:
-    return str(generator.model.dtype).removeprefix("torch.")
+def dtype_of(llm: LLM) -> str:
+    return str(llm.model.dtype).removeprefix("torch.")

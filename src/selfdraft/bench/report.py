@@ -76,7 +76,7 @@ def _copied_share(bench: Bench, work: Work) -> float:
     """The share of plain decoding's tokens that lie inside 4-grams of the prompt or the references."""
     inside = total = 0
     for item in work.items:
-        references = bench.generator.references(item.references)
+        references = bench.llm.references(item.references)
         for turn in range(len(item.turns)):
             ids = bench.journal.records[Key(work.name, item.id, turn, PLAIN, 0)].ids
             texts = [bench.prompt(work, item, turn), *references]

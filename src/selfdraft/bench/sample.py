@@ -24,7 +24,7 @@ def sample(bench: Bench, work: Work) -> dict[str, Any]:
     answers: dict[str, Any] = {}
     for arm in bench.arms:
         record = bench.journal.records[Key(work.name, item.id, 0, arm.name, 0)]
-        shown, begun, pieces = Detokenizer(bench.generator.tokenizer, prompt), 0, []
+        shown, begun, pieces = Detokenizer(bench.llm.tokenizer, prompt), 0, []
         for run in record.runs:
             ids, begun = record.ids[begun : begun + run], begun + run
             pieces.append([run, shown.add(ids, last=begun == len(record.ids))])

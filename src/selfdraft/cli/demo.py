@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..llm import LLM
-    from ..params import Completion
+    from ..outputs import Completion
 
 SHOWN = "llma"  # all methods write the same text, so one of them shows it
 METHODS = ("plain", SHOWN, "jacobi")
@@ -66,7 +66,7 @@ def demo(
         llm.model.cost(1)
         arms = [llm.using(name) for name in METHODS]
         for arm in arms:  # the first forwards of a shape are slower
-            arm.generate(flags.prompt_ids(arm, TASKS[0].question, raw=False), max_new_tokens=8)
+            arm.generate(TASKS[0].question, max_new_tokens=8)
     records: list[dict[str, Any]] = []
     for task in TASKS:
         screen.rule(task.title, align="left")
@@ -75,7 +75,7 @@ def demo(
         results = [_answer(arm, task, max_new_tokens, screen, as_json) for arm in arms]
         screen.print()
         if not as_json:
-            figures_table(results, results[0], flags.chats(llm, raw=False))
+            figures_table(results, results[0])
             screen.print()
         identical = all(result.ids == results[0].ids for result in results)
         figures = [result.figures() for result in results]
@@ -87,8 +87,7 @@ def demo(
 def _answer(llm: LLM, task: Task, max_new_tokens: int, screen: Console, as_json: bool) -> Completion:
     from .paint import printer
 
-    ids = flags.prompt_ids(llm, task.question, raw=False)
-    stream = llm.stream(ids, max_new_tokens=max_new_tokens)
+    stream = llm.stream(task.question, max_new_tokens=max_new_tokens)
     if llm.method_name == SHOWN:
         show = printer(sys.stderr if as_json else sys.stdout)
         for chunk in stream:

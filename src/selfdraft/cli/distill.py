@@ -108,14 +108,14 @@ def distill(
 
       selfdraft distill -p chats.parquet --model ./my-model --out answers --method llma --batch 8
     """
-    from ..llm import load
+    from ..llm import LLM
     from ..train.distill import Distillation, Recipe, asked
     from ..train.prompts import Prompts as Read
     from ..train.shards import Shards
 
     recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops, raw)
     rows = Read(prompts, column, split)
-    generator = load(
+    llm = LLM(
         model,
         method,
         options=flags.pairs("--option", option),
@@ -123,9 +123,9 @@ def distill(
         device=device,
         numerics=numerics,  # type: ignore[arg-type]
     )
-    shards = Shards(out, asked(generator, rows, recipe), shard)
+    shards = Shards(out, asked(llm, rows, recipe), shard)
     try:
-        summary = work(Distillation(generator, rows, recipe, shards, batch, limit))
+        summary = work(Distillation(llm, rows, recipe, shards, batch, limit))
     finally:
         shards.close()
     if as_json:

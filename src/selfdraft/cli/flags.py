@@ -59,9 +59,9 @@ def load(
     numerics: str | None,
 ) -> LLM:
     """The model that the flags name."""
-    from ..llm import load as load_llm
+    from ..llm import LLM
 
-    return load_llm(
+    return LLM(
         model,
         method,
         options=pairs("--option", option),
@@ -78,20 +78,6 @@ def check_text(what: str, given: str | None) -> None:
         (given or "").encode()
     except UnicodeEncodeError as error:
         raise InvalidPrompt(f"{what} is not valid UTF-8 at character {error.start}: {given!a:.80}") from None
-
-
-def chats(llm: LLM, raw: bool) -> bool:
-    """Whether prompts go through the model's chat template."""
-    return bool(llm.tokenizer.chat_template) and not raw
-
-
-def prompt_ids(llm: LLM, text: str, raw: bool, system: str | None = None) -> Sequence[int]:
-    """Token ids of a prompt, in the form of the model's chat template if it has one. Raises InvalidOption for
-    a system message without a template."""
-    if system is None and (not text or not chats(llm, raw)):
-        return llm.ids(text)
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return llm.ids(None, [*before, {"role": "user", "content": text}])
 
 
 def pairs(flag: str, given: Sequence[str] | None) -> dict[str, object]:

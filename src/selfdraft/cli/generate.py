@@ -17,7 +17,7 @@ from . import flags, sampling_flags
 
 if TYPE_CHECKING:
     from ..llm import LLM, Stream
-    from ..params import Completion
+    from ..outputs import Completion
 
 WARM_UP = 8  # tokens generated before a comparison, since the first forwards of a shape are slower
 Text = Annotated[str | None, typer.Argument(help="The prompt; - reads standard input.", show_default=False)]
@@ -80,7 +80,7 @@ def generate(
     flags.check_text("--system", system)
     for text in stop or ():
         flags.check_text("--stop", text)
-    question = _prompt(prompt, file)
+    question = _question(_prompt(prompt, file), raw, system)
     given: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -100,24 +100,20 @@ def generate(
     }
     settings = {name: value for name, value in given.items() if value is not None}
     _check(samples, settings, as_json, compare)
-    if system is not None and raw:
-        raise InvalidOption("--system needs the chat template, which --raw leaves out; give one of the two")
     references = [read_reference(path) for path in reference or ()]
     with console(stderr=True).status(f"loading {model}") as status:
         llm = flags.load(model, method, option, adapter, dtype, device, numerics)
-        ids = flags.prompt_ids(llm, question, raw, system)
         if method != "plain":
             status.update("measuring step times")
             llm.model.cost(1)
         if samples > 1:
             status.update(f"generating {samples} answers")
             with sampling_flags.naming_flags(settings):
-                answers = llm.generate(ids, n=samples, references=references, **settings)
-    job = Job(llm, ids, references, settings, flags.chats(llm, raw))
+                answers = llm.generate(n=samples, references=references, **question, **settings)
     if samples > 1:
-        _show_samples(job, answers, as_json)
+        _show_samples(answers, as_json)
     else:
-        _answer(job, compare, as_json)
+        _answer(Job(llm, question, references, settings), compare, as_json)
 
 
 @dataclass(frozen=True)
@@ -125,20 +121,15 @@ class Job:
     """What one call of the command asks of its model."""
 
     llm: LLM
-    ids: Sequence[int]
+    question: Mapping[str, Any]
+    """The prompt as arguments of `LLM.generate`."""
     references: Sequence[str]
-    # Fields of SamplingParams that were given.
     settings: Mapping[str, Any]
-    # Whether the prompt went through the chat template.
-    chat: bool
+    """Fields of SamplingParams that were given."""
 
     def stream(self, llm: LLM, **changed: Any) -> Stream:
         with sampling_flags.naming_flags(self.settings):
-            return llm.stream(self.ids, references=self.references, **{**self.settings, **changed})
-
-    def record(self, result: Completion) -> dict[str, object]:
-        """A result for JSON."""
-        return result.figures() | {"ids": list(result.ids), "chat": self.chat}
+            return llm.stream(references=self.references, **self.question, **{**self.settings, **changed})
 
 
 def _answer(job: Job, compare: bool, as_json: bool) -> None:
@@ -181,6 +172,15 @@ def _check(samples: int, settings: Mapping[str, Any], as_json: bool, compare: bo
         print(f"selfdraft: note: {', '.join(unused)} {verb} no effect at temperature 0", file=sys.stderr)
 
 
+def _question(text: str, raw: bool, system: str | None) -> dict[str, Any]:
+    """The prompt as arguments of `LLM.generate`."""
+    if system is None:
+        return {"prompt": text, "raw": raw}
+    if raw:
+        raise InvalidOption("--system needs the chat template, which --raw leaves out; give one of the two")
+    return {"messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]}
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise InvalidPrompt("give one prompt: as the argument, as - for standard input, or with --file")
@@ -192,16 +192,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         raise InvalidPrompt(f"{file or 'standard input'} cannot be read as text: {error}") from error
 
 
-def _show_samples(job: Job, results: Sequence[Completion], as_json: bool) -> None:
+def _show_samples(results: Sequence[Completion], as_json: bool) -> None:
     """Several answers to one prompt, one below the other, or as a list on the last line."""
     from .paint import figures_table
 
     if as_json:
-        print(json.dumps([job.record(result) for result in results]))
+        print(json.dumps([_record(result) for result in results]))
         return
     for result in results:
         print(f"--- sample {result.sample}\n{result.text}")
-    figures_table(results, None, job.chat)
+    figures_table(results, None)
 
 
 def _show(stream: Stream, out: IO[str] | None, until_then: str) -> bool:
@@ -227,6 +227,11 @@ def _show(stream: Stream, out: IO[str] | None, until_then: str) -> bool:
     return False
 
 
+def _record(result: Completion) -> dict[str, object]:
+    """A result for JSON."""
+    return result.figures() | {"ids": list(result.ids)}
+
+
 def _report(
     job: Job, result: Completion, plain: Completion | None, as_json: bool, interrupted: bool = False
 ) -> None:
@@ -234,13 +239,13 @@ def _report(
     from .paint import figures_table, identical
 
     if as_json:
-        record = job.record(result)
+        record = _record(result)
         if plain is not None:
-            record |= {"plain": job.record(plain), "identical": identical(result, plain, interrupted)}
+            record |= {"plain": _record(plain), "identical": identical(result, plain, interrupted)}
         print(json.dumps(record))
         return
-    figures_table([plain, result] if plain else [result], plain, job.chat, interrupted=interrupted)
-    if not result.text and not job.chat and job.llm.tokenizer.chat_template:
+    figures_table([plain, result] if plain else [result], plain, interrupted=interrupted)
+    if not result.text and not result.chat and job.llm.tokenizer.chat_template:
         print(
             "selfdraft: note: the model ended at once; without --raw its chat template is applied",
             file=sys.stderr,

@@ -53,7 +53,7 @@ def _facts(model: str, adapter: str | None, dtype: str | None, device: str | Non
         "vocabulary": own.vocab_size,
         "tokenizer": len(llm.tokenizer),
         "chat template": bool(llm.tokenizer.chat_template),
-        "end-of-text ids": sorted(llm.eos),
+        "end-of-text ids": sorted(llm.eos_ids),
         "context": own.context,
         "dtype": str(own.dtype).removeprefix("torch."),
         "device": str(own.device),

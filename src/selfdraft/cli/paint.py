@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ..params import Chunk, Completion
+    from ..outputs import Chunk, Completion
 
 RUN_COLOURS = ("\x1b[32m", "\x1b[36m")  # alternate, so that neighbouring runs can be told apart
 RESET = "\x1b[0m"
@@ -19,6 +19,7 @@ ENDED = {
     "length": "ended at the maximum length",
     "context": "ended at the end of the context",
     "cancelled": "cancelled",
+    "error": "ended by an error",
 }
 
 
@@ -62,7 +63,6 @@ def identical(result: Completion, plain: Completion, interrupted: bool = False) 
 def figures_table(
     results: Sequence[Completion],
     plain: Completion | None,
-    chat: bool,
     title: str | None = None,
     interrupted: bool = False,
 ) -> None:
@@ -86,14 +86,14 @@ def figures_table(
         table.add_row(*row)
     screen = console()
     screen.print(table)
-    screen.print(about(results[-1], chat), style="dim", highlight=False, markup=False)
+    screen.print(about(results[-1]), style="dim", highlight=False, markup=False)
 
 
-def about(result: Completion, chat: bool) -> str:
+def about(result: Completion) -> str:
     """How an answer was made, in one sentence or two."""
     facts = [
         result.model,
-        "asked through its chat template" if chat else "prompt taken as it is",
+        "asked through its chat template" if result.chat else "prompt taken as it is",
         f"{result.dtype} on {result.device}",
         f"{result.numerics} numerics",
         *([f"seed {result.seed}"] if result.temperature else []),

@@ -96,7 +96,7 @@ Stop = Annotated[
 Eos = Annotated[
     list[int] | None,
     typer.Option(
-        help="Token id that ends the answer, instead of the model's; its text stays in; repeatable.",
+        help="Token id that ends the answer, instead of the model's; repeatable.",
         rich_help_panel=ENDS,
     ),
 ]
@@ -119,11 +119,11 @@ def naming_flags(given: Mapping[str, object]) -> Iterator[None]:
     try:
         yield
     except InvalidOption as error:
-        names = "|".join(sorted(given, key=len, reverse=True))
-        if not names:
+        if error.option is None or error.option not in given:
             raise
-        message = re.sub(rf"(?<![-\w])({names})\b", lambda found: flag(found[1]), str(error), count=1)
-        raise InvalidOption(message) from error
+        # 'temperature' or temperature, whichever the message says
+        name = rf"(?<![-\w])(?:option )?'?\b{error.option}\b'?"
+        raise InvalidOption(re.sub(name, flag(error.option), str(error), count=1), error.option) from error
 
 
 def flag(field: str) -> str:

@@ -78,7 +78,7 @@ def trajectories(
 
       selfdraft trajectories -p openai/gsm8k:main --column question --out paths --block 32 -n 160 --limit 2000
     """
-    from ..llm import load
+    from ..llm import LLM
     from ..train.distill import Recipe, asked
     from ..train.prompts import Prompts as Read
     from ..train.shards import Shards
@@ -87,7 +87,7 @@ def trajectories(
     recipe = Recipe(max_new_tokens, temperature, greedy_share, seed, cut_loops, raw)
     rows = Read(prompts, column, split)
     method = Recorded(block)
-    generator = load(
+    llm = LLM(
         model,
         method,
         adapter=adapter,
@@ -95,15 +95,15 @@ def trajectories(
         device=device,
         numerics=numerics,  # type: ignore[arg-type]
     )
-    if block >= generator.model.context:
+    if block >= llm.model.context:
         raise InvalidOption(
-            f"--block {block}: the model's context is {generator.model.context} tokens; "
+            f"--block {block}: the model's context is {llm.model.context} tokens; "
             "give a smaller block, such as 16"
         )
     about = {"block": block, "augment": augment}
-    shards = Shards(out, {**asked(generator, rows, recipe), **about}, shard)
+    shards = Shards(out, {**asked(llm, rows, recipe), **about}, shard)
     try:
-        summary = work(Recording(generator, rows, recipe, shards, batch, limit, augment))
+        summary = work(Recording(llm, rows, recipe, shards, batch, limit, augment))
     finally:
         shards.close()
     if as_json:

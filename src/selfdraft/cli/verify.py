@@ -104,7 +104,7 @@ def verify(
     with _progress() as report:
         report(f"loading {model}")
         llm = flags.load(model, method, option, adapter, dtype, device, numerics)
-        ids = [flags.prompt_ids(llm, text, raw) for text in texts]
+        ids = [llm.prompt_ids(text, raw=raw) for text in texts]
         result = compare(llm, ids, effort, seed, llm.references(quoted), report)
     about = {
         "model": model,
@@ -113,7 +113,7 @@ def verify(
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": str(llm.model.device),
         "numerics": llm.model.numerics,
-        "chat template": flags.chats(llm, raw),
+        "chat template": llm.chats(raw=raw),
     }
     if as_json:
         print(json.dumps(about | result.record()))

@@ -37,9 +37,16 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Method:
 
 
 def resolve(method: str | Method, options: Mapping[str, object] | None = None) -> tuple[Method, str]:
-    """A method given by name or as it is, and what to call it. Raises UnknownMethod and InvalidOption."""
+    """A method given by name or as an object, and its name. Raises UnknownMethod and InvalidOption."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidOption(f"options: give a mapping of names to values; got {options!r:.100}")
     if isinstance(method, str):
         return create(method, options), method
+    if isinstance(method, type) or not callable(getattr(method, "drafter", None)):
+        raise InvalidOption(
+            f"method: give a name ({', '.join(available())}) or an object with a `drafter` method, such as "
+            f"Llma(); got {method!r:.100}"
+        )
     if options:
         raise InvalidOption("options go with a method's name; this method has its own already")
     return method, type(method).__name__.lower()

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
+from typing import cast
 
-from ..errors import InvalidReference
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InvalidPrompt, InvalidReference
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -27,7 +30,7 @@ def spellings(encode: Encode, references: Sequence[str | Sequence[int]]) -> list
 
     encode: without special tokens. Ids pass as they are. Raises InvalidReference for what is neither.
     """
-    several = isinstance(references, Sequence) and not isinstance(references, str)
+    several = isinstance(references, Sequence) and not isinstance(references, str | bytes)
     if not several or not all(isinstance(one, str) or is_ids(one) for one in references):
         raise InvalidReference(
             f"references is a list of texts or of lists of token ids; got {references!s:.100}"
@@ -39,8 +42,23 @@ def spellings(encode: Encode, references: Sequence[str | Sequence[int]]) -> list
 
 
 def is_ids(value: object) -> bool:
-    """Is it a sequence of token ids?"""
-    return isinstance(value, Sequence) and all(isinstance(token, int) for token in value)
+    """True for a sequence of token ids. Bytes are none, though they are integers to Python."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
+        return False
+    return all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """Token ids of a text, however long. Raises InvalidPrompt for one that is not Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidPrompt(
+            f"the text holds a lone surrogate at character {error.start}, so it is not Unicode text: "
+            f"{text[max(0, error.start - 20) : error.start + 20]!a}"
+        ) from None
+    # verbose=False: a reference may be longer than the context, which transformers would warn of
+    return cast(list[int], tokenizer.encode(text, add_special_tokens=special, verbose=False))
 
 
 def _starts(encode: Encode, text: str) -> Iterator[tuple[int, ...]]:

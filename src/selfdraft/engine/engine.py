@@ -1,30 +1,42 @@
 """The loop. Propose, forward, pick, accept, keep, observe: for all live requests at once.
 
-Plain decoding is the method that proposes nothing. Prefill is the same forward over the prompt, its
-path forced, one call of at most 512 rows between decode steps, so that a long prompt never stalls
-the requests that run. Requests join (`submit`) and leave (when finished, or by `cancel`) between
-steps, with their own lengths, methods and sampling. A request may start from another's cache, as far
-as their tokens agree: samples of one prompt, turns of one conversation.
+Plain decoding is the method that proposes nothing. Prefill is the same forward over the prompt, its path
+forced, one call of at most 512 rows between decode steps, so that a long prompt never stalls the requests
+that run. Requests join (`submit`) and leave (when finished, or by `cancel`) between steps, with their own
+lengths, methods and sampling parameters. A request may start from another's cache, as far as their tokens
+agree: samples of one prompt, turns of one conversation.
+
+A drafter that raises, or proposes what is not a tree of its text, ends its own request with
+`finish_reason="error"`; the others do not notice.
 
 A looped model may be driven by stages. As long as one request drafts from early picks, a step is a stage for
-all; the others' rows stay in in_flight, untouched, until they are done.
+all; the other requests' rows stay in flight, untouched, until they are done.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from ..drafting.method import DraftContext, Method
-from ..errors import InvalidOption, InvalidPrompt, InvalidReference, InvalidTree, ModelUnsupported
+from ..drafting.method import DraftContext, Drafter, Method
+from ..errors import (
+    DraftError,
+    InvalidOption,
+    InvalidPrompt,
+    InvalidReference,
+    InvalidTree,
+    ModelUnsupported,
+    SelfdraftError,
+)
 from ..models.protocol import Cache, Model, Rows
-from ..sampling.processors import Draw
+from ..params import SamplingParams
 from ..sampling.sampler import Sampler
-from .request import Limits, Request
+from ..sampling.stopping import Stop
+from .request import Request
 from .step import Step
 from .tree import Tree
 
@@ -36,58 +48,63 @@ class Engine:
         self.model = model
         self.pool = model.pool()
         self.requests: list[Request] = []
-        self.kept: list[Request] = []  # ended ones whose caches are still open
+        self.retained: list[Request] = []  # ended ones whose caches are still open
 
     def submit(
         self,
         prompt: Sequence[int],
         method: Method,
-        sampler: Sampler | None = None,
-        limits: Limits | None = None,
+        params: SamplingParams | None = None,
         references: Sequence[Sequence[int]] = (),
         *,
-        logprobs: int | None = None,
+        eos_ids: Collection[int] = (),
+        stop: Stop | None = None,
+        sample: int = 0,
         start: Request | None = None,
         keep: bool = False,
     ) -> Request:
         """Let a request join.
 
-        references: ids that drafters may copy from. logprobs: note each token's, and those of so many
-        alternatives. start: a request of this engine whose cache it uses, as far as the tokens agree: a
-        copy, or the cache itself if that request has ended and kept it. keep: do not free the cache at the
-        end, for a request that starts from it; `release` does. Raises InvalidPrompt for a prompt that is
-        empty, too long or not of ids, InvalidReference and InvalidOption; ModelUnsupported for a method that
-        drafts from early picks where the model does not share its layers.
+        params: None is the default, greedy. Stop strings in it need a tokenizer, which an engine does not
+        have: give them as `stop`. references: token ids that drafters may copy from. eos_ids: the ids that
+        end a text of the model, unless `params` names others. sample: keys the noise, beside the seed.
+        start: a request of this engine whose cache this one uses, as far as the tokens agree: a copy, or the
+        cache itself if that request has ended and kept it. keep: do not free the cache at the end, for a
+        request that starts from it; `release` does.
+
+        Raises InvalidPrompt for a prompt that is empty, too long or not of ids, InvalidReference and
+        InvalidOption; ModelUnsupported for a method that drafts from early picks where the model does not
+        share its layers; DraftError where the method cannot make a drafter.
         """
         self._check(prompt, references)
         early = check_early(method, self.model)
-        if start is not None and start not in (*self.requests, *self.kept):
+        if start is not None and start not in (*self.requests, *self.retained):
             raise InvalidOption("start: a request of this engine that runs, or that ended with keep=True")
-        limits, sampler = limits or Limits(), sampler or Sampler()
-        if logprobs is not None and not 0 <= logprobs <= self.model.vocab_size:
-            raise InvalidOption(f"logprobs must be from 0 to {self.model.vocab_size}; got {logprobs}")
-        vocabulary, device = self.model.vocab_size, self.model.device
-        draw = Draw(sampler, prompt, vocabulary, device, limits.eos, limits.min_new_tokens)
+        params = params or SamplingParams()
+        if params.stop_strings and stop is None:
+            raise InvalidOption("stop: strings need a tokenizer; give stop=StopStrings(tokenizer, strings)")
+        ends = params.end_ids(eos_ids)
+        sampler = Sampler(params, prompt, self.model.vocab_size, self.model.device, ends, sample)
         context = DraftContext(
             tuple(prompt),
             references,
             sampler.seed,
-            sampler.temperature,
-            draw.noise,
+            params.temperature,
+            sampler.noise,
             self._cost,
             self.model.lookahead,
             self.model.loops,
         )
-        drafter = method.drafter(context)
-        cache = self._cache(prompt, start)
+        drafter = _drafter(method, context)
         request = Request(
             context.prompt,
             drafter,
-            draw,
-            limits,
-            cache,
+            params,
+            sampler,
+            self._cache(prompt, start),
             self.model.context,
-            top=logprobs,
+            eos_ids=ends,
+            stop=stop,
             keep=keep,
             early=early,
             loops=self.model.loops.count if self.model.loops is not None else 1,
@@ -97,8 +114,8 @@ class Engine:
 
     def release(self, request: Request) -> None:
         """Free the cache that an ended request kept; what was started from it goes on."""
-        if request in self.kept:
-            self.kept.remove(request)
+        if request in self.retained:
+            self.retained.remove(request)
             request.cache.close()
 
     def cancel(self, request: Request) -> None:
@@ -108,13 +125,17 @@ class Engine:
             self._sweep()
 
     def run(self, request: Request) -> Iterator[Sequence[int]]:
-        """Step until a request ends; yields the tokens it gained. Leaving early cancels it."""
+        """Step until a request ends; yields the tokens it gained. Leaving early cancels it.
+
+        Raises what ended it, if an error did: a DraftError, or what a stopping criterion raised."""
         seen = len(request.prompt)
         try:
             while True:
                 if len(request.tokens) > seen:
                     fresh, seen = request.tokens[seen:], len(request.tokens)
                     yield fresh
+                elif request.error is not None:
+                    raise request.error
                 elif request.finish_reason is not None:
                     return
                 else:
@@ -137,7 +158,7 @@ class Engine:
         for request in [s for s in self.requests if s.finish_reason is not None]:
             self.requests.remove(request)
             if request.keep:
-                self.kept.append(request)
+                self.retained.append(request)
             else:
                 request.cache.close()
 
@@ -152,7 +173,7 @@ class Engine:
             cache = self.pool.open()
             cache.copy(start.cache, shared)
             return cache
-        self.kept.remove(start)
+        self.retained.remove(start)
         start.cache.cut(shared)
         return start.cache
 
@@ -163,7 +184,9 @@ class Engine:
 
     def _decode(self, live: Sequence[Request]) -> None:
         start = time.perf_counter()
-        trees = [self._checked(request.propose(), request) for request in live]
+        live, trees = self._propose(live)
+        if not live:
+            return
         stages = 1 if any(request.early for request in live) else None
         rows = self.model.forward(trees, [request.cache for request in live], stages)
         heard = [i for i, request in enumerate(live) if request.has_output(trees[i], rows.done[i])]
@@ -173,12 +196,22 @@ class Engine:
         for request in live:
             request.seconds += took
 
+    def _propose(self, live: Sequence[Request]) -> tuple[list[Request], list[Tree]]:
+        """The requests that go on, with their trees. One whose drafter fails ends."""
+        proposed = []
+        for request in live:
+            try:
+                proposed.append((request, self._checked(request.propose(), request)))
+            except SelfdraftError as error:
+                request.fail(error)
+        return [request for request, _ in proposed], [tree for _, tree in proposed]
+
     def _take(self, live: Sequence[Request], trees: Sequence[Tree], rows: Rows) -> None:
         """Read the rows of these requests, and let each have its picks."""
         counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
         logits = self.model.head(rows, [range(count) for count in counts])
         tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
-        scores = [s.draw.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]
+        scores = [s.sampler.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]
         picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), counts)
         steps = [
             request.advance(*mine)
@@ -189,34 +222,43 @@ class Engine:
     def _observe(
         self, live: Sequence[Request], steps: Sequence[Step], rows: Rows, counts: Sequence[int]
     ) -> None:
-        """Tell the drafters, with the logits of the mask rows that the walks ended at: these rows alone, for
-        with a large vocabulary the head decides the speed."""
+        """Tell the drafters what came of their trees, with the logits of the mask rows that the walks ended
+        at: of these rows alone, since with a large vocabulary the head decides the speed."""
         groups = [
             _group(step, count) if request.finish_reason is None else []
             for request, step, count in zip(live, steps, counts, strict=True)
         ]
-        ahead: Sequence[Tensor | None] = [None] * len(live)
+        mask_logits: Sequence[Tensor | None] = [None] * len(live)
         if any(groups):
             picked = [request.tokens[-1] for request in live]
-            ahead = self.model.mask_logits(rows, groups, picked, lambda i, *guess: live[i].draw.guess(*guess))
-        for request, step, group, logits in zip(live, steps, groups, ahead, strict=True):
-            request.observe(step, logits if group else None)
+            mask_logits = self.model.mask_logits(
+                rows, groups, picked, lambda i, *row: live[i].sampler.candidate(*row)
+            )
+        for request, step, group, logits in zip(live, steps, groups, mask_logits, strict=True):
+            try:
+                request.observe(step, logits if group else None)
+            except SelfdraftError as error:
+                if request.finish_reason is None:
+                    request.fail(error)
 
     def _prefill(self) -> None:
-        """Read one call's worth of the first prompt that waits. Its path is forced: every row is kept."""
-        waiting = next((request for request in self.requests if not request.ready), None)
-        if waiting is None:
+        """Read one call's worth of the first prompt that is not ready. Its path is forced: every row is
+        kept."""
+        request = next((request for request in self.requests if not request.ready), None)
+        if request is None:
             return
         start = time.perf_counter()
-        unread = waiting.unread()
-        self.model.forward([Tree.chain(unread)], [waiting.cache])
-        waiting.cache.keep(range(len(unread)), [])
-        waiting.prefills += 1
-        waiting.prefill_seconds += time.perf_counter() - start
+        unread = request.unread()
+        self.model.forward([Tree.chain(unread)], [request.cache])
+        request.cache.keep(range(len(unread)), [])
+        request.prefills += 1
+        request.prefill_seconds += time.perf_counter() - start
 
     def _checked(self, tree: Tree, request: Request) -> Tree:
-        """The tree, if it continues the request's text in the model's vocabulary."""
+        """The tree, if it continues the request's text in the model's vocabulary. Raises InvalidTree."""
         drafter = type(request.drafter).__name__
+        if not all(type(token) is int for token in tree.tokens):
+            raise InvalidTree(f"{drafter} proposed tokens that are not integers: {tree.tokens!s:.100}")
         if tree.tokens[0] != request.tokens[-1]:
             raise InvalidTree(
                 f"row 0 must carry the last token, {request.tokens[-1]}; {drafter} proposed {tree.tokens[0]}"
@@ -250,8 +292,18 @@ class Engine:
             )
 
 
+def _drafter(method: Method, context: DraftContext) -> Drafter:
+    """A drafter of the method. Raises DraftError."""
+    try:
+        return method.drafter(context)
+    except SelfdraftError:
+        raise
+    except Exception as error:  # a method is others' code
+        raise DraftError(f"{type(method).__name__}.drafter raised {type(error).__name__}: {error}") from error
+
+
 def check_early(method: Method, model: Model) -> bool:
-    """Does the method draft from early picks? Raises ModelUnsupported where there can be none."""
+    """True if the method drafts from early picks. Raises ModelUnsupported where there can be none."""
     early: bool = getattr(method, "early", False)
     if not early:
         return False
@@ -259,7 +311,7 @@ def check_early(method: Method, model: Model) -> bool:
     if model.loops is None:
         raise ModelUnsupported(
             f"{name} runs tokens at several depths through one read of shared layers, and this model shares "
-            "none: it needs a looped one, with several passes through the same layers, as pico-loop, a "
+            "none: it needs a looped one, with several passes through the same layers, as looped-tiny, a "
             "checkpoint of the Ouro kind, or what `selfdraft train speed` makes of this one"
         )
     if model.lookahead is not None and model.lookahead.ids:

@@ -7,14 +7,15 @@ The ids are those of `generate` itself when greedy. When sampling, the noise is 
 seed that is drawn from torch's generator, so that `torch.manual_seed` settles it.
 
 `generate` has already made its processors and stopping criteria when it calls the hook. The processors are
-read back into a `Sampler`; what cannot be read is refused. The criteria are asked after every token, as
+read back into `SamplingParams`; what cannot be read is refused. The criteria are asked after every token, as
 `generate` does. Its streamer and tokenizer do not reach a hook, which therefore carries its own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -48,14 +49,15 @@ from .. import drafting
 from ..drafting.method import Method
 from ..drafting.references import spellings
 from ..engine.engine import Engine
-from ..engine.request import Limits, Request
+from ..engine.request import Request
 from ..errors import InvalidOption, InvalidPrompt
+from ..models import attention
 from ..models.adapters import folder as adapter_folder
 from ..models.loading import drive
 from ..models.transformers import Numerics, TransformersModel
 from ..models.transformers_inputs import CACHE
-from ..sampling.detokenizer import StopStrings, StopWatch
-from ..sampling.sampler import Sampler
+from ..params import SamplingParams
+from ..sampling.stopping import Stop, StopStrings, StopWatch
 
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 INPUTS = {
@@ -81,9 +83,9 @@ def hook(
 ) -> Hook:
     """A `custom_generate` for `model.generate`. Make it once per model: the model is probed at first use.
 
-    method, options, numerics, adapter: as in `selfdraft.load`. references: texts or ids that the answer may
-    quote. stop: strings that end an answer (`generate` cannot hand its own `stop_strings` to a hook).
-    streamer: gets the ids as they are settled; for one prompt at a time. Texts, in references or stop, need
+    method, options, numerics, adapter: as in `selfdraft.LLM`. references: texts or ids that the answer may
+    quote. stop: strings that end an answer; `generate` refuses its own `stop_strings`, given or in the
+    model's generation config, when it runs with a hook, so set those to None. streamer: gets the ids as they are settled; for one prompt at a time. Texts, in references or stop, need
     the tokenizer. Raises UnknownMethod and InvalidOption.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -134,22 +136,21 @@ class Hook:
         mask = model_kwargs.get("attention_mask")
         prompts = _prompts(input_ids, mask)
         _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
-        asked = _read(logits_processor, input_ids.shape[1])
-        least = asked.pop("least", 0)
-        if generation_config.do_sample:
-            asked = {"temperature": 1.0, "seed": int(torch.randint(2**63 - 1, ())), **asked}
-        engine = Engine(self._of(model))
-        requests = [
-            engine.submit(
-                prompt,
-                self.method,
-                Sampler(**asked, sample=row),
-                self._limits(stopping_criteria, input_ids[row], least),
-                self.references,
-            )
-            for row, prompt in enumerate(prompts)
-        ]
-        self._run(engine, requests, input_ids)
+        params = _params(logits_processor, stopping_criteria, generation_config, input_ids.shape[1])
+        with _own_attention(model):
+            engine = Engine(self._of(model))
+            requests = [
+                engine.submit(
+                    prompt,
+                    self.method,
+                    params,
+                    self.references,
+                    stop=self._stop(stopping_criteria, input_ids[row]),
+                    sample=row,
+                )
+                for row, prompt in enumerate(prompts)
+            ]
+            self._run(engine, requests, input_ids)
         if any(request.finish_reason == "context" for request in requests):
             warnings.warn(
                 f"a text ended at the model's context of {engine.model.context} tokens", stacklevel=2
@@ -164,16 +165,14 @@ class Hook:
             probed = drive(model, self.numerics)
             source = adapter_folder.chosen(self.method, self.name, probed.name, self.adapter)
             self._model = adapter_folder.fit(probed, self.method, self.name, source)
+        if model.config._attn_implementation != attention.NAME:
+            model.set_attn_implementation(attention.NAME)
         return self._model
 
-    def _limits(self, criteria: StoppingCriteriaList, row: Tensor, least: int) -> Limits:
-        """Of the text behind a row of the input, padding included, which transformers' lengths count."""
-        lengths = [c.max_length - len(row) for c in criteria if type(c) is MaxLengthCriteria]
-        longest = min(lengths, default=2**31)
-        ends = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
+    def _stop(self, criteria: StoppingCriteriaList, row: Tensor) -> Stop | None:
+        """What ends the answer to a row of the input, beside its length and the end-of-text ids."""
         others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        stop = Criteria(others, row, self.stop) if others else self.stop
-        return Limits(longest, frozenset(ends), stop, min(least, longest))
+        return Criteria(others, row, self.stop) if others else self.stop
 
     def _run(self, engine: Engine, requests: Sequence[Request], input_ids: Tensor) -> None:
         shown = input_ids.shape[1] if self.streamer is None else len(requests[0].prompt)
@@ -186,6 +185,17 @@ class Hook:
                 shown = len(requests[0].tokens)
         if self.streamer is not None:
             self.streamer.end()
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the model with the attention implementation that its user chose."""
+    own = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
 
 
 @dataclass(frozen=True)
@@ -229,14 +239,14 @@ class CriteriaWatch:
             ) from error
 
 
-# How each processor reads as options of `Sampler`, with its place in the order they are applied in here.
-# "least" is the number of tokens before an end may come.
+# How each processor reads as sampling parameters, with its place in the order they are applied in here.
+MIN = "min_new_tokens"
 Reader = Callable[[Any, int], dict[str, Any]]
 READERS: dict[type[LogitsProcessor], tuple[int, Reader]] = {
     SequenceBiasLogitsProcessor: (0, lambda p, _: {"logit_bias": _single(p.sequence_bias)}),
     RepetitionPenaltyLogitsProcessor: (1, lambda p, _: {"repetition_penalty": _penalty(p)}),
-    MinLengthLogitsProcessor: (2, lambda p, length: {"least": max(0, p.min_length - length)}),
-    MinNewTokensLengthLogitsProcessor: (2, lambda p, _: {"least": p.min_new_tokens}),
+    MinLengthLogitsProcessor: (2, lambda p, length: {MIN: max(0, p.min_length - length)}),
+    MinNewTokensLengthLogitsProcessor: (2, lambda p, _: {MIN: p.min_new_tokens}),
     SuppressTokensLogitsProcessor: (2, lambda p, _: {"logit_bias": _banned(p.suppress_tokens)}),
     TemperatureLogitsWarper: (3, lambda p, _: {"temperature": p.temperature}),
     TopKLogitsWarper: (4, lambda p, _: {"top_k": p.top_k}),
@@ -244,6 +254,20 @@ READERS: dict[type[LogitsProcessor], tuple[int, Reader]] = {
     MinPLogitsWarper: (6, lambda p, _: {"min_p": p.min_p}),
     LogitNormalization: (7, lambda p, _: {}),  # moves all scores of a row alike
 }
+
+
+def _params(
+    processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig, length: int
+) -> SamplingParams:
+    """The sampling parameters that they amount to. length: of the input with its padding, which
+    transformers' own lengths count."""
+    asked = _read(processors, length)
+    longest = min((c.max_length - length for c in criteria if type(c) is MaxLengthCriteria), default=2**31)
+    ends = [token for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id.tolist()]
+    if config.do_sample:
+        asked = {"temperature": 1.0, "seed": int(torch.randint(2**63 - 1, ())), **asked}
+    least = min(asked.pop(MIN, 0), longest)
+    return SamplingParams(max_new_tokens=longest, min_new_tokens=least, eos=tuple(ends), **asked)
 
 
 def _read(processors: LogitsProcessorList, length: int) -> dict[str, Any]:
@@ -259,7 +283,7 @@ def _read(processors: LogitsProcessorList, length: int) -> dict[str, Any]:
         for name, value in READERS[type(processor)][1](processor, length).items():
             if name == "logit_bias":
                 options[name] = {**options.get(name, {}), **value}
-            elif name == "least":
+            elif name == MIN:
                 options[name] = max(options.get(name, 0), value)
             elif name in options:
                 raise InvalidOption(f"{type(processor).__name__} is given twice")

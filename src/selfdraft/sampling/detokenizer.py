@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
-
-from ..errors import InvalidOption
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders show for half a character
 LONGEST = 8  # tokens held back for a character, at most: four bytes, with some to spare
@@ -73,58 +70,3 @@ class Detokenizer:
         text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
-
-
-@dataclass(frozen=True)
-class StopStrings:
-    """Strings that end a text, which is cut before the first of them. The token that completes it is kept.
-    Raises InvalidOption for an empty string, and for a special token, which no text shows."""
-
-    tokenizer: PreTrainedTokenizerBase
-    strings: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if not all(self.strings):
-            raise InvalidOption("stop: an empty string would end every text before it begins")
-        special = [string for string in self.strings if string in self.tokenizer.all_special_tokens]
-        if special:
-            raise InvalidOption(
-                f"stop: {special[0]!r} is a special token, which no text shows; "
-                f"give eos={self.tokenizer.convert_tokens_to_ids(special[0])}"
-            )
-
-    def watch(self, prompt: Sequence[int]) -> StopWatch:
-        """A search in the answer to a prompt."""
-        return StopWatch(self.strings, Detokenizer(self.tokenizer, prompt))
-
-    def safe(self, text: str) -> int:
-        """How much of a text, in which no string stands, can be shown: its end may begin one."""
-        starts = range(max(0, len(text) - max(map(len, self.strings)) + 1), len(text))
-        return next((i for i in starts if any(s.startswith(text[i:]) for s in self.strings)), len(text))
-
-
-class StopWatch:
-    """The search for stop strings in one answer, token by token, at a cost that does not grow with it."""
-
-    def __init__(self, strings: Sequence[str], text: Detokenizer) -> None:
-        self.strings = strings
-        self.text = text
-        self.cut: int | None = None
-        self.length = 0  # characters read
-        self.tail = ""  # the last of them, as many as a stop string may reach back
-
-    def find(self, tokens: Sequence[int], least: int) -> int | None:
-        """Index of the token that completes a stop string; those before index `least` do not count."""
-        reach = max(map(len, self.strings)) - 1
-        for index, token in enumerate(tokens):
-            fresh = self.text.add([token])
-            before = len(self.tail)
-            text = self.tail + (fresh or self.text.held)
-            # An occurrence that ended before this token was found then, or did not count.
-            starts = [text.find(s, max(0, before - len(s) + 1)) for s in self.strings]
-            if index >= least and max(starts) >= 0:
-                self.cut = self.length - before + min(start for start in starts if start >= 0)
-                return index
-            self.length += len(fresh)
-            self.tail = (self.tail + fresh)[-reach:] if reach else ""
-        return None

@@ -1,125 +1,158 @@
-"""How one sample is drawn: from processed logits to scores, whose argmax is the pick.
+"""The sampler of one request: from the model's logits to scores, whose argmax is the pick.
 
-Greedy: the scores are the logits. Otherwise `scores = processed logits + temperature * noise`, the
-Gumbel-max form of sampling from softmax(logits / temperature), written so that it does not overflow
-at tiny temperatures. The noise is keyed by position, never drawn in call order, so the pick at a
-position does not depend on how many forwards or drafts led there. Verification is then equality of
-tokens at every temperature, and the distribution is the model's own.
+Greedy: the scores are the processed logits. Otherwise `scores = processed logits + temperature * noise`, the
+Gumbel-max form of sampling from softmax(logits / temperature), written so that it does not overflow at tiny
+temperatures. The noise is keyed by position, never drawn in call order, so the pick at a position does not
+depend on how many forwards or drafts led there. Verification is then equality of tokens at every temperature,
+and the distribution is the model's own.
 
-Filters follow transformers' order (top-k, top-p, min-p) and cut by value, so that equal logits stay
-or go together, whatever the shape of the tensor they come in.
+The order is that of transformers' processors: logit bias, repetition penalty, (presence and frequency, which
+transformers lacks), the ban on early ends, then temperature, filters and noise.
+
+A penalty counts the text before a row: the committed tokens, and the row's own ancestors in the tree. The
+former are counted once, as they come; the latter are added per row, so that every row is scored exactly as
+plain decoding would score it there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidOption
+from ..params import SamplingParams
 from .gumbel import Noise
+from .processors import filtered, penalise
 
-HEAD = 256  # top-p looks among this many largest logits before it sorts all of them
 
-
-@dataclass(frozen=True)
 class Sampler:
-    """How one sample is drawn.
+    """Sampling state of one request."""
 
-    temperature: 0 is greedy. top_k: keep the k most likely tokens, 0 keeps all. top_p: keep the most
-    likely tokens that together reach this probability. min_p: keep tokens at least this share as
-    likely as the most likely one. seed and sample key the noise; equal seeds share it across prompts.
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocabulary: int,
+        device: torch.device,
+        ends: Set[int] = frozenset(),
+        sample: int = 0,
+    ) -> None:
+        """prompt: token ids; they count for the repetition penalty alone. vocabulary: how many ids the model
+        has. ends: ids that may not be picked before `min_new_tokens`. sample: keys the noise, beside seed.
 
-    repetition_penalty: logits of tokens in prompt or answer are divided by it if positive, else multiplied
-    (Keskar et al., CTRL, arXiv 1909.05858, section 4.1). presence_penalty: taken off the logits of tokens in
-    the answer; frequency_penalty: taken off once for each time they occur there. logit_bias: added to the
-    logits of these ids; -inf bans one. They act when greedy, too. Raises InvalidOption for values outside
-    their range.
-    """
+        Raises InvalidOption for a bias on an id that the model does not have, and where no token is left.
+        """
+        _check(params, vocabulary, ends, sample)
+        self.params = params
+        self.vocabulary = vocabulary
+        self.device = device
+        self.seed = secrets.randbits(63) if params.seed is None else params.seed
+        self.sample = sample
+        self.length = len(prompt)  # of the text
+        self.start = len(prompt) + params.min_new_tokens  # index in the text from which on it may end
+        self._noise = Noise(self.seed, sample)
+        known = [token for token in sorted(ends) if 0 <= token < vocabulary]  # no other is ever picked
+        self._ends = torch.tensor(known, device=device)
+        self._bias = torch.zeros(vocabulary, device=device)
+        for token, value in params.logit_bias.items():
+            self._bias[token] = value
+        if params.has_penalties:
+            self._counts = torch.zeros(vocabulary, device=device)  # of each token in the answer
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)  # there or in the prompt
+            self._seen[list(prompt)] = True
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
-    seed: int = 0
-    sample: int = 0
-    _noise: Noise = field(init=False, repr=False, compare=False)
+    def scores(self, logits: Tensor, tails: Sequence[Sequence[int]]) -> Tensor:
+        """Scores whose argmax is the pick.
 
-    def __post_init__(self) -> None:
-        within = {
-            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, ">= 0"),
-            "top_k": (self.top_k >= 0, ">= 0 (0 keeps all)"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "> 0 (1 changes nothing)"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a number"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a number"),
-            "logit_bias": (all(x < math.inf for x in self.logit_bias.values()), "ids with numbers or -inf"),
-            "seed": (0 <= self.seed < 2**64, "in [0, 2**64)"),
-            "sample": (0 <= self.sample < 2**32, "in [0, 2**32)"),
-        }
-        for name, (holds, wanted) in within.items():
-            if not holds:
-                raise InvalidOption(f"{name} must be {wanted}; got {getattr(self, name)}")
-        object.__setattr__(self, "_noise", Noise(self.seed, self.sample))
+        logits: [rows, vocabulary]. tails: per row, the tokens between the text so far and the one that the
+        row predicts. Returns [rows, vocabulary], float32 (float64 for float64 logits).
+        """
+        return self._scores(logits, tails, [self.length + len(tail) for tail in tails])
 
-    @property
-    def penalises(self) -> bool:
-        """Do the scores depend on the text before?"""
-        penalties = self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty
-        return any(penalties)
+    def mask_scores(self, logits: Tensor) -> Tensor:
+        """Scores at mask rows, [rows, vocabulary]: they predict the tokens that follow the text, of which
+        only the first follows it directly. What stands between is unknown, so penalties count the text
+        alone."""
+        rows = len(logits)
+        return self._scores(logits, [()] * rows, range(self.length, self.length + rows))
 
-    def noise(
-        self, position: int, tokens: Sequence[int], vocabulary: int, device: torch.device
-    ) -> Sequence[float]:
-        """The noise of some tokens at a position of the text, before it is scaled; zeros when greedy."""
-        if self.temperature == 0:
-            return [0.0] * len(tokens)
-        values: list[float] = self._noise.peek([position], vocabulary, device)[0][list(tokens)].tolist()
-        return values
+    def candidate(self, offset: int, logits: Tensor) -> int:
+        """The token with the best score at one mask row, `offset` places after the first. logits: [1,
+        vocabulary]."""
+        return int(self._scores(logits, [()], [self.length + offset]).argmax())
 
-    def scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
-        """Scores of the tokens at some positions of the text.
+    def draw(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
+        """Scores from logits that have their bias and penalties: filters, then noise.
 
-        logits: [rows, vocabulary], with bias and penalties (`draw`). positions: per row, the index in the
-        text (prompt included) of the token that the row predicts. Returns [rows, vocabulary], float32
-        (float64 for float64 logits).
+        logits: [rows, vocabulary]. positions: per row, the index in the text (prompt included) of the token
+        that the row predicts. Returns [rows, vocabulary], float32 (float64 for float64 logits).
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if self.temperature == 0:
+        if self.params.temperature == 0:
             return logits
         noise = self._noise.at(positions, logits.shape[-1], logits.device)
-        return self._filter(logits).add(noise, alpha=self.temperature)
+        return filtered(logits, self.params).add(noise, alpha=self.params.temperature)
 
-    def _filter(self, logits: Tensor) -> Tensor:
-        """Logits with the excluded tokens at -inf."""
-        if 0 < self.top_k < logits.shape[-1]:
-            floor = logits.topk(self.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < floor, -math.inf)
-        if self.top_p < 1:
-            logits = logits.masked_fill(logits < self._nucleus(logits), -math.inf)
-        if self.min_p > 0:
-            floor = logits.amax(-1, keepdim=True) + self.temperature * math.log(self.min_p)
-            logits = logits.masked_fill(logits < floor, -math.inf)
-        return logits
+    def noise(self, position: int, tokens: Sequence[int]) -> Sequence[float]:
+        """The Gumbel noise of some tokens at an index of the text, before it is scaled; zeros when greedy."""
+        if self.params.temperature == 0:
+            return [0.0] * len(tokens)
+        values: list[float] = self._noise.peek([position], self.vocabulary, self.device)[0][
+            list(tokens)
+        ].tolist()
+        return values
 
-    def _nucleus(self, logits: Tensor) -> Tensor:
-        """Smallest logit of the nucleus, [rows, 1]: the tokens above it fall short of top_p.
+    def take(self, tokens: Sequence[int]) -> None:
+        """Count tokens that the text has gained."""
+        self.length += len(tokens)
+        if self.params.has_penalties:
+            ids = torch.tensor(tokens, dtype=torch.long, device=self.device)
+            self._counts.index_add_(0, ids, self._counts.new_ones(len(tokens)))
+            self._seen[ids] = True
 
-        In float64, since sums of other rounding for one row than for several could move the edge.
-        """
-        total = (logits.double() / self.temperature).logsumexp(-1, keepdim=True)
-        for count in (min(HEAD, logits.shape[-1]), logits.shape[-1]):
-            largest = logits.topk(count).values
-            reached = (largest.double() / self.temperature - total).exp().cumsum(-1) >= self.top_p
-            if count == logits.shape[-1] or bool(reached[:, -1].all()):
-                break
-        last = torch.where(reached.any(-1), reached.int().argmax(-1), count - 1)
-        return largest.gather(-1, last[:, None])
+    def _scores(self, logits: Tensor, tails: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if self.params.logit_bias:
+            logits = logits + self._bias
+        if self.params.has_penalties:
+            logits = penalise(logits, self.params, *self._before(tails))
+        if len(self._ends) and self.length < self.start:
+            early = torch.tensor([p < self.start for p in positions], device=self.device)[:, None]
+            held = logits[:, self._ends].masked_fill(early, -math.inf)
+            logits = logits.index_copy(1, self._ends, held)
+        return self.draw(logits, positions)
+
+    def _before(self, tails: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """How often, and whether, each token occurs before each row, [rows or 1, vocabulary]."""
+        where = [(row, token) for row, tail in enumerate(tails) for token in tail]
+        if not where:
+            return self._counts[None], self._seen[None]
+        rows, ids = torch.tensor(where, device=self.device).T
+        counts, seen = self._counts.repeat(len(tails), 1), self._seen.repeat(len(tails), 1)
+        counts.index_put_((rows, ids), counts.new_ones(len(where)), accumulate=True)
+        seen[rows, ids] = True
+        return counts, seen
+
+
+def _check(params: SamplingParams, vocabulary: int, ends: Set[int], sample: int) -> None:
+    if not 0 <= sample < 2**32:
+        raise InvalidOption(f"sample must be in [0, 2**32); got {sample}")
+    if params.logprobs is not None and params.logprobs > vocabulary:
+        raise InvalidOption(
+            f"logprobs must be from 0 to {vocabulary}; got {params.logprobs}", option="logprobs"
+        )
+    for name in ("logit_bias", "eos"):
+        unknown = [token for token in getattr(params, name) or () if not 0 <= token < vocabulary]
+        if unknown:
+            raise InvalidOption(
+                f"{name}: no token id {unknown[0]} in a vocabulary of {vocabulary}", option=name
+            )
+    banned = {token for token, value in params.logit_bias.items() if value == -math.inf}
+    if params.min_new_tokens:
+        banned |= ends
+    if len(banned) >= vocabulary and banned.issuperset(range(vocabulary)):
+        raise InvalidOption("logit_bias bans every token, so none can be picked", option="logit_bias")

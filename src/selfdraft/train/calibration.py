@@ -18,8 +18,8 @@ from ..drafting import mask_tree
 from ..drafting.jacobi import RATES, JacobiDrafter
 from ..drafting.mask_tree import FIRST_ONWARD, HAZARDS, ODDS, ONWARD, WIDTH, Candidate
 from ..drafting.method import DraftContext, Drafter, free
-from ..engine.request import Limits
 from ..models.transformers import TransformersModel
+from ..params import SamplingParams
 from .student import IGNORED, Student
 from .tuning_cost import answer_all
 
@@ -87,14 +87,14 @@ class FreeRows:
 
 
 def window_acceptance(
-    model: TransformersModel, prompts: Iterable[Sequence[int]], limits: Limits
+    model: TransformersModel, prompts: Iterable[Sequence[int]], params: SamplingParams
 ) -> Mapping[str, Sequence[Sequence[float]]]:
     """The acceptance rate of a tuned model's window by distance: the mean over greedy answers.
 
     See `Lookahead`.
     """
     method = FreeRows()
-    answer_all(model, method, prompts, limits)
+    answer_all(model, method, prompts, params)
     tables = [[drafter.rates[far] for far in range(len(drafter.rates.counts))] for drafter in method.drafters]
     return {RATES: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 

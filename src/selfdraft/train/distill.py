@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from .._common.machine import describe
 from .._common.repetition import fresh
 from ..engine.engine import Engine
-from ..engine.request import Limits, Request
+from ..engine.request import Request
 from ..errors import InvalidOption
 from ..llm import LLM
 from ..models.adapters.fingerprint import fingerprint
-from ..sampling.sampler import Sampler
+from ..params import SamplingParams
 from .prompts import Prompt, Prompts
 from .shards import Row, Shards
 
@@ -62,12 +62,13 @@ class Recipe:
                 f"temperature must be above 0; got {self.temperature} (greedy_share=1 for greedy answers)"
             )
 
-    def sampler(self, index: int) -> Sampler:
-        """The sampler of the answer to that prompt."""
+    def params(self, index: int) -> SamplingParams:
+        """The sampling parameters of the answer to that prompt."""
         digest = hashlib.sha256(f"{self.seed} {index}".encode()).digest()
         greedy = int.from_bytes(digest[:6], "big") / 2**48 < self.greedy_share
         seed = int.from_bytes(digest[8:16], "big") >> 1
-        return Sampler(0.0 if greedy else self.temperature, seed=seed)
+        temperature = 0.0 if greedy else self.temperature
+        return SamplingParams(max_new_tokens=self.max_new_tokens, temperature=temperature, seed=seed)
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Progress:
 class Distillation:
     """A model, the prompts it answers, and the folder of the answers."""
 
-    generator: LLM
+    llm: LLM
     prompts: Prompts
     recipe: Recipe
     shards: Shards
@@ -123,7 +124,7 @@ class Distillation:
 
     def _answers(self, progress: Progress) -> Iterator[Row]:
         """Rows in the order in which they finish."""
-        engine, live = Engine(self.generator.model), dict[Request, int]()
+        engine, live = Engine(self.llm.model), dict[Request, int]()
         pending = self._pending(progress)
         while True:
             while len(live) < self.batch and (following := next(pending, None)) is not None:
@@ -143,35 +144,35 @@ class Distillation:
             if index in self.shards.done:
                 continue
             prompt = self.prompts[index]
-            ids = prompt_ids(self.generator, prompt, self.recipe.raw)
-            if len(ids) + self.recipe.max_new_tokens > self.generator.model.context:
+            ids = self.llm.prompt_ids(prompt.text, prompt.messages, self.recipe.raw)
+            if len(ids) + self.recipe.max_new_tokens > self.llm.model.context:
                 progress.too_long += 1
             else:
                 yield index, ids, prompt
 
     def _submit(self, engine: Engine, index: int, ids: Sequence[int], prompt: Prompt) -> Request:
         loops = Loops() if self.recipe.cut_loops else None
-        limits = Limits(self.recipe.max_new_tokens, self.generator.eos, loops)
-        references = self.generator.references(prompt.references)
-        return engine.submit(ids, self.generator.method, self.recipe.sampler(index), limits, references)
+        references = self.llm.references(prompt.references)
+        params, ends = self.recipe.params(index), self.llm.eos_ids
+        return engine.submit(ids, self.llm.method, params, references, eos_ids=ends, stop=loops)
 
     def _row(self, index: int, request: Request) -> Row:
         answer = list(request.emitted)
         kept = fresh(answer) if self.recipe.cut_loops else len(answer)
         reason = str(request.finish_reason) if kept == len(answer) else "loop"
-        sampler = request.draw.sampler
-        return Row(index, list(request.prompt), answer[:kept], sampler.temperature, sampler.seed, reason)
+        temperature, seed = request.params.temperature, request.sampler.seed
+        return Row(index, list(request.prompt), answer[:kept], temperature, seed, reason)
 
     def _start(self) -> dict[str, Any]:
         """Provenance of this start. Nothing in it changes rows by more than rounding."""
         return {
             "argv": sys.argv,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "method": self.generator.method_name,
+            "method": self.llm.method_name,
             "batch": self.batch,
             "limit": self.limit,
             "rows_found": self.shards.found,
-            "machine": describe(self.generator.model.device),
+            "machine": describe(self.llm.model.device),
         }
 
     def _summary(self, progress: Progress) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Distillation:
 
 
 class Loops:
-    """Stops texts that repeat themselves; see `request.Stop`."""
+    """Stops texts that repeat themselves; see `sampling.stopping.Stop`."""
 
     def watch(self, prompt: Sequence[int]) -> LoopWatch:
         return LoopWatch()
@@ -213,38 +214,26 @@ class LoopWatch:
         return len(tokens) - 1
 
 
-def asked(generator: LLM, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
+def asked(llm: LLM, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
     """All settings that rows depend on: a folder is continued only with the same ones.
 
     Raises InvalidOption for messages without a chat template.
     """
     if prompts.conversation is not None:
-        generator.ids(None, prompts.conversation)
-    model = generator.model
+        llm.prompt_ids(None, prompts.conversation)
+    model = llm.model
     return {
-        "model": generator.name,
+        "model": llm.name,
         "fingerprint": fingerprint(model.model),
         "vocabulary": model.vocab_size,
-        "tokenizer": tokenizer_sha256(generator.tokenizer),
+        "tokenizer": tokenizer_sha256(llm.tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
         "numerics": model.numerics,
-        "eos": sorted(generator.eos),
+        "eos": sorted(llm.eos_ids),
         "prompts": {"rows": len(prompts), "sha256": prompts.sha256},
-        "chat": chats(generator, recipe.raw),
+        "chat": llm.chats(raw=recipe.raw),
         **{name: value for name, value in asdict(recipe).items() if name != "raw"},
     }
-
-
-def chats(generator: LLM, raw: bool) -> bool:
-    """True if text prompts go through the model's chat template."""
-    return not raw and bool(generator.tokenizer.chat_template)
-
-
-def prompt_ids(generator: LLM, prompt: Prompt, raw: bool) -> Sequence[int]:
-    """Token ids of a prompt; a text becomes one user message of the chat template unless `raw` is set."""
-    if prompt.text is not None and chats(generator, raw):
-        return generator.ids(None, [{"role": "user", "content": prompt.text}])
-    return generator.ids(prompt.text, prompt.messages)
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

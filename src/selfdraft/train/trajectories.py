@@ -27,10 +27,11 @@ from annotated_types import Ge
 from .._common.repetition import fresh
 from ..drafting.jacobi import FaithfulDrafter
 from ..drafting.method import DraftContext, Drafter
-from ..engine.request import Limits, Request
+from ..engine.request import Request
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..models.transformers import TransformersModel
+from ..params import SamplingParams
 from .distill import Distillation, Progress
 from .shards import DEGENERATE, Row
 from .tuning_cost import answer_all
@@ -106,7 +107,7 @@ class Recording(Distillation):
 
     def _row(self, index: int, request: Request) -> Row:
         row = super()._row(index, request)
-        recorder, method = request.drafter, self.generator.method
+        recorder, method = request.drafter, self.llm.method
         assert isinstance(recorder, Recorder)
         assert isinstance(method, Recorded)
         if degenerate(row, method.block):
@@ -181,11 +182,11 @@ def _count(right: Sequence[Sequence[bool]]) -> tuple[int, int, int, int]:
 
 
 def watch(
-    model: TransformersModel, prompts: Iterable[Sequence[int]], block: int, limits: Limits
+    model: TransformersModel, prompts: Iterable[Sequence[int]], block: int, params: SamplingParams
 ) -> list[dict[str, Any]]:
     """Greedy answers to prompts with their trajectories, decoded as one batch."""
     rows = []
-    for request in answer_all(model, Recorded(block), prompts, limits):
+    for request in answer_all(model, Recorded(block), prompts, params):
         assert isinstance(request.drafter, Recorder)
         answer = list(request.emitted)
         answer = answer[: fresh(answer)]

@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 from annotated_types import Gt, Le
 
 from .._common import machine
-from ..engine.request import Limits
 from ..errors import InvalidOption, TrainingDataError
 from ..models.adapters import folder as adapter_folder
 from ..models.adapters.adapter import Adapter, AdapterConfig
 from ..models.adapters.fingerprint import fingerprint
 from ..models.loading import drive, load_pretrained
 from ..models.transformers import MARK, TransformersModel
+from ..params import SamplingParams
 from . import card, run, shards
 from .calibration import calibrate, window_acceptance
 from .distill import tokenizer_sha256
@@ -83,7 +83,7 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     shards.check_model(distilled.manifest, prints, model.vocab_size, tokenizer_sha256(tokenizer))
     plan = _filled(plan, tokenizer, model.vocab_size, distilled, start)
     adapter = start or fresh(model, plan.config, plan.schedule.seed)
-    limits = Limits(MAX_ANSWER, frozenset(distilled.manifest["asked"]["eos"]))
+    params = SamplingParams(max_new_tokens=MAX_ANSWER, eos=tuple(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
     rows, held_out = run.split(rows, plan.data)
     rows = rows.select(range(max(1, round(plan.share * len(rows)))))
@@ -105,7 +105,7 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     peak = machine.peak(model.device)
     report("measuring the tuned model on held-out prompts")
     tuned = _finished(plan, student)
-    cost = measure(model, tuned.base, prompts, limits)
+    cost = measure(model, tuned.base, prompts, params)
     about: dict[str, Any] = {
         "trained": trained,
         "share": share,
@@ -117,11 +117,11 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     if plan.noise is not None:
         block = _block(distilled.manifest)
         about["convergence"] = {
-            name: asdict(convergence(watch(one, prompts, block, limits), block))
+            name: asdict(convergence(watch(one, prompts, block, params), block))
             for name, one in (("base", model), ("tuned", tuned.base))
         }
     if plan.config.filler is not None:
-        student.adapter.odds = window_acceptance(tuned.base, prompts, limits)
+        student.adapter.odds = window_acceptance(tuned.base, prompts, params)
     if plan.config.masks:
         about["accuracy"] = _calibrated(plan, tuned, student.adapter, held_out)
     _save(plan, model, tuned, student.adapter, tokenizer, about)

@@ -16,8 +16,9 @@ from .._common.repetition import fresh
 from ..drafting import create
 from ..drafting.method import Method
 from ..engine.engine import Engine
-from ..engine.request import Limits, Request
+from ..engine.request import Request
 from ..models.transformers import TransformersModel
+from ..params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,10 @@ class TuningCost:
 
 
 def measure(
-    base: TransformersModel, tuned: TransformersModel, prompts: Iterable[Sequence[int]], limits: Limits
+    base: TransformersModel,
+    tuned: TransformersModel,
+    prompts: Iterable[Sequence[int]],
+    params: SamplingParams,
 ) -> TuningCost:
     """Compare two models on prompts of token ids."""
     sums, same, count = [0.0, 0.0], 0, 0
@@ -53,21 +57,21 @@ def measure(
         count,
         (sums[0] / max(1, count), sums[1] / max(1, count)),
         same / max(1, count),
-        (_repeated(base, texts, limits), _repeated(tuned, texts, limits)),
+        (_repeated(base, texts, params), _repeated(tuned, texts, params)),
     )
 
 
 def answer_all(
-    model: TransformersModel, method: Method, prompts: Iterable[Sequence[int]], limits: Limits
+    model: TransformersModel, method: Method, prompts: Iterable[Sequence[int]], params: SamplingParams
 ) -> list[Request]:
     """Finished requests with greedy answers to all prompts, decoded as one batch."""
     engine = Engine(model)
-    requests = [engine.submit(prompt, method, limits=limits) for prompt in prompts]
+    requests = [engine.submit(prompt, method, params) for prompt in prompts]
     while engine.requests:
         engine.step()
     return requests
 
 
-def _repeated(model: TransformersModel, prompts: Sequence[Sequence[int]], limits: Limits) -> float:
-    answers = [list(one.emitted) for one in answer_all(model, create("plain"), prompts, limits)]
+def _repeated(model: TransformersModel, prompts: Sequence[Sequence[int]], params: SamplingParams) -> float:
+    answers = [list(one.emitted) for one in answer_all(model, create("plain"), prompts, params)]
     return 1 - sum(fresh(answer) for answer in answers) / max(1, sum(map(len, answers)))

@@ -50,8 +50,8 @@ def generated(model: TransformersModel, case: Case, plain: Sequence[int]) -> Com
         settings = GenerationConfig(
             max_new_tokens=len(plain) - start,
             do_sample=False,
-            eos_token_id=list(case.limits.eos) or None,
-            pad_token_id=next(iter(case.limits.eos), 0),
+            eos_token_id=list(case.params.eos or ()) or None,
+            pad_token_id=next(iter(case.params.eos or ()), 0),
         )
         with _own_attention(model):
             out = model.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..drafting import create
 from ..drafting.method import DraftContext, Method
 from ..engine.engine import Engine
-from ..engine.request import Limits, Request
+from ..engine.request import Request
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..models.transformers import TransformersModel
-from ..sampling.processors import Draw
+from ..params import SamplingParams
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle
 
@@ -36,8 +36,8 @@ class Case:
     # Of the prompt in the set.
     index: int
     prompt: Sequence[int]
-    sampler: Sampler
-    limits: Limits
+    # With a seed, and the token ids that end the answer.
+    params: SamplingParams
     # Token ids that drafters may copy from.
     references: Sequence[Sequence[int]] = ()
 
@@ -79,7 +79,7 @@ Check = Callable[[TransformersModel, Case, Sequence[int]], Comparison]
 def answer(model: TransformersModel, method: Method, case: Case) -> Sequence[int]:
     """The tokens that a method emits, alone in an engine."""
     engine = Engine(model)
-    request = engine.submit(case.prompt, method, case.sampler, case.limits, case.references)
+    request = engine.submit(case.prompt, method, case.params, case.references)
     for _ in engine.run(request):
         pass
     return request.emitted
@@ -102,12 +102,12 @@ def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
 def ends(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
     """Make tokens of the plain text end it, so that the end lies inside a draft: the drafted text has to
     end at the same place."""
-    dice = random.Random(case.sampler.seed)
+    dice = random.Random(case.params.seed)
     found: list[Difference] = []
     compared = 0
     for eos in dice.sample(sorted(set(plain)), min(4, len(set(plain)))):
         right = plain[: plain.index(eos) + 1]
-        cut = replace(case, limits=Limits(case.limits.max_new_tokens, frozenset([eos])))
+        cut = replace(case, params=replace(case.params, eos=(eos,)))
         got = answer(model, Oracle(plain, vocabulary=model.vocab_size), cut)
         compared += len(right)
         if list(got) != list(right):
@@ -135,7 +135,7 @@ def batch(
         if waiting and len(engine.requests) < 4:
             i = waiting.pop()
             case, chosen = cases[i], kinds[i % len(kinds)](plains[i])
-            joined[i] = engine.submit(case.prompt, chosen, case.sampler, case.limits, case.references)
+            joined[i] = engine.submit(case.prompt, chosen, case.params, case.references)
         engine.step()
     return [_first("batch", model, cases[i], plains[i], joined[i].emitted) for i in range(len(cases))]
 
@@ -175,7 +175,7 @@ class _KeepScores:
 def logits_after(model: TransformersModel, case: Case, text: Sequence[int]) -> Tensor:
     """Logits of the token after prompt and text, by plain decoding started afresh, [vocabulary]."""
     keeper = _KeepScores()
-    answer(model, keeper, replace(_from(case, text, len(text)), sampler=Sampler(), limits=Limits(1)))
+    answer(model, keeper, replace(_from(case, text, len(text)), params=SamplingParams(max_new_tokens=1)))
     return keeper.scores  # greedy scores are the logits
 
 
@@ -198,28 +198,27 @@ def _difference(
     if expected is not None and got is not None:
         logits = logits_after(model, case, before)
         text = [*case.prompt, *before]
-        scores = _scores(case.sampler, text, logits)
-        margin = _margin(case.sampler, text, logits, expected, got)
+        scores = _scores(case.params, text, logits)
+        margin = _margin(case.params, text, logits, expected, got)
         size = max(abs(float(logits[expected])), abs(float(logits[got])), 1e-30)
         ulps = margin / (2.0 ** math.floor(math.log2(size)) * torch.finfo(model.dtype).eps)
         reproduces = int(scores.argmax()) == expected
-    seed = case.sampler.seed
-    where = (case.index, case.sampler.temperature, seed, at)
+    where = (case.index, case.params.temperature, case.params.seed or 0, at)
     return Difference(check, *where, expected, got, margin, ulps, reproduces)
 
 
-def _scores(sampler: Sampler, text: Sequence[int], logits: Tensor) -> Tensor:
+def _scores(params: SamplingParams, text: Sequence[int], logits: Tensor) -> Tensor:
     """Scores of the token after a text, [vocabulary]."""
-    return Draw(sampler, text, len(logits), logits.device).scores(logits[None], [()])[0]
+    return Sampler(params, text, len(logits), logits.device).scores(logits[None], [()])[0]
 
 
-def _margin(sampler: Sampler, text: Sequence[int], logits: Tensor, expected: int, got: int) -> float:
+def _margin(params: SamplingParams, text: Sequence[int], logits: Tensor, expected: int, got: int) -> float:
     """How far logits would have to move for `got` to be picked: by its score, or past a filter's edge."""
-    scores = _scores(sampler, text, logits)
+    scores = _scores(params, text, logits)
     if scores[got].isfinite():
         return float(scores[expected] - scores[got])
-    unfiltered = _scores(replace(sampler, top_k=0, top_p=1.0, min_p=0.0), text, logits)
-    processed = _scores(replace(sampler, temperature=0.0), text, logits)
+    unfiltered = _scores(replace(params, top_k=0, top_p=1.0, min_p=0.0), text, logits)
+    processed = _scores(replace(params, temperature=0.0), text, logits)
     short = processed[scores.isfinite()].min() - processed[got]
     return float(torch.maximum(unfiltered[expected] - unfiltered[got], short))
 
@@ -227,8 +226,8 @@ def _margin(sampler: Sampler, text: Sequence[int], logits: Tensor, expected: int
 def _from(case: Case, plain: Sequence[int], start: int) -> Case:
     """The case with the first tokens of the plain text moved into its prompt. Only the repetition penalty
     treats prompt and answer alike, so no other penalty may be set."""
-    left = Limits(max(1, case.limits.max_new_tokens - start), case.limits.eos)
-    return replace(case, prompt=[*case.prompt, *plain[:start]], limits=left)
+    left = replace(case.params, max_new_tokens=max(1, case.params.max_new_tokens - start))
+    return replace(case, prompt=[*case.prompt, *plain[:start]], params=left)
 
 
 def _at(text: Sequence[int | None], position: int) -> int | None:

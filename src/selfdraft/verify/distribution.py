@@ -22,6 +22,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from ..params import SamplingParams
 from ..sampling.sampler import Sampler
 
 SETTINGS: tuple[dict[str, float], ...] = (
@@ -62,19 +63,20 @@ def fits(logits: Tensor, seed: int, picks: int = 2_000) -> list[Fit]:
 
 
 def _fit(setting: Mapping[str, float], logits: Tensor, seed: int, picks: int) -> Fit:
-    sampler = Sampler(**setting, seed=seed)  # type: ignore[arg-type]
+    params = SamplingParams.read({**setting, "seed": seed})
     small = torch.tensor([2.0, 1.4, 0.9, 0.3, 0.0, -0.4, -1.0, -2.0])
-    p = _chi_square(_counts(sampler, small, PICKS), _probabilities(setting, small))
-    rows = [_variation(sampler, row, _probabilities(setting, row), picks) for row in logits]
+    p = _chi_square(_counts(params, small, PICKS), _probabilities(setting, small))
+    rows = [_variation(params, row, _probabilities(setting, row), picks) for row in logits]
     variation, expected, limit = max(rows, key=lambda row: row[0] - row[2])
     return Fit(dict(setting), p, variation, expected, limit)
 
 
-def _counts(sampler: Sampler, logits: Tensor, picks: int) -> Tensor:
+def _counts(params: SamplingParams, logits: Tensor, picks: int) -> Tensor:
+    sampler = Sampler(params, (), len(logits), logits.device)
     counts = torch.zeros(len(logits), dtype=torch.float64)
     for start in range(0, picks, BATCH):
         positions = range(start, min(start + BATCH, picks))
-        scores = sampler.scores(logits.expand(len(positions), -1), positions)
+        scores = sampler.draw(logits.expand(len(positions), -1), positions)
         counts += scores.argmax(-1).bincount(minlength=len(logits)).cpu()
     return counts
 
@@ -107,15 +109,15 @@ def _chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def _variation(
-    sampler: Sampler, logits: Tensor, probabilities: Tensor, picks: int
+    params: SamplingParams, logits: Tensor, probabilities: Tensor, picks: int
 ) -> tuple[float, float, float]:
     """Total variation of the picks; its mean and a limit for the same number of independent draws.
 
     One draw moves the total variation by at most 1 / picks, so by McDiarmid's inequality it exceeds its
     mean by t with chance exp(-2 picks t^2) at most.
     """
-    found = (_counts(sampler, logits, picks) / picks - probabilities).abs().sum() / 2
-    generator = torch.Generator().manual_seed(sampler.seed)
+    found = (_counts(params, logits, picks) / picks - probabilities).abs().sum() / 2
+    generator = torch.Generator().manual_seed(params.seed or 0)
     draws = [
         torch.multinomial(probabilities, picks, replacement=True, generator=generator).bincount(
             minlength=len(probabilities)

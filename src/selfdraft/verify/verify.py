@@ -11,7 +11,7 @@ difference means.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,9 @@ import torch
 
 from ..drafting import create
 from ..drafting.method import Method
-from ..engine.request import Limits
 from ..llm import LLM
 from ..models.transformers import TransformersModel
-from ..sampling.sampler import Sampler
+from ..params import SamplingParams
 from .adversaries import Garbage, Oracle, Restless
 from .baseline import generated, rounding
 from .compare import Case, Check, answer, batch, drafted, ends, logits_after
@@ -64,7 +63,7 @@ def verify(
     next.
     """
     model, method = llm.model, llm.method
-    cases = _cases(prompts, llm.eos, effort, seed, references)
+    cases = _cases(prompts, llm.eos_ids, effort, seed, references)
     checks = _checks(method, model)
     plains: list[Sequence[int]] = []
     found: dict[str, list[Any]] = {name: [] for name in checks}
@@ -78,7 +77,7 @@ def verify(
     report("rounding of this model on this machine")
     moved = rounding(model, [[*case.prompt, *text] for case, text in zip(cases, plains, strict=True)])
     report("transformers' generate")
-    greedy = [(c, p) for c, p in zip(cases, plains, strict=True) if c.sampler.temperature == 0]
+    greedy = [(c, p) for c, p in zip(cases, plains, strict=True) if c.params.temperature == 0]
     theirs: Compared = [(case, generated(model, case, plain)) for case, plain in greedy]
     report("the distribution of sampled tokens")
     logits = torch.stack([logits_after(model, case, []) for case, _ in greedy[: effort.distributions]])
@@ -97,16 +96,16 @@ def verify(
 
 def _cases(
     prompts: Sequence[Sequence[int]],
-    eos: frozenset[int],
+    eos_ids: frozenset[int],
     effort: Effort,
     seed: int,
     references: Sequence[Sequence[int]],
 ) -> list[Case]:
     """Each prompt with each way of sampling."""
-    sampled = [Sampler(0.8, seed=seed + i) for i in range(effort.seeds)]
-    samplers = [Sampler(), *sampled, Sampler(0.9, **FILTERS, seed=seed)]
-    limits = Limits(effort.max_new_tokens, eos)
-    return [Case(i, tuple(p), s, limits, references) for i, p in enumerate(prompts) for s in samplers]
+    greedy = SamplingParams(max_new_tokens=effort.max_new_tokens, eos=tuple(sorted(eos_ids)), seed=0)
+    sampled = [replace(greedy, temperature=0.8, seed=seed + i) for i in range(effort.seeds)]
+    ways = [greedy, *sampled, replace(greedy, temperature=0.9, seed=seed, **FILTERS)]
+    return [Case(i, tuple(p), way, references) for i, p in enumerate(prompts) for way in ways]
 
 
 def _checks(method: Method, model: TransformersModel) -> dict[str, Check]:
