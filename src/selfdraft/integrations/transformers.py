@@ -83,10 +83,11 @@ def hook(
 ) -> Hook:
     """A `custom_generate` for `model.generate`. Make it once per model: the model is probed at first use.
 
-    method, options, numerics, adapter: as in `selfdraft.LLM`. references: texts or ids that the answer may
-    quote. stop: strings that end an answer; `generate` refuses its own `stop_strings`, given or in the
-    model's generation config, when it runs with a hook, so set those to None. streamer: gets the ids as they are settled; for one prompt at a time. Texts, in references or stop, need
-    the tokenizer. Raises UnknownMethod and InvalidOption.
+    method, options, numerics, adapter: as in `selfdraft.LLM`. references: texts or ids that the answer
+    may quote. stop: strings that end an answer; `generate` refuses its own `stop_strings`, given or in
+    the model's generation config, when it runs with a hook, so set those to None. streamer: gets the ids
+    as they are settled; for one prompt at a time. Texts, in references or stop, need the tokenizer.
+    Raises UnknownMethod and InvalidOption.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if tokenizer is None and (strings or any(isinstance(text, str) for text in references)):
