@@ -13,6 +13,7 @@ from . import bench, demo, distill, generate, info, looped, train, trajectories,
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Several tokens per forward pass from one language model: no draft model, the same text.",
 )

@@ -11,67 +11,54 @@ import typer
 
 from ..errors import InvalidOption
 
-SAMPLING, ENDS = "Sampling", "Where the answer ends"
-
 Temperature = Annotated[
     float | None,
     typer.Option(
         "--temperature",
         "-t",
         help="0, the default, takes the most likely token; more varies more.",
-        rich_help_panel=SAMPLING,
     ),
 ]
 TopK = Annotated[
     int | None,
-    typer.Option(help="Keep the K most likely tokens.", rich_help_panel=SAMPLING),
+    typer.Option(help="Keep the K most likely tokens."),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        help="Keep the most likely tokens whose probabilities add up to P.", rich_help_panel=SAMPLING
-    ),
+    typer.Option(help="Keep the most likely tokens whose probabilities add up to P."),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(
-        help="Keep tokens at least P times as likely as the most likely one.", rich_help_panel=SAMPLING
-    ),
+    typer.Option(help="Keep tokens at least P times as likely as the most likely one."),
 ]
 RepetitionPenalty = Annotated[
     float | None,
-    typer.Option(
-        help="Penalise tokens already in the prompt or the answer; 1 is off.", rich_help_panel=SAMPLING
-    ),
+    typer.Option(help="Penalise tokens already in the prompt or the answer; 1 is off."),
 ]
 PresencePenalty = Annotated[
     float | None,
-    typer.Option(help="Penalise tokens already in the answer; 0 is off.", rich_help_panel=SAMPLING),
+    typer.Option(help="Penalise tokens already in the answer; 0 is off."),
 ]
 FrequencyPenalty = Annotated[
     float | None,
-    typer.Option(
-        help="Penalise tokens once for each time they are in the answer; 0 is off.", rich_help_panel=SAMPLING
-    ),
+    typer.Option(help="Penalise tokens once for each time they are in the answer; 0 is off."),
 ]
 LogitBias = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ID=VALUE",
         help="Add VALUE to the logit of token ID; -inf bans it; repeatable.",
-        rich_help_panel=SAMPLING,
     ),
 ]
 Seed = Annotated[
     int | None,
     typer.Option(
         help="The same seed gives the same text. By default it is random, and reported.",
-        rich_help_panel=SAMPLING,
     ),
 ]
 Samples = Annotated[
     int,
-    typer.Option(min=1, help="Number of answers; more than 1 needs a temperature.", rich_help_panel=SAMPLING),
+    typer.Option(min=1, help="Number of answers; more than 1 needs a temperature."),
 ]
 MaxNewTokens = Annotated[
     int | None,
@@ -79,30 +66,27 @@ MaxNewTokens = Annotated[
         "--max-new-tokens",
         "-n",
         help="Maximum length of the answer in tokens; by default 256.",
-        rich_help_panel=ENDS,
     ),
 ]
 MinNewTokens = Annotated[
     int | None,
-    typer.Option(help="Minimum length of the answer in tokens.", rich_help_panel=ENDS),
+    typer.Option(help="Minimum length of the answer in tokens."),
 ]
 Stop = Annotated[
     list[str] | None,
     typer.Option(
         help="Text that ends the answer and is left out of it; repeatable. In bash, $'\\n' is a newline.",
-        rich_help_panel=ENDS,
     ),
 ]
 Eos = Annotated[
     list[int] | None,
     typer.Option(
         help="Token id that ends the answer, instead of the model's; repeatable.",
-        rich_help_panel=ENDS,
     ),
 ]
 IgnoreEos = Annotated[
     bool,
-    typer.Option("--ignore-eos", help="No token id ends the answer.", rich_help_panel=ENDS),
+    typer.Option("--ignore-eos", help="No token id ends the answer."),
 ]
 Logprobs = Annotated[
     int | None,

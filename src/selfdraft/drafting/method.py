@@ -100,7 +100,7 @@ class Method(Protocol):
     A class attribute `adapted = True` says that it drafts with the mask tokens of an adapter, which the
     model must then come with. `early = True`: it drafts from picks of rows that are only part of the way
     through a looped model. Then each step is one pass through the layers (a stage), after which all rows are
-    read; those under way stay in in_flight, and go on if they are proposed again.
+    read; those under way stay in flight, and go on if they are proposed again.
     """
 
     def drafter(self, context: DraftContext) -> Drafter:

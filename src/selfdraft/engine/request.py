@@ -129,6 +129,8 @@ class Request:
             raise InvalidTree(f"{name}.propose must return a Tree; got {tree!r:.100}")
         if len(tree) > MAX_DRAFT:
             raise InvalidTree(f"{name} proposed {len(tree)} rows; the limit is {MAX_DRAFT}")
+        if not all(type(parent) is int for parent in tree.parents):
+            raise InvalidTree(f"{name} proposed parents that are not integers: {tree.parents!s:.100}")
         return tree.prune(self.room - 1)
 
     def has_output(self, tree: Tree, done: Sequence[bool]) -> bool:

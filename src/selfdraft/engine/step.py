@@ -42,7 +42,7 @@ class Step:
 def accept(tree: Tree, picks: Sequence[int], done: Sequence[bool]) -> tuple[list[int], list[int]]:
     """Walk the tree along the model's picks; (path, in_flight).
 
-    A row that is not done has no pick yet: the walk stops before it, and it stays in in_flight with
+    A row that is not done has no pick yet: the walk stops before it, and it stays in flight with
     everything below it.
     """
     path: list[int] = []

@@ -203,7 +203,7 @@ class StagedModel(TransformersModel):
         last = lane.length + max(tree.depth)
         if last >= self.context:
             raise InvalidTree(
-                f"a row in in_flight stands at position {last}; the model's context is {self.context}"
+                f"a row in flight stands at position {last}; the model's context is {self.context}"
             )
         embedding = self.model.get_input_embeddings()
         return lane.begin(tree, lambda tokens: embedding(torch.tensor(tokens, device=self.device)))
