@@ -18,18 +18,19 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 import selfdraft
-from selfdraft import LLM, Engine, Limits, Method, Sampler, Step, Tree
+from selfdraft import LLM, Engine, Method, SamplingParams, Step, Tree
 from selfdraft._common.repetition import fresh
 from selfdraft.bench import source, suite
 from selfdraft.bench.arm import method
 from selfdraft.bench.measure import plan
 from selfdraft.drafting.suffix_index import SuffixIndex
+from selfdraft.models.loading import DEFAULT_MODEL
 
 
 @dataclass
@@ -90,15 +91,14 @@ def spread(name: str, ratios: Sequence[float]) -> dict[str, object]:
 
 
 def decode(
-    generator: LLM,
+    llm: LLM,
     way: Method,
     prompt: Sequence[int],
     given: Sequence[Sequence[int]],
-    end: Limits,
-    seed: Sampler,
+    params: SamplingParams,
 ) -> selfdraft.Request:
-    engine = Engine(generator.model)
-    request = engine.submit(prompt, way, seed, end, given)
+    engine = Engine(llm.model)
+    request = engine.submit(prompt, way, params, given, eos_ids=llm.eos_ids)
     for _ in engine.run(request):
         pass
     return request
@@ -107,7 +107,7 @@ def decode(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--model", default="pico")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--suite", default="py_code")
     parser.add_argument("--method", action="append")
     parser.add_argument("--prompts", type=int, default=20)
@@ -127,22 +127,20 @@ def main() -> None:
 
 def gains(given: argparse.Namespace) -> dict[str, object]:
     """All methods on each prompt in turn, plain first; texts end before they loop."""
-    generator = selfdraft.load(given.model)
-    work = plan(
-        source.from_folder(suite.named(given.suite), given.data), generator, given.prompts, given.length
-    )
+    llm = LLM(given.model)
+    work = plan(source.from_folder(suite.named(given.suite), given.data), llm, given.prompts, given.length)
     plain = method("plain")
     gain = {name: Gain(Timed(method(name))) for name in given.method or ["llma", "jacobi"]}
-    cost = generator.model.cost
+    cost = llm.model.cost
     for index, item in enumerate([work.items[0], *list(work.items) * given.repeats]):
-        sampler = Sampler(given.temperature, seed=index)
-        prompt = generator.encode(item.turns[0])
-        texts = [generator.encode(text, special=False) for text in item.references]
-        answer = decode(generator, plain, prompt, texts, Limits(work.length, generator.eos), sampler)
-        limits = Limits(max(1, fresh(answer.emitted)))
-        base = decode(generator, plain, prompt, texts, limits, sampler)
+        params = SamplingParams(max_new_tokens=work.length, temperature=given.temperature, seed=index)
+        prompt = llm.encode(item.turns[0])
+        texts = [llm.encode(text, special=False) for text in item.references]
+        answer = decode(llm, plain, prompt, texts, params)
+        params = replace(params, max_new_tokens=max(1, fresh(answer.emitted)))
+        base = decode(llm, plain, prompt, texts, params)
         for own in gain.values():
-            request = decode(generator, own.timed, prompt, texts, limits, sampler)
+            request = decode(llm, own.timed, prompt, texts, params)
             if index:  # the first one warms up
                 own.measured.append(base.seconds / request.seconds)
                 own.expected.append(len(base.emitted) / sum(map(cost, own.timed.rows)))

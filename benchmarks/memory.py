@@ -1,6 +1,6 @@
 """Peak memory of an answer, against Hugging Face's `generate` at the same length.
 
-    python benchmarks/memory.py [--model pico] [--prompt 1000] [--answer 500] [--reference 300000]
+    python benchmarks/memory.py [--model smollm2] [--prompt 1000] [--answer 500] [--reference 300000]
 
 Each arm runs in a process of its own: load, answer, and report the peak of its resident memory, and how much
 of that came after loading. `llma` has a reference of so many tokens beside the prompt; `index` is what that
@@ -25,7 +25,7 @@ ARMS = ("generate", "plain fast", "plain exact", "llma fast", "llma exact")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="pico")
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--prompt", type=int, default=1000, help="tokens")
     parser.add_argument("--answer", type=int, default=500, help="tokens")
     parser.add_argument("--reference", type=int, default=300_000, help="tokens")
@@ -49,18 +49,14 @@ def run(asked: argparse.Namespace) -> dict[str, float]:
     """One arm, in this process."""
     import torch
 
-    import selfdraft
-    from selfdraft.models.loading import EMBEDDED
+    from selfdraft import LLM
+    from selfdraft.models.loading import load_pretrained
 
     arm, _, numerics = asked.arm.partition(" ")
     dice = random.Random(0)
     prompt = dice.choices(range(2, 4000), k=asked.prompt)
     if arm == "generate":
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            EMBEDDED.get(asked.model, asked.model), dtype="auto"
-        ).eval()
+        model = load_pretrained(asked.model)[0].eval()
         before = peak()
         ids = torch.tensor([prompt])
         model.generate(  # as long as asked for, whatever ends a text
@@ -71,10 +67,10 @@ def run(asked: argparse.Namespace) -> dict[str, float]:
             eos_token_id=None,
         )
         return {"peak_mb": peak(), "added_mb": peak() - before}
-    generator = selfdraft.load(asked.model, arm, numerics=numerics)
+    llm = LLM(asked.model, arm, numerics=numerics)
     references = [dice.choices(range(2, 4000), k=asked.reference)] if arm == "llma" else []
     before = peak()
-    generator.generate(prompt, references=references, max_new_tokens=asked.answer, ignore_eos=True)
+    llm.generate(prompt, references=references, max_new_tokens=asked.answer, ignore_eos=True)
     return {"peak_mb": peak(), "added_mb": peak() - before}
 
 

@@ -1,6 +1,6 @@
 """What a step costs, and what drafting from a reference gains. Medians of ratios, interleaved.
 
-    python benchmarks/speed.py --data DIR [--model pico] [--prompts 20]
+    python benchmarks/speed.py --data DIR [--model smollm2] [--prompts 20]
 
 DIR holds eval/py_edits.jsonl.gz. Reported, on the same prompts in turn:
 - plain decoding (fast, exact) against Hugging Face's `generate` with its cache, same dtype;
@@ -30,32 +30,25 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-import selfdraft
-from selfdraft import LLM, Completion, Engine, Limits, Tree
+from selfdraft import LLM, Completion, Engine, SamplingParams, Tree
 from selfdraft.drafting import create
-from selfdraft.models.loading import EMBEDDED
+from selfdraft.models.loading import DEFAULT_MODEL, load_pretrained
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--model", default="pico")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--length", type=int, default=128)
     given = parser.parse_args()
     where = {"dtype": given.dtype, "device": given.device}
-    fast = selfdraft.load(given.model, **where, numerics="fast")
+    fast = LLM(given.model, "plain", **where, numerics="fast")
     on_cpu = fast.model.device.type == "cpu"
-    exact = selfdraft.load(given.model, **where, numerics="exact") if on_cpu else fast
-    theirs = (
-        transformers.AutoModelForCausalLM.from_pretrained(
-            EMBEDDED.get(given.model, given.model), dtype=given.dtype
-        )
-        .to(fast.model.device)
-        .eval()
-    )
+    exact = LLM(given.model, "plain", **where, numerics="exact") if on_cpu else fast
+    theirs = load_pretrained(given.model, **where)[0].eval()
     with gzip.open(given.data / "eval" / "py_edits.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     random.Random(1).shuffle(rows)
@@ -85,9 +78,11 @@ def against_generate(
 ) -> dict[str, object]:
     """Seconds for the same number of greedy tokens, prompt read included, end of text ignored."""
 
-    def ours(generator: LLM, prompt: Sequence[int]) -> None:
-        engine = Engine(generator.model)
-        for _ in engine.run(engine.submit(prompt, create("plain"), limits=Limits(length))):
+    params = SamplingParams(max_new_tokens=length)
+
+    def ours(llm: LLM, prompt: Sequence[int]) -> None:
+        engine = Engine(llm.model)
+        for _ in engine.run(engine.submit(prompt, create("plain"), params)):
             pass
 
     theirs.generation_config = GenerationConfig()  # else its end of text would be filled in
@@ -128,8 +123,8 @@ def drafting(exact: LLM, rows: Sequence[Any], length: int) -> dict[str, object]:
     for index, row in enumerate([rows[0], *rows]):
         old = row["prompt"][row["prompt"].index("```python") :]
         prompt = row["prompt"] + "\n\n"
-        one = exact.generate(prompt, max_new_tokens=length)
-        other = llma.generate(prompt, references=[old], max_new_tokens=length)
+        one = exact.generate(prompt, raw=True, max_new_tokens=length)
+        other = llma.generate(prompt, references=[old], raw=True, max_new_tokens=length)
         if index:
             plain.append(one)
             drafted.append(other)
@@ -185,9 +180,9 @@ def steps(fast: LLM) -> dict[str, object]:
             for length in per_step:
                 clock = Clock(fast.model)
                 engine = Engine(clock)
-                sampler = selfdraft.Sampler(temperature, seed=1)
+                params = SamplingParams(max_new_tokens=120, temperature=temperature, seed=1)
                 prompt = dice.choices(range(10, fast.model.vocab_size), k=length)
-                request = engine.submit(prompt, create("plain"), sampler, Limits(120))
+                request = engine.submit(prompt, create("plain"), params)
                 while len(request.runs) < 10:
                     engine.step()
                 clock.inside, start = 0.0, time.perf_counter()

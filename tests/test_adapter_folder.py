@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import selfdraft
-from selfdraft import Engine, Tree
+from selfdraft import LLM, Engine, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError
@@ -212,14 +211,14 @@ def test_methods_and_adapters_that_do_not_go_together(
     adapter_folder.save(Path(mine), adapter(exact, 3, 4, 4), exact, "bita", "tiny", {})
     for method in ("plain", "llma", "jacobi"):
         with pytest.raises(AdapterError, match=f"mine.*{method}.*without one"):
-            selfdraft.load(str(folder), method=method, adapter=mine)
+            LLM(str(folder), method, adapter=mine)
     for method in ("bita", "space"):
         with pytest.raises(AdapterError, match=f"method '{method}' drafts with an adapter"):
-            selfdraft.load(str(folder), method=method)
+            LLM(str(folder), method)
     for own in (Bita(), Space()):
         with pytest.raises(AdapterError, match="came without one"):
             Engine(exact).submit([5], own)
-    model = selfdraft.load(str(folder), method="bita", adapter=mine)
+    model = LLM(str(folder), "bita", adapter=mine)
     drafted = model.generate("def add(", max_new_tokens=8)
     assert drafted.ids == model.using("plain").generate("def add(", max_new_tokens=8).ids
     with pytest.raises(AdapterError, match="drafts with an adapter"):

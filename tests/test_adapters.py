@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from selfdraft import Engine, Limits, Method, Request, Sampler, Tree
+from selfdraft import Engine, Method, Request, SamplingParams, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
@@ -28,7 +28,7 @@ import faults
 from adapting import Helped, MaskOracle, Observed, adapter, defined
 from architectures import WORKING, build
 from conftest import VOCABULARY, tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run, sampled
 
 PARTS = [
     (0, 0, 0),
@@ -44,27 +44,27 @@ SHAPES: Mapping[str, Method] = {
     "space": Space(),
     "faithful": Space(faithful=True),
 }
-SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, seed=3)}
+WAYS = {"greedy": greedy(16), "sampled": sampled(0.8, 3, 16)}
 PROMPT = random_prompt(30, seed=1)
-SHORT = Limits(16)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("model", "parts"), [*(("exact", parts) for parts in PARTS), ("double", PARTS[-1])], ids=str
 )
 def test_text_is_that_of_the_base(
-    model: str, parts: tuple[int, ...], sampler: str, request: pytest.FixtureRequest
+    model: str, parts: tuple[int, ...], way: str, request: pytest.FixtureRequest
 ) -> None:
     base: TransformersModel = request.getfixturevalue(model)
-    adapted, sampled = base.adapted(adapter(base, 3, *parts)), SAMPLERS[sampler]
-    plain = run(base, Plain(), PROMPT, sampled, SHORT).emitted
-    assert run(adapted, Plain(), PROMPT, sampled, SHORT).emitted == plain
+    adapted, params = base.adapted(adapter(base, 3, *parts)), WAYS[way]
+    plain = run(base, Plain(), PROMPT, params).emitted
+    assert run(adapted, Plain(), PROMPT, params).emitted == plain
     for name, method in SHAPES.items():
-        drafted = run(adapted, Helped(method, plain), PROMPT, sampled, SHORT)
+        drafted = run(adapted, Helped(method, plain), PROMPT, params)
         assert drafted.emitted == plain, name
         assert len(drafted.runs) < 13, f"{name}: right candidates must be accepted"
-        assert run(adapted, method, PROMPT, sampled, Limits(5)).emitted == plain[:5], name
+        short = replace(params, max_new_tokens=5)
+        assert run(adapted, method, PROMPT, short).emitted == plain[:5], name
 
 
 @pytest.mark.parametrize("model", ["exact", "double"])
@@ -73,12 +73,12 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
     base: TransformersModel = request.getfixturevalue(model)
     adapted = base.adapted(adapter(base, 3, *PARTS[-1]))
     dice = random.Random(0)
-    waiting: list[tuple[Sequence[int], Method, Sampler, Limits]] = []
+    waiting: list[tuple[Sequence[int], Method, SamplingParams]] = []
     alone = []
     for seed in range(12):
-        prompt, limits = random_prompt(dice.randint(1, 70), seed), Limits(dice.randint(1, 24))
-        sampler = SAMPLERS["sampled" if seed % 2 else "greedy"]
-        alone.append(run(base, Plain(), prompt, sampler, limits).emitted)
+        prompt = random_prompt(dice.randint(1, 70), seed)
+        params = replace(WAYS["sampled" if seed % 2 else "greedy"], max_new_tokens=dice.randint(1, 24))
+        alone.append(run(base, Plain(), prompt, params).emitted)
         drafts = [Helped(method, alone[-1]) for method in SHAPES.values()]
         methods = [
             *drafts,
@@ -89,7 +89,7 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
             Bita(),
             Space(),
         ]
-        waiting.append((prompt, methods[seed], sampler, limits))
+        waiting.append((prompt, methods[seed], params))
     engine, joined = Engine(adapted), list[Request]()
     while waiting or engine.requests:
         while waiting and len(engine.requests) < 4:
@@ -101,17 +101,25 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
 def test_whatever_a_request_asks_for(double: TransformersModel) -> None:
     """Penalties, bias, bans and ends hold for the masks' candidates as they do for picks."""
     adapted = double.adapted(adapter(double, 3, *PARTS[-1]))
-    ends = frozenset(range(40))
     bias = {50: 9.0, 51: 8.0, 52: 8.0, 3: 9.0, 60: -torch.inf}
     for seed in range(4):
         biased = bias if seed < 2 else {60: 5.0}
-        sampler = Sampler(0.8 * (seed % 2), 0, 1.0, 0.0, 1.4, 0.5, 0.8, biased, seed)
-        limits = Limits(20, ends, min_new_tokens=9)
-        plain = run(double, Plain(), PROMPT, sampler, limits)
+        params = SamplingParams(
+            max_new_tokens=20,
+            min_new_tokens=9,
+            temperature=0.8 * (seed % 2),
+            repetition_penalty=1.4,
+            presence_penalty=0.5,
+            frequency_penalty=0.8,
+            logit_bias=biased,
+            eos=tuple(range(40)),
+            seed=seed,
+        )
+        plain = run(double, Plain(), PROMPT, params)
         assert len(plain.emitted) > 9
         oracle = MaskOracle(plain.emitted)
         for method in (oracle, Helped(Bita(), plain.emitted), Space(faithful=True), Bita()):
-            drafted = run(adapted, method, PROMPT, sampler, limits)
+            drafted = run(adapted, method, PROMPT, params)
             assert (drafted.emitted, drafted.finish_reason) == (plain.emitted, plain.finish_reason)
         for one in oracle.observed[:-1]:
             if one.step.mask_scores is not None:
@@ -150,7 +158,7 @@ JOINS = [
 ]
 
 
-def crowd(adapted: TransformersModel, sampler: Sampler) -> None:
+def crowd(adapted: TransformersModel, params: SamplingParams) -> None:
     """Requests that join and leave, some from another's cache: their texts are the base's, and the masks'
     logits, at rows anywhere in a tree, are those of a group under that text in training."""
     base, dice = adapted.base, random.Random(1)
@@ -163,10 +171,10 @@ def crowd(adapted: TransformersModel, sampler: Sampler) -> None:
             start = engine.requests[0]
             prompt = [*start.tokens, *prompt[:2]]
             copies += start.cache.length > 0
-        limits = Limits(dice.randint(14, 24))
-        plain = run(base, Plain(), prompt, sampler, limits).emitted
+        params = replace(params, max_new_tokens=dice.randint(14, 24))
+        plain = run(base, Plain(), prompt, params).emitted
         oracle = MaskOracle(plain)
-        requests.append((engine.submit(prompt, oracle, sampler, limits, start=start), oracle, plain))
+        requests.append((engine.submit(prompt, oracle, params, start=start), oracle, plain))
         engine.step()
     while engine.requests:
         engine.step()
@@ -174,32 +182,30 @@ def crowd(adapted: TransformersModel, sampler: Sampler) -> None:
     for request, oracle, plain in requests:
         assert request.emitted == plain
         assert oracle.observed[-1].step.mask_scores is None, "the text has ended"
-        compare(adapted, oracle.observed[:-1], sampler)
+        compare(adapted, oracle.observed[:-1], params)
 
 
-def compare(adapted: TransformersModel, observed: Sequence[Observed], sampler: Sampler) -> None:
-    noise = Noise(sampler.seed, sampler.sample)
+def compare(adapted: TransformersModel, observed: Sequence[Observed], params: SamplingParams) -> None:
+    noise = Noise(params.seed or 0)
     for one in observed:
         assert (0 if one.step.mask_scores is None else len(one.step.mask_scores)) == one.group
     for one, group in zip(observed, trained_logits(adapted, observed) if observed else (), strict=True):
         if one.step.mask_scores is not None:
             at = range(len(one.text), len(one.text) + one.group)
-            scores = group + sampler.temperature * noise.at(at, VOCABULARY, adapted.device)
+            scores = group + params.temperature * noise.at(at, VOCABULARY, adapted.device)
             torch.testing.assert_close(one.step.mask_scores, scores, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("parts", PARTS, ids=str)
-def test_decoding_sees_what_training_saw(
-    double: TransformersModel, parts: tuple[int, ...], sampler: str
-) -> None:
-    crowd(double.adapted(adapter(double, 3, *parts)), SAMPLERS[sampler])
+def test_decoding_sees_what_training_saw(double: TransformersModel, parts: tuple[int, ...], way: str) -> None:
+    crowd(double.adapted(adapter(double, 3, *parts)), WAYS[way])
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
 def test_windows_hide_the_text_but_not_the_prefix(kind: str) -> None:
     model = TransformersModel(build(kind, WORKING[kind]), "fast")
-    crowd(model.adapted(adapter(model, 3, *PARTS[-1])), Sampler())
+    crowd(model.adapted(adapter(model, 3, *PARTS[-1])), greedy())
 
 
 def trained(kind: str, *parts: int, distinct: bool = True) -> None:
@@ -265,10 +271,10 @@ def poisoned(own: Adapter, poison: str) -> Adapter:
 @pytest.mark.parametrize("poison", ["masks", "keys", "lora", "sampler"])
 def test_an_adapter_gone_wrong_changes_no_text(double: TransformersModel, poison: str) -> None:
     adapted = double.adapted(poisoned(adapter(double, 3, *PARTS[-1]), poison))
-    for sampler in SAMPLERS.values():
-        plain = run(double, Plain(), PROMPT, sampler, SHORT).emitted
+    for params in WAYS.values():
+        plain = run(double, Plain(), PROMPT, params).emitted
         for method in (Bita(faithful=True), Space(), MaskOracle(plain)):
-            assert run(adapted, method, PROMPT, sampler, SHORT).emitted == plain
+            assert run(adapted, method, PROMPT, params).emitted == plain
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=str)
@@ -320,7 +326,7 @@ def test_a_drift_of_decoding_is_seen(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        crowd(double.adapted(adapter(double, 3, *PARTS[-1])), SAMPLERS["sampled"])
+        crowd(double.adapted(adapter(double, 3, *PARTS[-1])), WAYS["sampled"])
 
 
 WRONGS = [
@@ -365,12 +371,11 @@ def test_the_head_runs_for_the_rows_that_are_looked_at(
         ran.append(len(hidden))
         return logits(self, hidden)
 
-    plain = [run(double, Plain(), random_prompt(9, i), limits=Limits(6 + 6 * i)).emitted for i in range(3)]
+    plain = [run(double, Plain(), random_prompt(9, i), greedy(6 + 6 * i)).emitted for i in range(3)]
     methods = [MaskOracle(answer) for answer in plain]
     engine = Engine(adapted)
     requests = [
-        engine.submit(random_prompt(9, i), method, limits=Limits(6 + 6 * i))
-        for i, method in enumerate(methods)
+        engine.submit(random_prompt(9, i), method, greedy(6 + 6 * i)) for i, method in enumerate(methods)
     ]
     while any(not request.ready for request in requests):
         engine._prefill()
@@ -394,11 +399,11 @@ def test_the_head_runs_for_the_rows_that_are_looked_at(
     assert groups > 9
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(50.0, seed=1)])
-def test_mask_tokens_are_never_emitted(exact: TransformersModel, sampler: Sampler) -> None:
+@pytest.mark.parametrize("params", [greedy(), sampled(50.0, 1)])
+def test_mask_tokens_are_never_emitted(exact: TransformersModel, params: SamplingParams) -> None:
     """Not where everything is as likely, nor where a mask hangs under each row."""
     adapted = exact.adapted(adapter(exact, 3, *PARTS[-1]))
-    request = run(adapted, Bita(faithful=True), PROMPT, sampler, Limits(40))
+    request = run(adapted, Bita(faithful=True), PROMPT, params)
     assert max(request.emitted) < VOCABULARY
     rows = adapted.forward([Tree.chain([5]).hang(0, [VOCABULARY])], [adapted.pool().open()])
     assert all(len(row) == VOCABULARY for row in adapted.head(rows, [[0, 1]])[0])
@@ -436,9 +441,10 @@ def test_mask_tokens_out_of_place_are_refused(
     double: TransformersModel, adapted: bool, rows: Sequence[int], parents: Sequence[int]
 ) -> None:
     engine = Engine(double.adapted(adapter(double, 3)) if adapted else double)
-    engine.submit(PROMPT, Rogue(rows, parents))
-    with pytest.raises(InvalidTree, match="Rogue"):
-        engine.step()
+    request = engine.submit(PROMPT, Rogue(rows, parents))
+    engine.step()
+    assert isinstance(request.error, InvalidTree)
+    assert "Rogue" in str(request.error)
 
 
 def test_prompts_of_mask_tokens_are_refused(double: TransformersModel) -> None:
@@ -457,16 +463,16 @@ def test_the_users_model_is_untouched_and_adapters_work_side_by_side() -> None:
     logits = own(ids).logits
     one, other = (base.adapted(adapter(base, 2 + seed, 16 * seed, 4, 0, seed)) for seed in range(2))
     engines = [Engine(one), Engine(other)]
-    plain = run(base, Plain(), PROMPT, limits=SHORT).emitted
+    plain = run(base, Plain(), PROMPT, greedy(16)).emitted
     methods = [MaskOracle(plain), MaskOracle(plain)]
-    requests = [e.submit(PROMPT, m, limits=SHORT) for e, m in zip(engines, methods, strict=True)]
+    requests = [e.submit(PROMPT, m, greedy(16)) for e, m in zip(engines, methods, strict=True)]
     while any(engine.requests for engine in engines):
         for engine in engines:
             engine.step()
         assert torch.equal(own(ids).logits, logits)
     for adapted, method, request in zip((one, other), methods, requests, strict=True):
         assert request.emitted == plain
-        compare(adapted, method.observed[:-1], Sampler())
+        compare(adapted, method.observed[:-1], greedy())
     assert dict(own.named_modules()) == modules
     assert list(own.state_dict()) == keys
     assert own.config.to_dict() == config
@@ -503,7 +509,7 @@ def test_lora_on_experts_is_refused() -> None:
     with pytest.raises(AdapterError, match="1 does not run on the rows of a text"):
         linear_layers(own, ["q_proj", "1"])
     model = TransformersModel(own, "fast")
-    crowd(model.adapted(adapter(model, 3, *PARTS[-1])), Sampler())
+    crowd(model.adapted(adapter(model, 3, *PARTS[-1])), greedy())
 
 
 def test_layers_of_the_head_are_no_targets() -> None:

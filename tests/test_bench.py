@@ -18,9 +18,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import selfdraft
 import selfdraft.drafting
-from selfdraft import LLM, Sampler
+from selfdraft import LLM, SamplingParams
 from selfdraft._common import machine
 from selfdraft._common.machine import idle_load
 from selfdraft._common.repetition import fresh
@@ -41,14 +40,14 @@ LENGTH = 12
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> LLM:
-    return selfdraft.load(str(folder), dtype="float64")
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder), "plain", dtype="float64")
 
 
 @pytest.fixture(scope="module")
-def arms(generator: LLM, folder: Path) -> list[Arm]:
+def arms(llm: LLM, folder: Path) -> list[Arm]:
     """Methods and baselines, in float64, where all of them give one text."""
-    return make_arms(generator, folder, generator.eos)
+    return make_arms(llm, folder, llm.eos_ids)
 
 
 @pytest.fixture(autouse=True)
@@ -60,15 +59,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
-def make_arms(generator: LLM, folder: Path, eos: frozenset[int]) -> list[Arm]:
+def make_arms(llm: LLM, folder: Path, eos: frozenset[int]) -> list[Arm]:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float64").eval()
     drafted = [
-        arm.Drafted(name, arm.method(name), generator.model, Sampler(), eos)
+        arm.Drafted(name, arm.method(name), llm.model, SamplingParams(), eos)
         for name in ("plain", "llma:block=6", "jacobi")
     ]
     return [
         *drafted,
-        *(Generated(n, theirs, Sampler(), eos, k) for n, k in {"generate": 0, "lookup-5": 5}.items()),
+        *(Generated(n, theirs, SamplingParams(), eos, k) for n, k in {"generate": 0, "lookup-5": 5}.items()),
     ]
 
 
@@ -83,9 +82,9 @@ def write(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
-def make(generator: LLM, arms: Sequence[Arm], mine: Path, out: Path, repeats: int = 2) -> Bench:
-    work = plan(source.from_files(suite.own(mine), [mine]), generator, 100, LENGTH)
-    return Bench(generator, arms, [work], repeats, Journal(out, {"what": "a test"}))
+def make(llm: LLM, arms: Sequence[Arm], mine: Path, out: Path, repeats: int = 2) -> Bench:
+    work = plan(source.from_files(suite.own(mine), [mine]), llm, 100, LENGTH)
+    return Bench(llm, arms, [work], repeats, Journal(out, {"what": "a test"}))
 
 
 def record(
@@ -284,13 +283,13 @@ def test_each_fault_changes_a_figure(mutant: str, monkeypatch: pytest.MonkeyPatc
 # Arms
 
 
-def test_counts_are_equal_across_arms(generator: LLM, folder: Path, arms: list[Arm], mine: Path) -> None:
+def test_counts_are_equal_across_arms(llm: LLM, folder: Path, arms: list[Arm], mine: Path) -> None:
     """One text for all, also where it ends within a draft; each token is in one step, with its time."""
-    prompt = generator.encode(TEXT)
+    prompt = llm.encode(TEXT)
     whole = arms[0].answer(prompt, [], 40).ids
     for end in (None, whole[7], whole[20]):
-        eos = generator.eos if end is None else frozenset([end])
-        answers = [one.answer(prompt, [prompt[1:]], 40) for one in make_arms(generator, folder, eos)]
+        eos = llm.eos_ids if end is None else frozenset([end])
+        answers = [one.answer(prompt, [prompt[1:]], 40) for one in make_arms(llm, folder, eos)]
         plain = answers[0]
         assert end is None or (plain.ids[-1] == end and end not in plain.ids[:-1])
         for answer in answers:
@@ -305,9 +304,9 @@ def test_counts_are_equal_across_arms(generator: LLM, folder: Path, arms: list[A
 TEXT = "def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return"
 
 
-def test_sampled_arms_of_the_package_give_one_text(generator: LLM) -> None:
-    prompt = generator.encode(TEXT)
-    drafted = arm.drafted(["plain", "llma", "jacobi"], generator, Sampler(0.9, seed=3))
+def test_sampled_arms_of_the_package_give_one_text(llm: LLM) -> None:
+    prompt = llm.encode(TEXT)
+    drafted = arm.drafted(["plain", "llma", "jacobi"], llm, SamplingParams(temperature=0.9, seed=3))
     texts = [one.answer(prompt, [], 20).ids for one in drafted]
     assert texts[0] == texts[1] == texts[2]
 
@@ -355,9 +354,9 @@ def told(bench: Bench) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_interrupted_and_resumed_is_as_if_never_stopped(generator: LLM, mine: Path, tmp_path: Path) -> None:
+def test_interrupted_and_resumed_is_as_if_never_stopped(llm: LLM, mine: Path, tmp_path: Path) -> None:
     arms = canned()
-    whole = make(generator, arms, mine, tmp_path / "whole")
+    whole = make(llm, arms, mine, tmp_path / "whole")
     whole.run()
     assert len(whole.journal.records) == whole.answers() == 4 * len(arms) * 2
 
@@ -365,7 +364,7 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(generator: LLM, mine: Pa
         pass
 
     for limit in (3, 9, 20):
-        bench = make(generator, arms, mine, tmp_path / "parts")
+        bench = make(llm, arms, mine, tmp_path / "parts")
 
         def tell(key: Key, bench: Bench = bench, limit: int = limit) -> None:
             if len(bench.journal.records) == limit:
@@ -375,16 +374,16 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(generator: LLM, mine: Pa
             bench.run(tell)
         with bench.journal.path.open("a") as file:
             file.write('{"suite":"mine","it')  # the machine died in a line
-    bench = make(generator, arms, mine, tmp_path / "parts")
+    bench = make(llm, arms, mine, tmp_path / "parts")
     assert bench.journal.found == 20
     bench.run()
     assert told(bench) == told(whole)
-    again = make(generator, arms, mine, tmp_path / "parts")
+    again = make(llm, arms, mine, tmp_path / "parts")
     again.run(lambda key: pytest.fail("all answers are there"))
 
 
 def test_all_arms_see_the_same_first_turn(
-    generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain decoding's, also where an arm said something else."""
     asked: list[Sequence[int]] = []
@@ -399,12 +398,12 @@ def test_all_arms_see_the_same_first_turn(
         def close(self) -> None:
             pass
 
-    bench = make(generator, [Liar(), arms[0]], mine, tmp_path / "out", repeats=1)
+    bench = make(llm, [Liar(), arms[0]], mine, tmp_path / "out", repeats=1)
     bench.run()
     plain = bench.journal.records[Key("mine", "talk", 0, "plain", 0)].ids
-    said = generator.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    said = llm.tokenizer.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(said, str)
-    second = generator.encode(f"class Stack:\n{said.rstrip()}\n\npush the item\n")
+    second = llm.encode(f"class Stack:\n{said.rstrip()}\n\npush the item\n")
     assert second in asked
     assert {one.prompt_tokens for key, one in bench.journal.records.items() if key[1:3] == ("talk", 1)} == {
         len(second)
@@ -418,32 +417,32 @@ TEMPLATE = (
 
 
 def test_a_chat_model_is_asked_through_its_template(
-    generator: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, arms: list[Arm], mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Turn 2 sees turn 1 as messages, with plain decoding's answer; --raw and other models do not."""
-    monkeypatch.setattr(generator.tokenizer, "chat_template", TEMPLATE)
+    monkeypatch.setattr(llm.tokenizer, "chat_template", TEMPLATE)
     read = source.from_files(suite.own(mine), [mine])
-    work = plan(read, generator, 100, 4, chat=True)
-    bench = Bench(generator, arms[:1], [work], 1, Journal(tmp_path, {"chat": True}), chat=True)
+    work = plan(read, llm, 100, 4, chat=True)
+    bench = Bench(llm, arms[:1], [work], 1, Journal(tmp_path, {"chat": True}), chat=True)
     bench.run()
     item = next(one for one in work.items if one.id == "talk")
     records = bench.journal.records
     first, second = (records[Key("mine", "talk", turn, "plain", 0)] for turn in (0, 1))
     said = bench._text(first.key)
     text = "<user>class Stack:\n</user><assistant>{}<user>push the item\n</user><assistant>"
-    asked = generator.encode(text.format(f"{said}</assistant>"), special=False)
+    asked = llm.encode(text.format(f"{said}</assistant>"), special=False)
     assert bench.prompt(work, item, 1) == asked
     assert second.prompt_tokens == len(asked)
     assert work.context >= len(asked) + 4
-    raw = Bench(generator, arms[:1], [work], 1, bench.journal)
-    assert raw.prompt(work, item, 0) == generator.encode("class Stack:\n")
+    raw = Bench(llm, arms[:1], [work], 1, bench.journal)
+    assert raw.prompt(work, item, 0) == llm.encode("class Stack:\n")
 
 
 def test_a_full_disk_keeps_what_is_finished(
-    generator: LLM, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms = canned()
-    bench = make(generator, arms, mine, tmp_path / "out")
+    bench = make(llm, arms, mine, tmp_path / "out")
     write_all = journal.write_all
 
     def full(file: Any, data: bytes) -> None:
@@ -459,7 +458,7 @@ def test_a_full_disk_keeps_what_is_finished(
         bench.journal.save("report.json", {})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["answers.jsonl", "run.json"]
     monkeypatch.undo()
-    resumed = make(generator, arms, mine, tmp_path / "out")
+    resumed = make(llm, arms, mine, tmp_path / "out")
     assert resumed.journal.found == 6
     resumed.run()
     assert len(resumed.journal.records) == resumed.answers()
@@ -484,18 +483,18 @@ def test_another_run_has_another_folder(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "out", {})
 
 
-def test_prompts_are_spread_and_fit(generator: LLM, tmp_path: Path) -> None:
+def test_prompts_are_spread_and_fit(llm: LLM, tmp_path: Path) -> None:
     rows = [{"id": str(i), "prompt": "x " * (200 if i == 3 else 2)} for i in range(10)]
     path = write(tmp_path / "many.jsonl", rows)
-    work = plan(source.from_files(suite.own(path), [path]), generator, 3, 20)
+    work = plan(source.from_files(suite.own(path), [path]), llm, 3, 20)
     assert [item.id for item in work.items] == ["0", "4", "7"]
     assert (work.total, work.too_long) == (10, ["3"])
-    short = plan(source.from_files(suite.own(path), [path]), generator, 3, 20, most=9)
+    short = plan(source.from_files(suite.own(path), [path]), llm, 3, 20, most=9)
     assert short.too_long == ["3"]
     with pytest.raises(InvalidSuite, match=r"limit of 2 tokens a prompt; .*--max-prompt-tokens"):
-        plan(source.from_files(suite.own(path), [path]), generator, 3, 20, most=2)
+        plan(source.from_files(suite.own(path), [path]), llm, 3, 20, most=2)
     with pytest.raises(InvalidSuite, match="context of 256"):
-        plan(source.from_files(suite.own(path), [path]), generator, 3, 300)
+        plan(source.from_files(suite.own(path), [path]), llm, 3, 300)
 
 
 # Suites
@@ -726,7 +725,10 @@ def test_where_generate_must_give_plain_decodings_text(
 ) -> None:
     """16-bit types round by the number of rows, and at a temperature its noise differs."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    assert Generated("generate", theirs, Sampler(temperature), frozenset()).identity_expected == expected
+    assert (
+        Generated("generate", theirs, SamplingParams(temperature=temperature), frozenset()).identity_expected
+        == expected
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from selfdraft import Limits, Tree
+from selfdraft import SamplingParams, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError, ModelUnsupported
@@ -44,6 +44,7 @@ HISTORIES = (random_prompt(30, 1), random_prompt(21, 2))
 AFTER = Tree.chain(random_prompt(4, 5))
 PIECE = 11  # tokens of a history that are read at once
 NEW = 6  # tokens of a text
+SHORT = SamplingParams(max_new_tokens=NEW)
 SAMPLE = ("llama", "gpt2", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3", "opt", "falcon", "gptj")
 # What every commit runs; the others are marked `conformance`. Among these are biases, norms of queries and
 # keys, windows, capped scores, fused projections, learned positions and routed experts; and a refusal of each
@@ -125,7 +126,7 @@ def test_trees_have_the_logits_of_the_models_own_forward(kind: str) -> None:
     for got, logits in zip(ours(wrapped), wanted, strict=True):
         error = (got - logits).norm(dim=-1) / logits.norm(dim=-1)
         assert error.max() <= tolerance
-    assert run(wrapped, Plain(), HISTORIES[1], limits=Limits(NEW)).emitted == text
+    assert run(wrapped, Plain(), HISTORIES[1], SHORT).emitted == text
 
 
 @types(list(REFUSED))
@@ -149,7 +150,7 @@ def test_adapters_learn_and_draft(kind: str) -> None:
     drafted with it is the model's own."""
     config = AdapterConfig(masks=2, prefix=4, rank=4, sampler=8)
     model = drive(build(kind, WORKING[kind]).requires_grad_(False), "fast")
-    plain = run(model, Plain(), HISTORIES[1], limits=Limits(NEW)).emitted
+    plain = run(model, Plain(), HISTORIES[1], SHORT).emitted
     student = Student(model, fresh(model, config), Loss())
     texts = torch.tensor([[*HISTORIES[1], *plain], [*HISTORIES[0][:21], *plain]])
     labels = torch.zeros(2, 2, config.masks, dtype=torch.long)
@@ -172,9 +173,7 @@ def test_adapters_learn_and_draft(kind: str) -> None:
             dim=-1
         )
         assert error.max() <= (2e-5 if model.dtype == torch.float64 else 1e-4)
-    drafted = run(
-        student.model, Helped(Bita(faithful=True, width=2), plain), HISTORIES[1], limits=Limits(NEW)
-    )
+    drafted = run(student.model, Helped(Bita(faithful=True, width=2), plain), HISTORIES[1], SHORT)
     assert drafted.emitted == plain
     assert len(drafted.runs) < NEW
 

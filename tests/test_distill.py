@@ -16,19 +16,19 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import selfdraft
-from selfdraft import LLM, Sampler
+from selfdraft import LLM, SamplingParams
 from selfdraft._common.repetition import fresh
 from selfdraft.errors import InvalidOption, TrainingDataError
-from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import shards
 from selfdraft.train.distill import Distillation, Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts
 from selfdraft.train.shards import MANIFEST, Row, Shards
 
-from conftest import Run
+from conftest import Run, tiny_llama
 
 TEXTS = [f"def f{i}(a, b):\n    return a {'+' * (i % 3 + 1)} b  # {'x' * i}\n" for i in range(9)]
 POSIX = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog"}
@@ -42,8 +42,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def generator(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> LLM:
-    return LLM(exact, tokenizer, "plain", name="tiny")
+def llm(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return tiny(torch.bfloat16, tokenizer)
+
+
+def tiny(dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    made = LLM(tiny_llama(dtype), "plain", tokenizer=tokenizer)
+    made.name = "tiny"
+    return made
 
 
 def lines(path: Path, *rows: object) -> str:
@@ -60,7 +66,7 @@ Tell = Callable[[Progress], None]
 
 
 def distil(
-    generator: LLM,
+    llm: LLM,
     file: str,
     out: Path,
     recipe: Recipe = RECIPE,
@@ -69,9 +75,9 @@ def distil(
 ) -> list[dict[str, Any]]:
     """The rows of a run, by index."""
     prompts = Prompts([file])
-    kept = Shards(out, asked(generator, prompts, recipe), how.pop("shard", 4))
+    kept = Shards(out, asked(llm, prompts, recipe), how.pop("shard", 4))
     try:
-        Distillation(generator, prompts, recipe, kept, **how).run(tell or (lambda progress: None))
+        Distillation(llm, prompts, recipe, kept, **how).run(tell or (lambda progress: None))
     finally:
         kept.close()
     return rows(out)
@@ -90,37 +96,37 @@ def after(count: int, error: BaseException) -> Tell:
     return tell
 
 
-def test_rows_do_not_depend_on_what_runs_beside_them(generator: LLM, file: str, tmp_path: Path) -> None:
-    alone = distil(generator, file, tmp_path / "alone", batch=1)
+def test_rows_do_not_depend_on_what_runs_beside_them(llm: LLM, file: str, tmp_path: Path) -> None:
+    alone = distil(llm, file, tmp_path / "alone", batch=1)
     assert [row["index"] for row in alone] == list(range(9))
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
     assert len({row["seed"] for row in alone}) == 9
-    assert distil(generator, file, tmp_path / "batch", batch=4) == alone
-    assert distil(generator.using("llma"), file, tmp_path / "llma", batch=3, shard=100) == alone
-    assert distil(generator, file, tmp_path / "other", replace(RECIPE, seed=4)) != alone
+    assert distil(llm, file, tmp_path / "batch", batch=4) == alone
+    assert distil(llm.using("llma"), file, tmp_path / "llma", batch=3, shard=100) == alone
+    assert distil(llm, file, tmp_path / "other", replace(RECIPE, seed=4)) != alone
     assert [len(path.read_text().splitlines()) for path in shards.shards(tmp_path / "batch")] == [4, 4, 1]
 
 
-def test_rows_are_what_generate_says(generator: LLM, file: str, tmp_path: Path) -> None:
-    for row in distil(generator, file, tmp_path / "out", replace(RECIPE, cut_loops=False)):
+def test_rows_are_what_generate_says(llm: LLM, file: str, tmp_path: Path) -> None:
+    for row in distil(llm, file, tmp_path / "out", replace(RECIPE, cut_loops=False)):
         options = {"temperature": row["temperature"], "seed": row["seed"], "max_new_tokens": 40}
-        result = generator.generate(TEXTS[row["index"]], **options)
-        assert row["prompt"] == generator.encode(TEXTS[row["index"]])
+        result = llm.generate(TEXTS[row["index"]], **options)
+        assert row["prompt"] == llm.encode(TEXTS[row["index"]])
         assert (row["answer"], row["finish_reason"]) == (result.ids, result.finish_reason)
 
 
 class Looping(Recipe):
     """Every other answer has two tokens to choose from: a random model hardly repeats itself."""
 
-    def sampler(self, index: int) -> Sampler:
-        return replace(super().sampler(index), logit_bias={5: 30.0, 6: 30.0} if index % 2 else {})
+    def params(self, index: int) -> SamplingParams:
+        return replace(super().params(index), logit_bias={5: 30.0, 6: 30.0} if index % 2 else {})
 
 
-def test_answers_end_where_they_loop(generator: LLM, file: str, tmp_path: Path) -> None:
+def test_answers_end_where_they_loop(llm: LLM, file: str, tmp_path: Path) -> None:
     recipe = Looping(max_new_tokens=150)
-    whole = distil(generator, file, tmp_path / "whole", replace(recipe, cut_loops=False))
+    whole = distil(llm, file, tmp_path / "whole", replace(recipe, cut_loops=False))
     seen: list[int] = []
-    cut = distil(generator, file, tmp_path / "cut", recipe, lambda progress: seen.append(progress.tokens))
+    cut = distil(llm, file, tmp_path / "cut", recipe, lambda progress: seen.append(progress.tokens))
     for one, other in zip(whole, cut, strict=True):
         kept = fresh(one["answer"])
         assert other["answer"] == one["answer"][:kept]
@@ -132,64 +138,61 @@ def test_answers_end_where_they_loop(generator: LLM, file: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("at", [1, 4, 6])
-def test_interrupted_and_resumed_is_as_if_never_stopped(
-    generator: LLM, file: str, tmp_path: Path, at: int
-) -> None:
-    whole = distil(generator, file, tmp_path / "whole")
+def test_interrupted_and_resumed_is_as_if_never_stopped(llm: LLM, file: str, tmp_path: Path, at: int) -> None:
+    whole = distil(llm, file, tmp_path / "whole")
     out = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        distil(generator, file, out, tell=after(at, KeyboardInterrupt()), batch=3)
+        distil(llm, file, out, tell=after(at, KeyboardInterrupt()), batch=3)
     assert len(rows(out)) == at
     assert shards.manifest(out)["summary"] is None
     last = shards.shards(out)[-1]
     written = last.read_bytes()
     last.write_bytes(written + b'{"index":8,"prompt":[0,5')
     told: list[int] = []
-    assert distil(generator, file, out, tell=lambda progress: told.append(progress.rows), batch=2) == whole
+    assert distil(llm, file, out, tell=lambda progress: told.append(progress.rows), batch=2) == whole
     assert len(told) == 9 - at, "finished rows are not generated again"
     assert last.read_bytes().startswith(written)
     assert [len(path.read_text().splitlines()) for path in shards.shards(out)] == [4, 4, 1]
     assert shards.manifest(out)["summary"]["rows"] == 9
     assert [start["rows_found"] for start in shards.manifest(out)["starts"]] == [0, at]
-    again = distil(generator, file, out, tell=lambda progress: pytest.fail("all rows are there"))
+    again = distil(llm, file, out, tell=lambda progress: pytest.fail("all rows are there"))
     assert again == whole
 
 
-def test_a_limit_can_be_raised(generator: LLM, file: str, tmp_path: Path) -> None:
-    whole = distil(generator, file, tmp_path / "whole")
+def test_a_limit_can_be_raised(llm: LLM, file: str, tmp_path: Path) -> None:
+    whole = distil(llm, file, tmp_path / "whole")
     out, summaries = tmp_path / "out", []
-    assert distil(generator, file, out, limit=3) == whole[:3]
+    assert distil(llm, file, out, limit=3) == whole[:3]
     assert shards.manifest(out)["summary"]["rows"] == 3
     assert whole == distil(
-        generator, file, out, tell=lambda progress: summaries.append(shards.manifest(out)["summary"])
+        llm, file, out, tell=lambda progress: summaries.append(shards.manifest(out)["summary"])
     )
     assert summaries == [None] * 6, "a run under way has no summary"
 
 
 def test_the_share_of_greedy_answers() -> None:
     for share in (0.0, 0.25, 1.0):
-        samplers = [Recipe(greedy_share=share).sampler(index) for index in range(2000)]
-        found = sum(sampler.temperature == 0 for sampler in samplers) / 2000
-        assert abs(found - share) < 0.03
-        assert {sampler.temperature for sampler in samplers} <= {0.0, 0.8}
+        temperatures = [Recipe(greedy_share=share).params(index).temperature for index in range(2000)]
+        assert abs(temperatures.count(0.0) / 2000 - share) < 0.03
+        assert set(temperatures) <= {0.0, 0.8}
 
 
-def test_drafters_get_the_references(generator: LLM, tmp_path: Path) -> None:
-    quoted = generator.generate(TEXTS[0], max_new_tokens=40).text
+def test_drafters_get_the_references(llm: LLM, tmp_path: Path) -> None:
+    quoted = llm.generate(TEXTS[0], max_new_tokens=40).text
     file = lines(tmp_path / "quoting.jsonl", {"prompt": TEXTS[0], "references": [quoted]})
     recipe = Recipe(max_new_tokens=40, greedy_share=1)
-    distil(generator.using("llma", {"faithful": True}), file, tmp_path / "out", recipe)
+    distil(llm.using("llma", {"faithful": True}), file, tmp_path / "out", recipe)
     assert shards.manifest(tmp_path / "out")["summary"]["tokens_per_forward"] > 1.5
 
 
-def test_prompts_that_do_not_fit_are_left_out(generator: LLM, tmp_path: Path) -> None:
+def test_prompts_that_do_not_fit_are_left_out(llm: LLM, tmp_path: Path) -> None:
     file = lines(tmp_path / "long.jsonl", {"prompt": "x " * 300}, {"prompt": "x"})
-    assert [row["index"] for row in distil(generator, file, tmp_path / "out")] == [1]
+    assert [row["index"] for row in distil(llm, file, tmp_path / "out")] == [1]
     assert shards.manifest(tmp_path / "out")["summary"]["too_long"] == 1
 
 
 def test_a_full_disk_loses_nothing(
-    generator: LLM, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_all, out = shards.write_all, tmp_path / "out"
 
@@ -202,18 +205,18 @@ def test_a_full_disk_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_all", full)
         with pytest.raises(TrainingDataError, match=r"shard-00001.jsonl: No space left.* 5 finished rows"):
-            distil(generator, file, out)
+            distil(llm, file, out)
         assert len(rows(out)) == 5, "the half line is taken back"
         before = (out / MANIFEST).read_bytes()
         with pytest.raises(TrainingDataError, match=MANIFEST):
-            distil(generator, file, out)
+            distil(llm, file, out)
         assert [path.name for path in sorted(out.iterdir())] == [
             MANIFEST,
             "shard-00000.jsonl",
             "shard-00001.jsonl",
         ]
         assert (out / MANIFEST).read_bytes() == before
-    assert distil(generator, file, out) == distil(generator, file, tmp_path / "whole")
+    assert distil(llm, file, out) == distil(llm, file, tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -227,30 +230,28 @@ def test_a_full_disk_loses_nothing(
     ],
 )
 def test_another_runs_folder_is_refused(
-    generator: LLM, file: str, tmp_path: Path, change: dict[str, Any], says: str
+    llm: LLM, file: str, tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
-    distil(generator, file, tmp_path / "out", limit=1)
+    distil(llm, file, tmp_path / "out", limit=1)
     if not change:
         file = lines(tmp_path / "others.jsonl", *({"prompt": text + "#"} for text in TEXTS))
     with pytest.raises(TrainingDataError, match=f"another run .*{says}"):
-        distil(generator, file, tmp_path / "out", replace(RECIPE, **change))
+        distil(llm, file, tmp_path / "out", replace(RECIPE, **change))
 
 
-def test_another_models_folder_is_refused(
-    generator: LLM, double: TransformersModel, file: str, tmp_path: Path
-) -> None:
-    distil(generator, file, tmp_path / "out", limit=1)
-    other = LLM(double, generator.tokenizer, name="tiny")
+def test_another_models_folder_is_refused(llm: LLM, file: str, tmp_path: Path) -> None:
+    distil(llm, file, tmp_path / "out", limit=1)
+    other = tiny(torch.float64, llm.tokenizer)
     with pytest.raises(TrainingDataError, match=r"dtype: .*bfloat16.* there.*; numerics"):
         distil(other, file, tmp_path / "out")
 
 
-def test_one_process_writes_at_a_time(generator: LLM, file: str, tmp_path: Path) -> None:
-    held = Shards(tmp_path / "out", asked(generator, Prompts([file]), RECIPE), 4)
+def test_one_process_writes_at_a_time(llm: LLM, file: str, tmp_path: Path) -> None:
+    held = Shards(tmp_path / "out", asked(llm, Prompts([file]), RECIPE), 4)
     with pytest.raises(TrainingDataError, match="another process"):
-        distil(generator, file, tmp_path / "out")
+        distil(llm, file, tmp_path / "out")
     held.close()
-    assert len(distil(generator, file, tmp_path / "out")) == 9
+    assert len(distil(llm, file, tmp_path / "out")) == 9
 
 
 @pytest.mark.parametrize(
@@ -333,8 +334,8 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Prompts([str(tmp_path / "table.parquet")])
 
 
-def test_trainers_read_rows_in_the_order_of_prompts(generator: LLM, file: str, tmp_path: Path) -> None:
-    made = distil(generator, file, tmp_path / "out", batch=4)
+def test_trainers_read_rows_in_the_order_of_prompts(llm: LLM, file: str, tmp_path: Path) -> None:
+    made = distil(llm, file, tmp_path / "out", batch=4)
     read = shards.read(tmp_path / "out")
     assert read.rows.column_names == ["prompt", "answer", "temperature"]
     assert read.rows["prompt"][:] == [row["prompt"] for row in made]
@@ -390,9 +391,9 @@ def damage(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
     ],
 )
 def test_damaged_folders_are_not_trained_on(
-    generator: LLM, file: str, tmp_path: Path, act: Callable[[Path], object], says: str
+    llm: LLM, file: str, tmp_path: Path, act: Callable[[Path], object], says: str
 ) -> None:
-    distil(generator, file, tmp_path / "out", replace(RECIPE, max_new_tokens=3))
+    distil(llm, file, tmp_path / "out", replace(RECIPE, max_new_tokens=3))
     act(tmp_path / "out")
     with pytest.raises(TrainingDataError, match=says):
         shards.read(tmp_path / "out")
@@ -424,11 +425,11 @@ CHAT = "{% for m in messages %}<|bos|>{{ m.role }}: {{ m.content }}\n{% endfor %
 
 
 @pytest.fixture
-def chatting(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> LLM:
+def chatting(tokenizer: PreTrainedTokenizerFast) -> LLM:
     """A model whose tokenizer has a chat template."""
     templated = copy.deepcopy(tokenizer)
     templated.chat_template = CHAT
-    return LLM(exact, templated, "plain", name="tiny")
+    return tiny(torch.bfloat16, templated)
 
 
 def test_text_prompts_go_through_the_chat_template(chatting: LLM, file: str, tmp_path: Path) -> None:
@@ -444,9 +445,9 @@ def test_text_prompts_go_through_the_chat_template(chatting: LLM, file: str, tmp
         distil(chatting, file, tmp_path / "chat", replace(recipe, raw=True))
 
 
-def test_without_a_template_raw_is_no_other_run(generator: LLM, file: str) -> None:
+def test_without_a_template_raw_is_no_other_run(llm: LLM, file: str) -> None:
     prompts = Prompts([file])
-    assert asked(generator, prompts, RECIPE) == asked(generator, prompts, replace(RECIPE, raw=True))
+    assert asked(llm, prompts, RECIPE) == asked(llm, prompts, replace(RECIPE, raw=True))
 
 
 def test_command_needs_no_datasets_for_json_lines(

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from selfdraft.drafting import acceptance
@@ -36,6 +36,7 @@ class Fixed:
 PATHS: list[tuple[int, ...]] = [(), (0,), (1,), (0, 0), (1, 0)]
 chance = st.floats(0.01, 0.99)
 trees = st.fixed_dictionaries({path: st.tuples(chance, chance) for path in PATHS})
+LITTLE = {path: (0.5, 0.5) if path else (0.109375, 0.1328125) for path in PATHS}
 
 
 def best_rate(source: Fixed, cost: Callable[[int], float], most: int) -> float:
@@ -56,6 +57,7 @@ def best_rate(source: Fixed, cost: Callable[[int], float], most: int) -> float:
 
 
 @given(trees, st.floats(0.01, 0.5), st.floats(0, 2))
+@example(LITTLE, 0.1015625, 1.0)  # two rows pay that do not pay alone, three do not
 def test_no_tree_is_worth_more(
     given: Mapping[tuple[int, ...], Sequence[float]], slope: float, jump: float
 ) -> None:

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from selfdraft import load
+from selfdraft import LLM
 from selfdraft.drafting.plain import Plain
-from selfdraft.engine.request import Limits
 from selfdraft.errors import InvalidOption, ModelCorrupt, ModelUnsupported
 from selfdraft.models.loading import EMBEDDED, drive, load_pretrained
 from selfdraft.models.looped.decoder import LoopedConfig, OuroForCausalLM, exit_weights
@@ -21,7 +20,7 @@ from selfdraft.models.transformers import TransformersModel
 
 from conftest import VOCABULARY
 from looping import tiny_looped
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run
 
 IDS = torch.tensor([random_prompt(12, 1), random_prompt(12, 2)])
 
@@ -43,7 +42,7 @@ def test_plain_decoding_is_its_own_generate(ouro: bool, dtype: torch.dtype) -> N
     own = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     driven = drive(model)
     assert isinstance(driven, StagedModel)
-    assert run(driven, Plain(), prompt, limits=Limits(24)).emitted == own[0, len(prompt) :].tolist()
+    assert run(driven, Plain(), prompt, greedy(24)).emitted == own[0, len(prompt) :].tolist()
 
 
 def test_depth_is_layers_run_one_after_another() -> None:
@@ -116,8 +115,8 @@ def test_saved_and_loaded(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, ou
     tokenizer.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
-    result = load(str(tmp_path), "speed").generate("def add", max_new_tokens=12, ignore_eos=True)
-    plain = load(str(tmp_path)).generate("def add", max_new_tokens=12, ignore_eos=True)
+    result = LLM(str(tmp_path), "speed").generate("def add", max_new_tokens=12, ignore_eos=True)
+    plain = LLM(str(tmp_path), "plain").generate("def add", max_new_tokens=12, ignore_eos=True)
     assert result.ids == plain.ids
     assert plain.forwards == 12
 
@@ -178,7 +177,7 @@ def test_checkpoints_of_another_shape_are_refused(
     says: str,
 ) -> None:
     with pytest.raises(error, match=says):
-        load(_saved(tmp_path, tokenizer, **changes))
+        LLM(_saved(tmp_path, tokenizer, **changes))
 
 
 def test_one_pass_is_an_ordinary_model() -> None:
@@ -189,16 +188,16 @@ def test_one_pass_is_an_ordinary_model() -> None:
 
 
 def test_the_embedded_model_drafts_for_itself() -> None:
-    generator = load("pico-loop", "speed")
-    plain = generator.using("plain")
+    llm = LLM("looped-tiny", "speed")
+    plain = llm.using("plain")
     for asked in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
-        fast = generator.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
+        fast = llm.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
         slow = plain.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
         assert fast.ids == slow.ids
         assert fast.grade == "tuned"
         assert fast.tokens_per_forward > slow.tokens_per_forward == 1
-    folder = EMBEDDED["pico-loop"]
-    config = generator.model.model.config
+    folder = EMBEDDED["looped-tiny"]
+    config = llm.model.model.config
     assert len(config.exit_agreement) == config.loops
     assert (folder / "model.safetensors").stat().st_size < 12e6
     assert "lossless to the **tuned** weights" in (folder / "README.md").read_text()

@@ -317,8 +317,8 @@ def test_a_process_ends_with_its_bench(fault: bool, workers: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> LLM:
-    return selfdraft.load(str(folder), dtype="float32")
+def llm(folder: Path) -> LLM:
+    return selfdraft.LLM(str(folder), "plain", dtype="float32")
 
 
 @pytest.fixture
@@ -328,31 +328,31 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-def bench(generator: LLM, mine: Path, out: Path, *peers: Peer) -> Bench:
-    work = plan(source.from_files(suite.own(mine), [mine]), generator, 100, 6)
-    plain = arm.drafted([], generator, selfdraft.Sampler())
-    return Bench(generator, [*plain, *peers], [work], 2, Journal(out, {"what": "a test"}))
+def bench(llm: LLM, mine: Path, out: Path, *peers: Peer) -> Bench:
+    work = plan(source.from_files(suite.own(mine), [mine]), llm, 100, 6)
+    plain = arm.drafted([], llm, selfdraft.SamplingParams())
+    return Bench(llm, [*plain, *peers], [work], 2, Journal(out, {"what": "a test"}))
 
 
 @pytest.fixture
-def running(workers: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path) -> Bench:
+def running(workers: Path, made: Callable[..., Peer], llm: LLM, mine: Path, tmp_path: Path) -> Bench:
     """Ready to run, with a peer as its last arm."""
-    return bench(generator, mine, tmp_path / "out", made())
+    return bench(llm, mine, tmp_path / "out", made())
 
 
 def test_a_run_goes_on_where_a_process_died(
-    workers: Path, made: Callable[..., Peer], generator: LLM, mine: Path, tmp_path: Path
+    workers: Path, made: Callable[..., Peer], llm: LLM, mine: Path, tmp_path: Path
 ) -> None:
-    whole = bench(generator, mine, tmp_path / "whole", made())
+    whole = bench(llm, mine, tmp_path / "whole", made())
     whole.run()
     change(workers / "llamacpp.py", 'print("loaded")', "self.left = 3")
     change(workers / "llamacpp.py", 'print("asked")', "self.left -= 1; self.left or os._exit(3)")
-    parts = bench(generator, mine, tmp_path / "parts", made())
+    parts = bench(llm, mine, tmp_path / "parts", made())
     with pytest.raises(PeerFailed, match="code 3"):
         parts.run()
     assert 0 < len(parts.journal.records) < whole.answers()
     (workers / "llamacpp.py").write_text(ENGINE)
-    parts = bench(generator, mine, tmp_path / "parts", made())
+    parts = bench(llm, mine, tmp_path / "parts", made())
     parts.run()
     assert parts.journal.found > 0
     assert {k: r.ids for k, r in parts.journal.records.items()} == {
@@ -429,7 +429,7 @@ def test_names_of_peers() -> None:
     assert all((peer.HERE / f"{name}.py").exists() for name in peer.SPECS)
 
 
-def test_what_peers_cannot_do(generator: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_peers_cannot_do(llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InvalidOption,
         match=r"vllm: these engines are compared at temperature 0 only, and the temperature is 0.7",
@@ -440,31 +440,31 @@ def test_what_peers_cannot_do(generator: LLM, folder: Path, monkeypatch: pytest.
     with pytest.raises(InvalidOption, match=r"names vllm, and no --baseline of it"):
         Job(baselines=["llamacpp"], peer_python={"vllm": "python"})
     wanted = arm.externals(["llamacpp"])
-    peer.check_model(wanted, str(folder), generator)
+    peer.check_model(wanted, str(folder), llm)
     with pytest.raises(InvalidOption, match=r"is not read from one; give llamacpp-lookup-4"):
-        peer.check_model(arm.externals(["llamacpp-stored-lookup-4"]), str(folder), generator)
+        peer.check_model(arm.externals(["llamacpp-stored-lookup-4"]), str(folder), llm)
     with pytest.raises(InvalidOption, match=r"and the bench in float64; give --dtype float32"):
-        peer.check_model(wanted, str(folder), selfdraft.load(str(folder), dtype="float64"))
-    monkeypatch.setattr(generator.model.model.config, "attention_bias", True)
+        peer.check_model(wanted, str(folder), selfdraft.LLM(str(folder), "plain", dtype="float64"))
+    monkeypatch.setattr(llm.model.model.config, "attention_bias", True)
     with pytest.raises(PeerUnavailable, match=r"it is a llama model with attention_bias, .*; leave it out"):
-        peer.check_model(wanted, str(folder), generator)
+        peer.check_model(wanted, str(folder), llm)
 
 
-def test_a_peer_on_another_device(generator: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generator.model, "device", torch.device("meta"))
+def test_a_peer_on_another_device(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.model, "device", torch.device("meta"))
     with pytest.raises(InvalidOption, match=r"and the bench on meta; give --device cpu"):
-        peer.check_model(arm.externals(["vllm"]), "looped-tiny", generator)
+        peer.check_model(arm.externals(["vllm"]), "looped-tiny", llm)
 
 
 def test_what_a_process_is_told(
-    generator: LLM, folder: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, folder: Path, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many threads and the same dtype as here, and room for the longest answer and a draft behind it."""
-    work = plan(source.from_files(suite.own(mine), [mine]), generator, 1, 6)
-    assert work.context == len(generator.encode(work.items[0].turns[0])) + 6 + 4
+    work = plan(source.from_files(suite.own(mine), [mine]), llm, 1, 6)
+    assert work.context == len(llm.encode(work.items[0].turns[0])) + 6 + 4
 
     def told(context: int) -> Peer:
-        (one,) = peer.arms(arm.externals(["vllm-ngram-7"]), {}, str(folder), generator, context, tmp_path)
+        (one,) = peer.arms(arm.externals(["vllm-ngram-7"]), {}, str(folder), llm, context, tmp_path)
         return one
 
     one = told(100)
@@ -472,7 +472,7 @@ def test_what_a_process_is_told(
     assert one.settings == {"model": str(folder), "context": 107, **rest}
     assert told(255).settings["context"] == 256
     assert (one.name, one.engine, one.python, one.grade) == ("vllm-ngram-7", "vllm", sys.executable, "base")
-    assert (one.eos, one.plain, one.drafts) == (generator.eos, "plain", False)
+    assert (one.eos, one.plain, one.drafts) == (llm.eos_ids, "plain", False)
     python = tmp_path / "bin" / "python"
     vllm = peer.SPECS["vllm"]
     monkeypatch.delenv("LD_PRELOAD", raising=False)
@@ -616,18 +616,18 @@ def test_a_file_has_every_weight(
     assert fits(tmp_path / "made.gguf", source, dtype)
 
 
-def test_a_file_has_the_loaded_weights(generator: LLM, folder: Path, tmp_path: Path) -> None:
+def test_a_file_has_the_loaded_weights(llm: LLM, folder: Path, tmp_path: Path) -> None:
     """Also those that came from no folder, or were loaded in another dtype than they are stored in."""
-    file = peer.gguf(sys.executable, generator, tmp_path)
+    file = peer.gguf(sys.executable, llm, tmp_path)
     assert file == tmp_path / "float32.gguf"
     assert list(tmp_path.iterdir()) == [file]
     assert fits(file, folder, "float32")
 
 
-def test_the_file_that_a_model_was_read_from(generator: LLM, folder: Path, tmp_path: Path) -> None:
+def test_the_file_that_a_model_was_read_from(llm: LLM, folder: Path, tmp_path: Path) -> None:
     assert stored.gguf_source(str(folder)) is None
     assert stored.gguf_source(str(tmp_path)) is None
-    file = peer.gguf(sys.executable, generator, tmp_path)
+    file = peer.gguf(sys.executable, llm, tmp_path)
     assert stored.gguf_source(str(file)) == stored.gguf_source(str(tmp_path)) == file
     assert stored.stored_format(file) == "F32"
     assert peer.folder(str(file)) is None
@@ -636,8 +636,8 @@ def test_the_file_that_a_model_was_read_from(generator: LLM, folder: Path, tmp_p
     read = sum(4 * weight.numel() for weight in weights.values()) - 4 * table.numel()
     assert stored.stored_bytes(file) == read
     wanted = arm.externals(["llamacpp-stored", "vllm"])
-    peer.check_model(wanted, str(file), generator)
-    one, other = peer.arms(wanted, {}, str(file), generator, 20, tmp_path)
+    peer.check_model(wanted, str(file), llm)
+    one, other = peer.arms(wanted, {}, str(file), llm, 20, tmp_path)
     assert (one.settings["model"], one.weight_bytes) == (str(file), read)
     assert (Path(other.settings["model"]) / "tokenizer.json").exists()
     assert other.weight_bytes is None
@@ -734,11 +734,11 @@ def test_what_is_not_converted(config: dict[str, Any], says: str, folder: Path, 
 
 
 def test_a_conversion_that_fails(
-    generator: LLM, workers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, workers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (workers / "gguf_folder.py").write_text("import sys; sys.exit('it is too wide')")
     with pytest.raises(PeerUnavailable, match=r"cannot be converted; .*it is too wide"):
-        peer.gguf(sys.executable, generator, tmp_path)
+        peer.gguf(sys.executable, llm, tmp_path)
 
 
 def test_what_is_missing_or_strange(folder: Path, tmp_path: Path) -> None:
@@ -788,12 +788,12 @@ def test_engines_say_what_transformers_says(name: str, kind: str, folder: Path, 
     scaled = {"rope_parameters": SCALED} if kind == "scaled" else {}
     made = tiny_qwen if kind == "qwen2" else tiny_llama
     source = saved(tmp_path / "tiny", folder, torch.float32, made, **scaled)
-    generator = selfdraft.load(str(source), dtype="float32")
-    prompt = generator.encode("def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return")
-    plain = arm.drafted([], generator, selfdraft.Sampler())[0].answer(prompt, [], 40)
+    llm = selfdraft.LLM(str(source), "plain", dtype="float32")
+    prompt = llm.encode("def add(a, b):\n    return a + b\n\n\ndef add(a, b):\n    return")
+    plain = arm.drafted([], llm, selfdraft.SamplingParams())[0].answer(prompt, [], 40)
     if one.stored:
-        source = peer.gguf(pythons["llamacpp"], generator, tmp_path)
-    (engine,) = peer.arms(wanted, pythons, str(source), generator, len(prompt) + 40, tmp_path)
+        source = peer.gguf(pythons["llamacpp"], llm, tmp_path)
+    (engine,) = peer.arms(wanted, pythons, str(source), llm, len(prompt) + 40, tmp_path)
     try:
         answers = [engine.answer(prompt, [], 40) for _ in range(2)]
     finally:

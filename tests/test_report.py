@@ -119,7 +119,7 @@ def test_a_sample_is_the_answer_forward_by_forward(bench: Bench, record: Figures
     for name, one in kept["arms"].items():
         answer = next(r for k, r in bench.journal.records.items() if (k.arm, k.item) == (name, kept["item"]))
         assert [tokens for tokens, _ in one["pieces"]] == list(answer.runs)
-        whole = bench.generator.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        whole = bench.llm.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
         assert "".join(text for _, text in one["pieces"]).strip() == whole.strip()
     several = [
         run for name in ("llma:block=4", "jacobi") for run, _ in kept["arms"][name]["pieces"] if run > 1

@@ -7,6 +7,7 @@ import copy
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import selfdraft
-from selfdraft import DraftContext, Engine, Limits, Method, Request, Sampler, Step, Tree
+from selfdraft import DraftContext, Engine, Method, Request, SamplingParams, Step, Tree
 from selfdraft.drafting import create
 from selfdraft.drafting.method import Loops
 from selfdraft.drafting.plain import Plain
@@ -34,7 +35,7 @@ from selfdraft.verify import verify
 from selfdraft.verify.adversaries import Oracle, Restless
 
 from looping import agreeing, tiny_looped
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run, sampled
 
 EACH = [
     Speed(),
@@ -59,26 +60,41 @@ def looped64() -> TransformersModel:
     return drive(tiny_looped(torch.float64))
 
 
+@pytest.fixture(scope="module")
+def spawning(tokenizer: Any) -> LLM:
+    return LLM(tiny_looped(torch.bfloat16), Speed(spawn=1), tokenizer=tokenizer)
+
+
 def together(
-    model: TransformersModel, asked: Sequence[tuple[Method, Sequence[int], Sampler]], length: int = 40
+    model: TransformersModel, asked: Sequence[tuple[Method, Sequence[int], SamplingParams]]
 ) -> list[Request]:
     engine = Engine(model)
-    requests = [engine.submit(prompt, method, sampler, Limits(length)) for method, prompt, sampler in asked]
+    requests = [engine.submit(prompt, method, params) for method, prompt, params in asked]
     while engine.requests:
         engine.step()
     return requests
 
 
+Asked = Sequence[tuple[Sequence[int], SamplingParams]]
+
+
+@pytest.fixture(scope="module", params=TEMPERATURES)
+def eight(looped: TransformersModel, request: pytest.FixtureRequest) -> tuple[Asked, Sequence[Sequence[int]]]:
+    """What is asked with eight seeds, and plain decoding's answers."""
+    asked = [(random_prompt(1 + 7 * seed, seed), sampled(request.param, seed, 14)) for seed in range(8)]
+    return asked, [one.emitted for one in together(looped, [(Plain(), *one) for one in asked])]
+
+
 @pytest.mark.parametrize("method", EACH, ids=str)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_speed_is_plain(looped: TransformersModel, method: Method, temperature: float) -> None:
+def test_speed_is_plain(
+    looped: TransformersModel, method: Method, eight: tuple[Asked, Sequence[Sequence[int]]]
+) -> None:
     """Alone and four at a time, with eight seeds."""
-    asked = [(random_prompt(1 + 7 * seed, seed), Sampler(temperature, seed=seed)) for seed in range(8)]
-    plain = [request.emitted for request in together(looped, [(Plain(), *one) for one in asked], 14)]
-    alone = [run(looped, method, *one, Limits(14)).emitted for one in asked]
+    asked, plain = eight
+    alone = [run(looped, method, *one).emitted for one in asked]
     assert alone == plain
     for i in (0, 4):
-        four = together(looped, [(method, *one) for one in asked[i : i + 4]], 14)
+        four = together(looped, [(method, *one) for one in asked[i : i + 4]])
         assert [request.emitted for request in four] == plain[i : i + 4]
 
 
@@ -88,21 +104,20 @@ def test_speed_is_plain(looped: TransformersModel, method: Method, temperature: 
 def test_speed_is_plain_for_every_kind(dtype: torch.dtype, loops: int, ouro: bool) -> None:
     model = drive(tiny_looped(dtype, loops=loops, ouro=ouro))
     for temperature in TEMPERATURES:
-        prompt, sampler = random_prompt(20, 3), Sampler(temperature, seed=5)
-        plain = run(model, Plain(), prompt, sampler, Limits(10)).emitted
+        prompt, params = random_prompt(20, 3), sampled(temperature, 5, 10)
+        plain = run(model, Plain(), prompt, params).emitted
         for spawn in range(1, loops + 1):
-            assert run(model, Speed(spawn=spawn), prompt, sampler, Limits(10)).emitted == plain
-        assert run(model, Restless(plain), prompt, sampler, Limits(10)).emitted == plain
+            assert run(model, Speed(spawn=spawn), prompt, params).emitted == plain
+        assert run(model, Restless(plain), prompt, params).emitted == plain
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_mixed_batch_is_its_requests_alone(looped: TransformersModel, temperature: float) -> None:
     """Whole trees of other methods stay in in_flight beside early drafts, and are done all at once."""
-    oracle = Oracle(run(looped, Plain(), random_prompt(9, 7), Sampler(temperature, seed=7)).emitted)
+    oracle = Oracle(run(looped, Plain(), random_prompt(9, 7), sampled(temperature, 7)).emitted)
     methods: list[Method] = [Speed(spawn=1), create("jacobi"), Plain(), create("llma"), oracle]
     asked = [
-        (method, random_prompt(9, 3 + i), Sampler(temperature, seed=3 + i))
-        for i, method in enumerate(methods)
+        (method, random_prompt(9, 3 + i), sampled(temperature, 3 + i)) for i, method in enumerate(methods)
     ]
     alone = [run(looped, *one) for one in asked]
     mixed = together(looped, asked)
@@ -113,22 +128,20 @@ def test_a_mixed_batch_is_its_requests_alone(looped: TransformersModel, temperat
 
 def test_requests_join_and_leave_while_others_are_in_flight(looped: TransformersModel) -> None:
     engine = Engine(looped)
-    first = engine.submit(random_prompt(30, 1), Speed(spawn=1), limits=Limits(60))
-    second = engine.submit(random_prompt(12, 2), Speed(spawn=1), limits=Limits(9))
+    first = engine.submit(random_prompt(30, 1), Speed(spawn=1), greedy(60))
+    second = engine.submit(random_prompt(12, 2), Speed(spawn=1), greedy(9))
     for _ in range(20):
         engine.step()
-    third = engine.submit(
-        random_prompt(30, 1)[:25], Speed(spawn=1), limits=Limits(20), start=first, keep=True
-    )
+    third = engine.submit(random_prompt(30, 1)[:25], Speed(spawn=1), greedy(20), start=first, keep=True)
     while not third.finish_reason:
         engine.step()
     told = [*third.prompt, *third.emitted, 9]
-    fourth = engine.submit(told, Speed(spawn=1), limits=Limits(20), start=third)
+    fourth = engine.submit(told, Speed(spawn=1), greedy(20), start=third)
     while engine.requests:
         engine.step()
     for request in (first, second, third, fourth):
-        limits = Limits(len(request.emitted))
-        assert request.emitted == run(looped, Plain(), request.prompt, limits=limits).emitted
+        params = greedy(len(request.emitted))
+        assert request.emitted == run(looped, Plain(), request.prompt, params).emitted
     assert third.reused == 24
     assert fourth.reused == len(told) - 2
 
@@ -138,12 +151,12 @@ def test_requests_join_and_leave_while_others_are_in_flight(looped: Transformers
 def test_no_drafter_changes_a_text(
     looped: TransformersModel, seed: int, temperature: float, length: int
 ) -> None:
-    prompt, sampler = random_prompt(length, seed), Sampler(temperature, seed=seed)
-    plain = run(looped, Plain(), prompt, sampler, Limits(24)).emitted
+    prompt, params = random_prompt(length, seed), sampled(temperature, seed, 24)
+    plain = run(looped, Plain(), prompt, params).emitted
     for answer in ((), plain):
-        assert run(looped, Restless(answer), prompt, sampler, Limits(24)).emitted == plain
-    asked = [(Restless(plain), prompt, sampler), (Speed(spawn=1), prompt, sampler)]
-    assert [request.emitted for request in together(looped, asked, 24)] == [plain, plain]
+        assert run(looped, Restless(answer), prompt, params).emitted == plain
+    asked = [(Restless(plain), prompt, params), (Speed(spawn=1), prompt, params)]
+    assert [request.emitted for request in together(looped, asked)] == [plain, plain]
 
 
 def by_index(patch: pytest.MonkeyPatch) -> None:
@@ -197,20 +210,28 @@ def early_commit(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stages.StagedModel, "forward", hasty)
 
 
+FEW = dict.fromkeys(range(5, 11), 12.0)  # so that tokens come back, at other places
+AGAIN = [(random_prompt(12, seed), sampled(0.8, seed, 24, logit_bias=FEW)) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def again(looped: TransformersModel) -> Sequence[Sequence[int]]:
+    """Plain decoding's answers to those, which are drafted right without a fault."""
+    plain = [run(looped, Plain(), *one).emitted for one in AGAIN]
+    assert restless(looped, plain) == plain
+    return plain
+
+
+def restless(looped: TransformersModel, plain: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    return [run(looped, Restless(p), *one).emitted for one, p in zip(AGAIN, plain, strict=True)]
+
+
 @pytest.mark.parametrize("fault", [by_index, by_token, not_moved, not_kept, wrong_pass, early_commit])
 def test_each_fault_changes_a_text(
-    looped: TransformersModel, fault: Any, monkeypatch: pytest.MonkeyPatch
+    looped: TransformersModel, again: Sequence[Sequence[int]], fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = dict.fromkeys(range(5, 11), 12.0)  # so that tokens come back, at other places
-    asked = [(random_prompt(12, seed), Sampler(0.8, logit_bias=few, seed=seed)) for seed in range(4)]
-    plain = [run(looped, Plain(), *one, Limits(24)).emitted for one in asked]
-    assert [
-        run(looped, Restless(p), *one, Limits(24)).emitted for one, p in zip(asked, plain, strict=True)
-    ] == plain
     fault(monkeypatch)
-    assert [
-        run(looped, Restless(p), *one, Limits(24)).emitted for one, p in zip(asked, plain, strict=True)
-    ] != plain
+    assert restless(looped, again) != again
 
 
 def test_the_probe_sees_stages_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +258,9 @@ def test_calls_of_a_stage_keep_within_the_range_of_rows(rows: numerics.RowRange)
 def test_more_sheets_than_a_call_may_have(looped64: TransformersModel, rows: numerics.RowRange) -> None:
     narrow = copy.copy(looped64)
     narrow.rows = rows
-    asked = [(Restless(), random_prompt(9, seed), Sampler(0.8, seed=seed)) for seed in range(7)]
-    plain = [run(looped64, Plain(), *one[1:], Limits(12)).emitted for one in asked]
-    assert [request.emitted for request in together(narrow, asked, 12)] == plain
+    asked = [(Restless(), random_prompt(9, seed), sampled(0.8, seed, 12)) for seed in range(7)]
+    plain = [run(looped64, Plain(), *one[1:]).emitted for one in asked]
+    assert [request.emitted for request in together(narrow, asked)] == plain
 
 
 class Deaf:
@@ -265,41 +286,40 @@ class Deaf:
 def test_a_stage_that_was_not_heard_of_costs_time_only(looped: TransformersModel) -> None:
     engine = Engine(looped)
     deaf = Deaf()
-    engine.submit(random_prompt(5, 1), deaf, limits=Limits(20))
-    request = engine.submit(random_prompt(9, 2), Speed(spawn=1), limits=Limits(30))
+    engine.submit(random_prompt(5, 1), deaf, greedy(20))
+    request = engine.submit(random_prompt(9, 2), Speed(spawn=1), greedy(30))
     while deaf.told < 8:
         with contextlib.suppress(KeyError):
             engine.step()
     while engine.requests:
         engine.step()
-    assert request.emitted == run(looped, Plain(), request.prompt, limits=Limits(30)).emitted
+    assert request.emitted == run(looped, Plain(), request.prompt, greedy(30)).emitted
 
 
 def test_requests_ask_of_early_drafts_what_they_ask_of_others(
-    looped: TransformersModel, tokenizer: Any
+    looped: TransformersModel, spawning: LLM
 ) -> None:
     """Stop strings, a least length, log-probabilities; and what goes on from one that was cancelled."""
-    generator = LLM(looped, tokenizer, Speed(spawn=1))
-    plain = generator.using("plain")
+    plain = spawning.using("plain")
     text = plain.generate("def add", max_new_tokens=24, ignore_eos=True, temperature=0.7, seed=4).text
     for asked in ({"stop": text[9:11]}, {"min_new_tokens": 9, "logprobs": 2}, {"logprobs": 0, "n": 3}):
         both = [
             one.generate("def add", max_new_tokens=24, temperature=0.7, seed=4, **asked)
-            for one in (generator, plain)
+            for one in (spawning, plain)
         ]
         fast, slow = [result if isinstance(result, list) else [result] for result in both]
         for one, other in zip(fast, slow, strict=True):
             same = ("text", "ids", "logprobs", "finish_reason")
             assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
     engine = Engine(looped)
-    begun = engine.submit(random_prompt(20, 3), Speed(spawn=1), limits=Limits(40), keep=True)
+    begun = engine.submit(random_prompt(20, 3), Speed(spawn=1), greedy(40), keep=True)
     for _ in range(15):
         engine.step()
     engine.cancel(begun)
-    again = engine.submit([*begun.tokens[:22], 7], Speed(spawn=1), limits=Limits(9), start=begun)
+    again = engine.submit([*begun.tokens[:22], 7], Speed(spawn=1), greedy(9), start=begun)
     while engine.requests:
         engine.step()
-    assert again.emitted == run(looped, Plain(), again.prompt, limits=Limits(9)).emitted
+    assert again.emitted == run(looped, Plain(), again.prompt, greedy(9)).emitted
 
 
 def test_verify_asks_for_flights_where_there_are_any(
@@ -329,7 +349,7 @@ def test_logits_by_stages_are_those_of_whole_forwards(
 @pytest.mark.parametrize("loops", [2, 3, 5])
 def test_where_all_passes_agree_each_stage_yields_a_token(loops: int) -> None:
     model = drive(agreeing(loops=loops))
-    request = run(model, Speed(spawn=1), random_prompt(6, 1), limits=Limits(30))
+    request = run(model, Speed(spawn=1), random_prompt(6, 1), greedy(30))
     assert request.runs == [0] * (loops - 1) + [1] * 30, "filled once"
     assert request.forwards == (30 + loops - 1) / loops
     assert request.rows == sum(min(i, loops, 31 - max(0, i - loops + 1)) for i in range(1, 30 + loops))
@@ -338,19 +358,18 @@ def test_where_all_passes_agree_each_stage_yields_a_token(loops: int) -> None:
 def test_spawning_later_takes_as_many_stages_a_token() -> None:
     model = drive(agreeing(loops=4))
     for spawn in (1, 2, 3, 4):
-        request = run(model, Speed(spawn=spawn), random_prompt(6, 1), limits=Limits(20))
+        request = run(model, Speed(spawn=spawn), random_prompt(6, 1), greedy(20))
         assert len(request.runs) == 4 + 19 * spawn
-    chosen = run(model, Speed(), random_prompt(6, 1), limits=Limits(20))
+    chosen = run(model, Speed(), random_prompt(6, 1), greedy(20))
     assert len(chosen.runs) == 23, "the first pass is as good as the last"
 
 
-def test_streamed_pieces_are_the_text(looped: TransformersModel, tokenizer: Any) -> None:
-    generator = LLM(looped, tokenizer, Speed(spawn=1))
-    stream = generator.stream("def add(a, b):", max_new_tokens=24, ignore_eos=True)
+def test_streamed_pieces_are_the_text(spawning: LLM) -> None:
+    stream = spawning.stream("def add(a, b):", max_new_tokens=24, ignore_eos=True)
     pieces = list(stream)
     assert [token for piece in pieces for token in piece.ids] == list(stream.result.ids)
     assert "".join(piece.text for piece in pieces) == stream.result.text
-    plain = generator.using("plain").generate("def add(a, b):", max_new_tokens=24, ignore_eos=True)
+    plain = spawning.using("plain").generate("def add(a, b):", max_new_tokens=24, ignore_eos=True)
     assert stream.result.ids == plain.ids
 
 
@@ -365,19 +384,19 @@ def test_the_hook_of_generate_takes_it() -> None:
 @pytest.mark.parametrize("ends", ["length", "context", "eos"])
 def test_ends_while_rows_are_in_flight(looped: TransformersModel, method: Method, ends: FinishReason) -> None:
     prompt = random_prompt(240 if ends == "context" else 20, 6)
-    text = run(looped, Plain(), prompt, limits=Limits(30)).emitted
-    eos = frozenset([text[11]]) if ends == "eos" else frozenset()
-    limits = Limits(100 if ends == "context" else 30, eos)
-    plain, fast = run(looped, Plain(), prompt, limits=limits), run(looped, method, prompt, limits=limits)
+    text = run(looped, Plain(), prompt, greedy(30)).emitted
+    eos = (text[11],) if ends == "eos" else None
+    params = greedy(100 if ends == "context" else 30, eos=eos)
+    plain, fast = run(looped, Plain(), prompt, params), run(looped, method, prompt, params)
     assert (fast.emitted, fast.finish_reason) == (plain.emitted, ends)
 
 
 def test_penalties_and_filters(looped: TransformersModel) -> None:
-    sampler = Sampler(0.9, top_k=20, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.5, seed=3)
+    params = sampled(0.9, 3, top_k=20, top_p=0.9, repetition_penalty=1.3, frequency_penalty=0.5)
     prompt = random_prompt(20, 8)
-    plain = run(looped, Plain(), prompt, sampler).emitted
+    plain = run(looped, Plain(), prompt, params).emitted
     for method in (Speed(spawn=1), Restless(plain)):
-        assert run(looped, method, prompt, sampler).emitted == plain
+        assert run(looped, method, prompt, params).emitted == plain
 
 
 def test_a_row_beyond_the_context_is_refused(looped: TransformersModel) -> None:
@@ -391,11 +410,11 @@ def test_a_row_beyond_the_context_is_refused(looped: TransformersModel) -> None:
         looped.forward([Tree.chain([5, 6, 7])], [cache], 1)
 
 
-def test_a_model_that_shares_no_layers_is_refused(exact: TransformersModel, tokenizer: Any) -> None:
+def test_a_model_that_shares_no_layers_is_refused(exact: TransformersModel, folder: Path) -> None:
     with pytest.raises(ModelUnsupported, match="shares none: it needs a looped one"):
         Engine(exact).submit([3, 4], Speed())
     with pytest.raises(ModelUnsupported, match="selfdraft train speed"):
-        LLM(exact, tokenizer, "speed")
+        LLM(str(folder), "speed")
 
 
 @pytest.mark.parametrize("options", [{"spawn": -1}, {"gate": 1.5}, {"block": 0}, {"spawn": "x"}])

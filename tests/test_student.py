@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from selfdraft import Limits
 from selfdraft.drafting import mask_tree
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError
@@ -28,7 +27,7 @@ from selfdraft.train.student import IGNORED, Loss, Student, anchored, fresh, sta
 from selfdraft.train.trainer import Schedule, accuracies, train
 
 from conftest import tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run
 
 BITA = AdapterConfig(masks=2, prefix=4)
 SPACE = AdapterConfig(masks=2, rank=4)
@@ -44,7 +43,7 @@ def model() -> TransformersModel:
 def rows(model: TransformersModel) -> datasets.Dataset:
     """Prompts, and what the model itself says to them."""
     prompts = [random_prompt(8, seed) for seed in range(12)]
-    answers = [run(model, Plain(), prompt, limits=Limits(24)).emitted for prompt in prompts]
+    answers = [run(model, Plain(), prompt, greedy(24)).emitted for prompt in prompts]
     return datasets.Dataset.from_list(
         [
             {"prompt": list(prompt), "answer": list(answer)}

@@ -16,11 +16,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from selfdraft import LLM, DraftContext, Limits, Sampler, Step
+from selfdraft import LLM, DraftContext, SamplingParams, Step
 from selfdraft._common.repetition import fresh
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import TrainingDataError
 from selfdraft.models.transformers import TransformersModel
+from selfdraft.sampling.sampler import Sampler
 from selfdraft.train import shards, trajectories
 from selfdraft.train.distill import Progress, Recipe, asked
 from selfdraft.train.prompts import Prompts
@@ -28,7 +29,7 @@ from selfdraft.train.shards import Row, Shards
 from selfdraft.train.trajectories import Recorded, Recorder, Recording, convergence, watch
 
 from conftest import VOCABULARY, Run, tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run
 
 TEXTS = [f"def f{i}(a, b):\n    return a {'+' * (i % 3 + 1)} b  # {'x' * i}\n" for i in range(7)]
 RECIPE = Recipe(max_new_tokens=37, seed=3, cut_loops=False)  # 37: no multiple of a block
@@ -60,16 +61,21 @@ def written(path: Path, texts: Sequence[str]) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def plain(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return LLM(tiny_llama(torch.float64), "plain", tokenizer=tokenizer)
+
+
 @pytest.fixture
-def generators(double: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> Callable[[int], LLM]:
-    return lambda block: LLM(double, tokenizer, Recorded(block), name="tiny")
+def llms(plain: LLM) -> Callable[[int], LLM]:
+    return lambda block: plain.using(Recorded(block))
 
 
-Generators = Callable[[int], LLM]
+Recorders = Callable[[int], LLM]
 
 
 def record(
-    generator: LLM,
+    llm: LLM,
     file: str,
     out: Path,
     recipe: Recipe = RECIPE,
@@ -77,12 +83,12 @@ def record(
     **how: Any,
 ) -> list[JsonRow]:
     """The rows of a run, by index."""
-    assert isinstance(generator.method, Recorded)
+    assert isinstance(llm.method, Recorded)
     prompts = Prompts([file])
-    about = {"block": generator.method.block, "augment": how.get("augment", False)}
-    kept = Shards(out, {**asked(generator, prompts, recipe), **about}, 3)
+    about = {"block": llm.method.block, "augment": how.get("augment", False)}
+    kept = Shards(out, {**asked(llm, prompts, recipe), **about}, 3)
     try:
-        Recording(generator, prompts, recipe, kept, **how).run(tell)
+        Recording(llm, prompts, recipe, kept, **how).run(tell)
     finally:
         kept.close()
     return rows(out)
@@ -94,19 +100,22 @@ def rows(out: Path) -> list[JsonRow]:
 
 
 @torch.no_grad()
-def mapped(model: LlamaForCausalLM, text: list[int], state: Sequence[int], sampler: Sampler) -> list[int]:
+def mapped(
+    model: LlamaForCausalLM, text: list[int], state: Sequence[int], params: SamplingParams
+) -> list[int]:
     """The state after this one: what a whole forward, without a cache, picks in the place of each token."""
     whole = [*text, *state]
     logits = model(torch.tensor([whole]), use_cache=False).logits[0, len(text) - 1 : -1]
-    for token, value in sampler.logit_bias.items():
+    for token, value in params.logit_bias.items():
         logits[:, token] += value
-    return sampler.scores(logits, range(len(text), len(whole))).argmax(-1).tolist()
+    sampler = Sampler(params, text, VOCABULARY, logits.device)
+    return sampler.draw(logits, range(len(text), len(whole))).argmax(-1).tolist()
 
 
-def right(model: LlamaForCausalLM, row: JsonRow, block: int, sampler: Sampler) -> None:
+def right(model: LlamaForCausalLM, row: JsonRow, block: int, params: SamplingParams) -> None:
     """A row is the definition's: each block begins with what `jacobi` as published draws, each state is
     mapped to the next, and the text to itself."""
-    text, dice = list(row["prompt"]), random.Random(sampler.seed)
+    text, dice = list(row["prompt"]), random.Random(params.seed)
     aims = [row["answer"][i : i + block] for i in range(0, len(row["answer"]), block)]
     assert len(row["states"]) == len(aims)
     for aim, states in zip(aims, row["states"], strict=True):
@@ -115,7 +124,7 @@ def right(model: LlamaForCausalLM, row: JsonRow, block: int, sampler: Sampler) -
         assert set(path[0]) <= set(text)
         assert aim not in states
         for state, following in pairwise([*path, aim]):
-            assert mapped(model, text, state, sampler) == following
+            assert mapped(model, text, state, params) == following
         text += aim
 
 
@@ -137,25 +146,25 @@ def agreed(state: Sequence[int], aim: Sequence[int]) -> int:
 @pytest.mark.parametrize("greedy_share", [1.0, 0.0], ids=["greedy", "drawn"])
 def test_states_are_those_of_whole_forwards_without_a_cache(
     reference: LlamaForCausalLM,
-    generators: Generators,
+    llms: Recorders,
     file: str,
     tmp_path: Path,
     block: int,
     greedy_share: float,
 ) -> None:
-    generator, recipe = generators(block), replace(RECIPE, greedy_share=greedy_share)
-    made = record(generator, file, tmp_path / "out", recipe, limit=2)
+    llm, recipe = llms(block), replace(RECIPE, greedy_share=greedy_share)
+    made = record(llm, file, tmp_path / "out", recipe, limit=2)
     assert any(len(row["answer"]) == 37 for row in made), "with a short block at the end"
     assert {row["temperature"] for row in made} == {0.0 if greedy_share else 0.8}
     for row in made:
-        right(reference, row, block, recipe.sampler(row["index"]))
+        right(reference, row, block, recipe.params(row["index"]))
         settles(row, block)
         plain = run(
-            generator.model,
+            llm.model,
             Plain(),
             row["prompt"],
-            recipe.sampler(row["index"]),
-            Limits(37, generator.eos),
+            recipe.params(row["index"]),
+            eos_ids=llm.eos_ids,
         )
         assert (row["answer"], row["finish_reason"]) == (plain.emitted, plain.finish_reason)
 
@@ -236,7 +245,7 @@ def dice_not_the_requests(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("greedy_share", [1.0, 0.0], ids=["greedy", "drawn"])
 def test_wrong_states_are_seen(
     reference: LlamaForCausalLM,
-    generators: Generators,
+    llms: Recorders,
     file: str,
     tmp_path: Path,
     fault: Patch,
@@ -245,114 +254,115 @@ def test_wrong_states_are_seen(
 ) -> None:
     recipe = replace(SHORT, greedy_share=greedy_share)
     fault(monkeypatch)
-    (row,) = record(generators(5), file, tmp_path / "out", recipe, limit=1)
+    (row,) = record(llms(5), file, tmp_path / "out", recipe, limit=1)
     with pytest.raises(AssertionError):
-        right(reference, row, 5, recipe.sampler(0))
+        right(reference, row, 5, recipe.params(0))
 
 
 @pytest.mark.parametrize("fault", [last_pick_dropped, right_prefix_lost, not_cut])
 def test_states_that_do_not_settle_are_seen(
-    generators: Generators, file: str, tmp_path: Path, fault: Patch, monkeypatch: pytest.MonkeyPatch
+    llms: Recorders, file: str, tmp_path: Path, fault: Patch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault(monkeypatch)
-    (row,) = record(generators(5), file, tmp_path / "out", limit=1)
+    (row,) = record(llms(5), file, tmp_path / "out", limit=1)
     with pytest.raises(AssertionError):
         settles(row, 5)
 
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_rows_do_not_depend_on_what_runs_beside_them(
-    exact: TransformersModel, tokenizer: PreTrainedTokenizerFast, file: str, tmp_path: Path, augment: bool
+    tokenizer: PreTrainedTokenizerFast, file: str, tmp_path: Path, augment: bool
 ) -> None:
-    beside(LLM(exact, tokenizer, Recorded(5), name="tiny"), file, tmp_path, augment)
+    model = tiny_llama(torch.bfloat16)
+    beside(LLM(model, Recorded(5), tokenizer=tokenizer, numerics="exact"), file, tmp_path, augment)
 
 
-def beside(generator: LLM, file: str, tmp_path: Path, augment: bool = False) -> None:
-    alone = record(generator, file, tmp_path / "alone", SHORT, batch=1, augment=augment)
+def beside(llm: LLM, file: str, tmp_path: Path, augment: bool = False) -> None:
+    alone = record(llm, file, tmp_path / "alone", SHORT, batch=1, augment=augment)
     assert [row["index"] for row in alone] == [*range(7)]
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
-    assert record(generator, file, tmp_path / "batch", SHORT, batch=4, augment=augment) == alone
+    assert record(llm, file, tmp_path / "batch", SHORT, batch=4, augment=augment) == alone
 
 
 @pytest.mark.parametrize("at", [1, 5])
 def test_interrupted_and_resumed_is_as_if_never_stopped(
-    generators: Generators, file: str, tmp_path: Path, at: int
+    llms: Recorders, file: str, tmp_path: Path, at: int
 ) -> None:
-    resumed(generators(5), file, tmp_path, at)
+    resumed(llms(5), file, tmp_path, at)
 
 
-def resumed(generator: LLM, file: str, tmp_path: Path, at: int) -> None:
+def resumed(llm: LLM, file: str, tmp_path: Path, at: int) -> None:
     def stop(progress: Progress) -> None:
         if progress.rows == at:
             raise KeyboardInterrupt
 
     out = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        record(generator, file, out, SHORT, stop, batch=3, augment=True)
+        record(llm, file, out, SHORT, stop, batch=3, augment=True)
     assert len(rows(out)) == at
     with shards.shards(out)[-1].open("a") as last:
         last.write('{"index":6,"prompt":[0,5],"states":[[[5')
-    whole = record(generator, file, tmp_path / "whole", SHORT, augment=True)
-    assert record(generator, file, out, SHORT, batch=2, augment=True) == whole
+    whole = record(llm, file, tmp_path / "whole", SHORT, augment=True)
+    assert record(llm, file, out, SHORT, batch=2, augment=True) == whole
     assert shards.read(out).rows["states"][:] == [row["states"] for row in whole]
 
 
 def test_rows_that_depend_on_others_are_seen(
-    generators: Generators, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llms: Recorders, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dice_not_the_requests(monkeypatch)
     with pytest.raises(AssertionError):
-        beside(generators(5), file, tmp_path)
+        beside(llms(5), file, tmp_path)
     with pytest.raises(AssertionError):
-        resumed(generators(5), file, tmp_path / "resumed", 3)
+        resumed(llms(5), file, tmp_path / "resumed", 3)
 
 
-def ended(generators: Generators, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
+def ended(llms: Recorders, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
     """An answer whose end of text stands within a block."""
-    (long,) = record(generators(16), file, tmp_path / "long", replace(RECIPE, greedy_share=1), limit=1)
+    (long,) = record(llms(16), file, tmp_path / "long", replace(RECIPE, greedy_share=1), limit=1)
     at = next(i for i in range(17, 31) if long["answer"][i] not in long["answer"][:i])
-    generator = generators(16)
-    generator.eos = frozenset([long["answer"][at]])
+    llm = llms(16)
+    llm.eos_ids = frozenset([long["answer"][at]])
     recipe = replace(RECIPE, greedy_share=1)
-    (row,) = record(generator, file, tmp_path / "short", recipe, limit=1)
+    (row,) = record(llm, file, tmp_path / "short", recipe, limit=1)
     assert (row["answer"], row["finish_reason"]) == (long["answer"][: at + 1], "eos")
     assert row["states"][0] == long["states"][0]
     assert {len(state) for state in row["states"][1]} == {at + 1 - 16}
-    right(reference, row, 16, recipe.sampler(0))
+    right(reference, row, 16, recipe.params(0))
 
 
 def test_an_end_of_text_within_a_block_cuts_all_its_states(
-    reference: LlamaForCausalLM, generators: Generators, file: str, tmp_path: Path
+    reference: LlamaForCausalLM, llms: Recorders, file: str, tmp_path: Path
 ) -> None:
-    ended(generators, reference, file, tmp_path)
+    ended(llms, reference, file, tmp_path)
 
 
 def test_states_behind_the_end_are_seen(
     reference: LlamaForCausalLM,
-    generators: Generators,
+    llms: Recorders,
     file: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     not_cut(monkeypatch)
     with pytest.raises(AssertionError):
-        ended(generators, reference, file, tmp_path)
+        ended(llms, reference, file, tmp_path)
 
 
 class Looping(Recipe):
     """Of three answers one has eight tokens to choose from, and one a single token: a random model hardly
     repeats itself."""
 
-    def sampler(self, index: int) -> Sampler:
+    def params(self, index: int) -> SamplingParams:
         few = ({}, dict.fromkeys(range(5, 13), 30.0), {5: 30.0})[index % 3]
-        return replace(super().sampler(index), logit_bias=few)
+        return replace(super().params(index), logit_bias=few)
 
 
-def loops(generators: Generators, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
+def loops(llms: Recorders, reference: LlamaForCausalLM, file: str, tmp_path: Path) -> None:
     """Answers are cut where they loop; of those in which there is nothing to learn no states are kept."""
     recipe = Looping(max_new_tokens=60, greedy_share=1, seed=3)
-    cut = record(generators(5), file, tmp_path / "cut", recipe)
-    whole = record(generators(5), file, tmp_path / "whole", replace(recipe, cut_loops=False))
+    cut = record(llms(5), file, tmp_path / "cut", recipe)
+    whole = record(llms(5), file, tmp_path / "whole", replace(recipe, cut_loops=False))
     for row, full in zip(cut, whole, strict=True):
         kept = fresh(full["answer"])
         assert row["answer"] == full["answer"][:kept]
@@ -362,7 +372,7 @@ def loops(generators: Generators, reference: LlamaForCausalLM, file: str, tmp_pa
             assert ("states" in one) == (not bad)
             assert (one["finish_reason"] == "loop") == (looped and one is row and not bad)
         if row["finish_reason"] != "degenerate":
-            right(reference, row, 5, recipe.sampler(row["index"]))
+            right(reference, row, 5, recipe.params(row["index"]))
     for out, made in (("cut", cut), ("whole", whole)):
         reasons = Counter(row["finish_reason"] for row in made)
         summary = shards.manifest(tmp_path / out)["summary"]
@@ -378,9 +388,9 @@ def same(answer: Sequence[int]) -> bool:
 
 
 def test_answers_end_where_they_loop(
-    reference: LlamaForCausalLM, generators: Generators, file: str, tmp_path: Path
+    reference: LlamaForCausalLM, llms: Recorders, file: str, tmp_path: Path
 ) -> None:
-    loops(generators, reference, file, tmp_path)
+    loops(llms, reference, file, tmp_path)
 
 
 def nothing_degenerate(patch: pytest.MonkeyPatch) -> None:
@@ -390,7 +400,7 @@ def nothing_degenerate(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [not_cut, nothing_degenerate])
 def test_loops_not_cut_are_seen(
     reference: LlamaForCausalLM,
-    generators: Generators,
+    llms: Recorders,
     file: str,
     tmp_path: Path,
     fault: Patch,
@@ -398,7 +408,7 @@ def test_loops_not_cut_are_seen(
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        loops(generators, reference, file, tmp_path)
+        loops(llms, reference, file, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -474,11 +484,9 @@ def test_wrong_augmenting_is_seen(
         mended()
 
 
-def test_augmented_rows_differ_in_their_states_alone(
-    generators: Generators, file: str, tmp_path: Path
-) -> None:
-    made = record(generators(16), file, tmp_path / "made", augment=True)
-    plain = record(generators(16), file, tmp_path / "plain")
+def test_augmented_rows_differ_in_their_states_alone(llms: Recorders, file: str, tmp_path: Path) -> None:
+    made = record(llms(16), file, tmp_path / "made", augment=True)
+    plain = record(llms(16), file, tmp_path / "plain")
     assert made != plain
     assert [{**row, "states": 0} for row in made] == [{**row, "states": 0} for row in plain]
     for row in made:
@@ -556,9 +564,9 @@ def test_wrong_counts_are_seen(stays: Any, least: int, one: int, monkeypatch: py
 
 def test_watched_answers_are_recorded_ones(reference: LlamaForCausalLM, double: TransformersModel) -> None:
     prompts = [random_prompt(12, seed) for seed in range(2)]
-    for prompt, row in zip(prompts, watch(double, prompts, 5, Limits(37)), strict=True):
-        assert row["answer"] == run(double, Plain(), prompt, limits=Limits(37)).emitted
-        right(reference, {"prompt": prompt, **row}, 5, Sampler())
+    for prompt, row in zip(prompts, watch(double, prompts, 5, greedy(37)), strict=True):
+        assert row["answer"] == run(double, Plain(), prompt, greedy(37)).emitted
+        right(reference, {"prompt": prompt, **row}, 5, greedy())
 
 
 ASKED = {"model": "tiny", "fingerprint": "0" * 64, "vocabulary": VOCABULARY, "eos": [1]}

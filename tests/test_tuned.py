@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-import selfdraft
-from selfdraft import Engine, Limits, Method, Request, Sampler
+from selfdraft import LLM, Engine, Method, Request
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
@@ -28,11 +28,10 @@ from selfdraft.models.transformers import MARK, TransformersModel
 
 from adapting import LAYERS, Helped, MaskOracle
 from conftest import Run, tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run, sampled
 
 PROMPT = random_prompt(30, seed=1)
-SAMPLERS = {"greedy": Sampler(), "sampled": Sampler(0.8, seed=3)}
-SHORT = Limits(16)
+WAYS = {"greedy": greedy(16), "sampled": sampled(0.8, 3, 16)}
 
 
 def tuner(
@@ -54,20 +53,20 @@ def methods(answer: Any) -> list[Method]:
     return [*masked, SpaceTuned(), Jacobi(12), Jacobi(8, faithful=True), Llma(trigger=1, block=8), Plain()]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("model", ["exact", "exact32", "double"])
 @pytest.mark.parametrize("shape", [(0,), (3, 4, 16)], ids=str)
 def test_drafted_is_plain_of_the_tuned_weights(
-    shape: tuple[int, ...], model: str, sampler: str, request: pytest.FixtureRequest
+    shape: tuple[int, ...], model: str, way: str, request: pytest.FixtureRequest
 ) -> None:
     base: TransformersModel = request.getfixturevalue(model)
-    before = run(base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted
+    before = run(base, Plain(), PROMPT, WAYS[way]).emitted
     tuned = base.adapted(tuner(base, *shape))
-    plain = run(tuned.base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted
+    plain = run(tuned.base, Plain(), PROMPT, WAYS[way]).emitted
     assert plain != before, "the adapter must change the text, or nothing is tested"
     for method in methods(plain)[0 if shape[0] else 4 :]:
-        assert run(tuned, method, PROMPT, SAMPLERS[sampler], SHORT).emitted == plain, method
-    assert run(base, Plain(), PROMPT, SAMPLERS[sampler], SHORT).emitted == before
+        assert run(tuned, method, PROMPT, WAYS[way]).emitted == plain, method
+    assert run(base, Plain(), PROMPT, WAYS[way]).emitted == before
 
 
 @pytest.mark.parametrize("model", ["exact", "double"])
@@ -77,10 +76,10 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
     dice = random.Random(0)
     alone, waiting = [], []
     for seed in range(8):
-        prompt, limits = random_prompt(dice.randint(1, 70), seed), Limits(dice.randint(1, 24))
-        sampler = SAMPLERS["sampled" if seed % 2 else "greedy"]
-        alone.append(run(tuned.base, Plain(), prompt, sampler, limits).emitted)
-        waiting.append((prompt, methods(alone[-1])[seed], sampler, limits))
+        prompt = random_prompt(dice.randint(1, 70), seed)
+        params = replace(WAYS["sampled" if seed % 2 else "greedy"], max_new_tokens=dice.randint(1, 24))
+        alone.append(run(tuned.base, Plain(), prompt, params).emitted)
+        waiting.append((prompt, methods(alone[-1])[seed], params))
     engine, joined = Engine(tuned), list[Request]()
     while waiting or engine.requests:
         while waiting and len(engine.requests) < 4:
@@ -152,20 +151,20 @@ def test_wrong_merges_are_seen(
 @pytest.fixture
 def saved(folder: Path, tmp_path: Path) -> Path:
     """An adapter that tunes the saved model, without masks."""
-    generator = selfdraft.load(str(folder))
-    adapter_folder.save(tmp_path / "mine", tuner(generator.model), generator.model, "cllm", str(folder), {})
+    model = LLM(str(folder)).model
+    adapter_folder.save(tmp_path / "mine", tuner(model), model, "cllm", str(folder), {})
     return tmp_path / "mine"
 
 
 def test_the_grade_is_told(folder: Path, saved: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    tuned = selfdraft.load(str(folder), "jacobi", adapter=str(saved))
+    tuned = LLM(str(folder), "jacobi", adapter=str(saved))
     result = tuned.generate("def add(", max_new_tokens=12)
     base = tuned.using("plain").generate("def add(", max_new_tokens=12)
     assert (result.grade, base.grade) == ("tuned", "tuned")
     assert result.ids == base.ids, "without an adapter a tuned model stays tuned"
     again = tuned.using("llma", adapter=str(saved)).generate("def add(", max_new_tokens=12)
     assert again.ids == result.ids, "an adapter is put into the model as it was loaded"
-    untouched = selfdraft.load(str(folder)).generate("def add(", max_new_tokens=12)
+    untouched = LLM(str(folder), "plain").generate("def add(", max_new_tokens=12)
     assert untouched.grade == "base"
     assert untouched.ids != result.ids
     again = tuned.using("jacobi", {"faithful": True}).generate("def add(", max_new_tokens=12)
@@ -173,14 +172,14 @@ def test_the_grade_is_told(folder: Path, saved: Path, tokenizer: PreTrainedToken
     loaded = tuned.model.loaded.model
     loaded.config._attn_implementation = "sdpa"
     setattr(loaded.config, MARK, {"method": "cllm"})
-    assert selfdraft.load(loaded, tokenizer=tokenizer).model.grade == "tuned"
+    assert LLM(loaded, tokenizer=tokenizer).model.grade == "tuned"
 
 
 def test_what_does_not_go_together_is_refused(folder: Path, saved: Path, double: TransformersModel) -> None:
     with pytest.raises(AdapterError, match="no mask tokens, with which method 'space-tuned' drafts"):
-        selfdraft.load(str(folder), "space-tuned", adapter=str(saved))
+        LLM(str(folder), "space-tuned", adapter=str(saved))
     with pytest.raises(AdapterError, match="drafts with an adapter"):
-        selfdraft.load(str(folder), "space-tuned")
+        LLM(str(folder), "space-tuned")
     for wrong in ({"gated": True}, {"prefix": 4}, {"sampler": 8}):
         with pytest.raises(InvalidOption, match="masks is 0"):
             AdapterConfig(**{"masks": 0, "rank": 4, "gated": False, **wrong})
@@ -209,10 +208,10 @@ def test_verify_compares_with_the_tuned_weights(folder: Path, saved: Path, comma
 
 
 def test_another_way_to_draft_with_the_same_masks(folder: Path, tmp_path: Path) -> None:
-    generator = selfdraft.load(str(folder))
-    tuned = tuner(generator.model, masks=3)
-    adapter_folder.save(tmp_path / "mine", tuned, generator.model, "space-tuned", str(folder), {})
-    one = selfdraft.load(str(folder), "space-tuned", adapter=str(tmp_path / "mine"))
+    model = LLM(str(folder)).model
+    tuned = tuner(model, masks=3)
+    adapter_folder.save(tmp_path / "mine", tuned, model, "space-tuned", str(folder), {})
+    one = LLM(str(folder), "space-tuned", adapter=str(tmp_path / "mine"))
     other = one.using("space-tuned", {"faithful": True})
     assert one.generate("def", max_new_tokens=9).ids == other.generate("def", max_new_tokens=9).ids
     assert other.model.grade == "tuned"

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-import selfdraft
-from selfdraft import Limits, Tree
+from selfdraft import LLM, SamplingParams, Tree
 from selfdraft._common.machine import module_sha256
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.method import Lookahead, free
@@ -43,7 +42,7 @@ from selfdraft.train.tuning import TunedPlan, tune
 
 from adapting import LAYERS, defined
 from conftest import VOCABULARY, Run, tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run
 
 LORA = AdapterConfig(masks=0, rank=4, targets=LAYERS, gated=False)
 MASKS = AdapterConfig(masks=3, rank=4, targets=LAYERS, sampler=8, gated=False)
@@ -62,7 +61,7 @@ def model() -> TransformersModel:
 def rows(model: TransformersModel) -> datasets.Dataset:
     """Prompts, and how the model itself comes to its answers."""
     prompts = [random_prompt(8, seed) for seed in range(8)]
-    found = watch(model, prompts, BLOCK, Limits(23))
+    found = watch(model, prompts, BLOCK, greedy(23))
     made = [{"prompt": prompt, **one, "temperature": 0.0} for prompt, one in zip(prompts, found, strict=True)]
     return datasets.Dataset.from_list(made)
 
@@ -334,10 +333,19 @@ def test_the_target_of_a_draft_has_no_gradient(
     assert not text.any()
 
 
+class Graded:
+    """torch, but nothing is without a gradient."""
+
+    no_grad = nullcontext
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
 def test_a_target_with_a_gradient_is_seen(
     model: TransformersModel, rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "no_grad", nullcontext)
+    monkeypatch.setattr(tuned, "torch", Graded())
     assert gradients(model, rows, monkeypatch)[1].any()
 
 
@@ -472,7 +480,7 @@ def test_the_tuning_cost_by_hand(model: TransformersModel) -> None:
     learner = student(model, LORA, TunedLoss())
     tuned_model = model.adapted(learner.adapter)
     prompts = [random_prompt(9, seed) for seed in range(3)]
-    got = tuning_cost.measure(model, tuned_model, prompts, Limits(20))
+    got = tuning_cost.measure(model, tuned_model, prompts, greedy(20))
     assert got.tokens == 3 * 8
     for i, one in enumerate((model, tuned_model)):
         losses = [
@@ -481,7 +489,7 @@ def test_the_tuning_cost_by_hand(model: TransformersModel) -> None:
             for at in range(8)
         ]
         assert got.loss[i] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    same = tuning_cost.measure(model, model, prompts, Limits(20))
+    same = tuning_cost.measure(model, model, prompts, greedy(20))
     assert (same.agreement, same.loss[0], same.repeated[0]) == (1.0, same.loss[1], same.repeated[1])
     assert got.agreement < 1
 
@@ -502,12 +510,10 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["".join(dice.choices("abcdefgh (),:", k=12)) for _ in range(8)]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     prompts = Prompts([str(file)])
-    generator = selfdraft.load(str(folder), Recorded(4), numerics="fast")
+    llm = LLM(str(folder), Recorded(4), numerics="fast")
     recipe = Recipe(16)
-    kept = shards.Shards(
-        home / "paths", {**asked(generator, prompts, recipe), "block": 4, "augment": False}, 100
-    )
-    Recording(generator, prompts, recipe, kept).run()
+    kept = shards.Shards(home / "paths", {**asked(llm, prompts, recipe), "block": 4, "augment": False}, 100)
+    Recording(llm, prompts, recipe, kept).run()
     kept.close()
     return home / "paths"
 
@@ -535,7 +541,7 @@ def test_from_answers_to_a_tuned_model(
     drafts = "jacobi" if method == "cllm" else "space-tuned"
     model = str(out / "model") if full else str(folder)
     adapter = None if full and method == "cllm" else str(out)
-    loaded = selfdraft.load(model, drafts, adapter=adapter)
+    loaded = LLM(model, drafts, adapter=adapter)
     assert loaded.generate("def add(", max_new_tokens=6).grade == "tuned"
     assert loaded.model.lookahead is not None
     if method == "cllm":
@@ -543,8 +549,8 @@ def test_from_answers_to_a_tuned_model(
         assert len(loaded.model.lookahead.odds["ahead"][0]) == 7
         kept = shards.manifest(data)["asked"]["eos"]
         prompts = [row["prompt"] for row in shards.read(data).rows.select([0])]
-        limits = Limits(4, frozenset(kept))
-        assert tuning_cost.measure(loaded.model, loaded.model, prompts, limits).agreement == 1
+        params = SamplingParams(max_new_tokens=4, eos=tuple(kept))
+        assert tuning_cost.measure(loaded.model, loaded.model, prompts, params).agreement == 1
     plain = loaded.using("plain").generate("def add(", max_new_tokens=6)
     assert plain.ids == loaded.generate("def add(", max_new_tokens=6).ids
     again = json.loads(command(*words, "--json")[1].splitlines()[-1])
@@ -565,8 +571,8 @@ def test_on_policy_goes_on_from_an_adapter(folder: Path, data: Path, command: Ru
         "train", "cllm", "--data", str(own), "--out", str(second), *words, "--start", str(first)
     )
     assert code == 0, err
-    assert selfdraft.load(str(folder), "jacobi", adapter=str(second)).model.grade == "tuned"
-    start = adapter_folder.load(str(first), selfdraft.load(str(folder)).model).float()
+    assert LLM(str(folder), "jacobi", adapter=str(second)).model.grade == "tuned"
+    start = adapter_folder.load(str(first), LLM(str(folder)).model).float()
     digest = module_sha256(repr(start.config), start)
     assert f"an earlier adapter (digest {digest[:12]})" in (second / "README.md").read_text()
     assert "earlier adapter" not in (first / "README.md").read_text()
@@ -585,16 +591,16 @@ def test_full_weights_are_measured_as_they_are_loaded(data: Path, folder: Path, 
         full=True,
     )
     about = tune(plan)
-    loaded = selfdraft.load(str(tmp_path / "mine" / "model"), numerics="fast").model
-    base = selfdraft.load(str(folder), numerics="fast").model
+    loaded = LLM(str(tmp_path / "mine" / "model"), numerics="fast").model
+    base = LLM(str(folder), numerics="fast").model
     prompts = [row["prompt"] for row in run_.split(shards.read(data).rows, data)[1]]
-    again = tuning_cost.measure(base, loaded, prompts, Limits(160, frozenset([1])))
+    again = tuning_cost.measure(base, loaded, prompts, SamplingParams(max_new_tokens=160, eos=(1,)))
     assert again.loss[1] == pytest.approx(about["tuning_cost"]["loss"][1], rel=1e-6)
     assert again.loss[1] != again.loss[0]
 
 
 def test_an_adapter_of_another_kind_is_no_start(folder: Path, data: Path, tmp_path: Path) -> None:
-    base = selfdraft.load(str(folder)).model
+    base = LLM(str(folder)).model
     for name, config in (("gated", replace(MASKS, gated=True)), ("masks", MASKS)):
         adapter_folder.save(tmp_path / name, fresh(base, config), base, "space", str(folder), {})
         plan = TunedPlan("cllm", str(folder), data, tmp_path / "out", LORA, start=str(tmp_path / name))
@@ -637,7 +643,7 @@ def test_bad_data_is_named(folder: Path, data: Path, command: Run, tmp_path: Pat
         code, _, err = command("train", "cllm", "--data", str(other), *words)
         assert code == 2
         assert any(part in err for part in message.split("|")), err
-    assert run(TransformersModel(tiny_llama(), "fast"), Plain(), [5], limits=Limits(2)).emitted
+    assert run(TransformersModel(tiny_llama(), "fast"), Plain(), [5], greedy(2)).emitted
     with pytest.raises(TrainingDataError):
         shards.read(plain)
 
@@ -745,8 +751,8 @@ def test_a_filler_is_used_saved_and_harmless(model: TransformersModel, tmp_path:
     prompt = random_prompt(9, 0)
     for method, least in ((Jacobi(12), 4), (Jacobi(12, faithful=True), 11)):
         seen: list[Tree] = []
-        plain = run(loaded.base, Plain(), prompt, limits=Limits(20)).emitted
-        assert run(loaded, Heard(method, seen), prompt, limits=Limits(20)).emitted == plain
+        plain = run(loaded.base, Plain(), prompt, greedy(20)).emitted
+        assert run(loaded, Heard(method, seen), prompt, greedy(20)).emitted == plain
         assert 7 in seen[0].tokens[-1:]
         assert max(map(len, seen)) > least
     with pytest.raises(AdapterError, match="this model came without one"):

@@ -102,7 +102,7 @@ class DraftTreeBuilder(Generic[S]):
         self.root = Node(tokens[-1], -1, 0, 1.0, state, self.source.candidates(state))
         nodes = [self.root]
         queue: list[tuple[float, int, int, int]] = []  # minus reached, order of arrival, parent, token
-        later = [(size, self.budget.cost(size)) for size in (self.max_rows // 2, self.max_rows) if size > 1]
+        costs = list(map(self.budget.cost, range(1, self.max_rows + 1)))
         best, rows, promised, order = MARGIN, 1, 1.0, 0
         while True:
             node, count = nodes[-1], len(nodes)
@@ -113,15 +113,12 @@ class DraftTreeBuilder(Generic[S]):
             if not queue or count == self.max_rows:
                 return nodes[:rows]
             reached, _, parent, token = heappop(queue)
-            next_cost = self.budget.cost(count + 1)
             # No larger tree can be better: not if each further row were reached as often as this one.
-            if promised - reached <= best * next_cost and all(
-                promised - reached * (rows_then - count) <= best * cost_then for rows_then, cost_then in later
-            ):
+            if all(promised - reached * i <= best * cost for i, cost in enumerate(costs[count:], 1)):
                 return nodes[:rows]
             promised -= reached
-            if promised > best * next_cost and self.budget.affords(count + 1):
-                best, rows = promised / next_cost, count + 1
+            if promised > best * costs[count] and self.budget.affords(count + 1):
+                best, rows = promised / costs[count], count + 1
             above = nodes[parent]
             state = self.source.follow(above.state, token)
             node = Node(token, parent, above.depth + 1, -reached, state, self.source.candidates(state))
