@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from selfdraft import Sampler, Step, Tree
+from selfdraft import Step, Tree
 from selfdraft.engine import engine, request
 from selfdraft.models import kv_cache as cache
 from selfdraft.models import transformers_inputs
@@ -20,7 +20,8 @@ from selfdraft.models.adapters.adapter import Gate
 from selfdraft.models.kv_cache import Lane, Lanes
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
-from selfdraft.sampling.processors import Draw
+from selfdraft.sampling.processors import filtered
+from selfdraft.sampling.sampler import Sampler
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -74,13 +75,14 @@ def eos_cut(patch: pytest.MonkeyPatch) -> None:
 
 def filters(patch: pytest.MonkeyPatch) -> None:
     """Filters are skipped where several rows are scored at once."""
-    keep = Sampler._filter
-    patch.setattr(Sampler, "_filter", lambda self, logits: logits if len(logits) > 1 else keep(self, logits))
+    replace_function(
+        patch, filtered, lambda logits, params: logits if len(logits) > 1 else filtered(logits, params)
+    )
 
 
 def penalties(patch: pytest.MonkeyPatch) -> None:
     """Penalties count the text, but not a row's ancestors in the tree."""
-    patch.setattr(Draw, "_before", lambda self, tails: (self._counts[None], self._seen[None]))
+    patch.setattr(Sampler, "_before", lambda self, tails: (self._counts[None], self._seen[None]))
 
 
 FAULTS = [tree_mask, rows_kept, positions, noise_key, eos_cut, filters, penalties]
@@ -213,21 +215,21 @@ def group_of_the_root(patch: pytest.MonkeyPatch) -> None:
 def noise_behind(patch: pytest.MonkeyPatch) -> None:
     """All masks have the noise of the next position."""
     patch.setattr(
-        Draw,
-        "ahead",
+        Sampler,
+        "mask_scores",
         lambda self, logits: self._scores(logits, [()] * len(logits), [self.length] * len(logits)),
     )
 
 
 def sampler_head_sees_token_zero(patch: pytest.MonkeyPatch) -> None:
     """The sampler head sees token 0 instead of what the mask before predicts."""
-    patch.setattr(Draw, "guess", lambda self, offset, logits: 0)
+    patch.setattr(Sampler, "candidate", lambda self, offset, logits: 0)
 
 
 def sampler_head_noise_shifted(patch: pytest.MonkeyPatch) -> None:
     """The token that the sampler head sees is chosen with the noise of the position after."""
-    guess = Draw.guess
-    patch.setattr(Draw, "guess", lambda self, offset, logits: guess(self, offset + 1, logits))
+    candidate = Sampler.candidate
+    patch.setattr(Sampler, "candidate", lambda self, offset, logits: candidate(self, offset + 1, logits))
 
 
 def lane_cleared(patch: pytest.MonkeyPatch) -> None:

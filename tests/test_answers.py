@@ -7,98 +7,97 @@ from pathlib import Path
 import pytest
 import torch
 
-import selfdraft
-from selfdraft import LLM, Conversation, Engine, Limits, errors
+from selfdraft import LLM, Conversation, Engine, errors
+
+from runs import greedy
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> LLM:
-    return selfdraft.load(str(folder), "jacobi")
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder), "jacobi")
 
 
 @pytest.fixture
 def chatty(folder: Path) -> LLM:
-    generator = selfdraft.load(str(folder), "llma")
-    generator.tokenizer.chat_template = TEMPLATE
-    return generator
+    llm = LLM(str(folder), "llma")
+    llm.tokenizer.chat_template = TEMPLATE
+    return llm
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 4}])
 @pytest.mark.parametrize("width", [1, 2, 5])
-def test_a_stop_string_cuts_text_and_tokens(generator: LLM, sampling: dict[str, float], width: int) -> None:
+def test_a_stop_string_cuts_text_and_tokens(llm: LLM, sampling: dict[str, float], width: int) -> None:
     """Tokens up to the one that completes it, text up to where it begins, streamed or not."""
-    free = generator.generate("def add", max_new_tokens=30, **sampling)
+    free = llm.generate("def add", max_new_tokens=30, **sampling)
     for start in range(0, len(free.text) - width, 7):
         stop = free.text[start : start + width]
         if "\N{REPLACEMENT CHARACTER}" in stop:
             continue
-        cut = generator.generate("def add", stop=[stop, "never seen"], max_new_tokens=30, **sampling)
+        cut = llm.generate("def add", stop=[stop, "never seen"], max_new_tokens=30, **sampling)
         assert cut.text == free.text[: free.text.index(stop)]
         assert cut.finish_reason == "stop"
         assert list(cut.ids) == list(free.ids[: cut.tokens])
-        decode = generator.tokenizer.decode
+        decode = llm.tokenizer.decode
         assert stop in decode(cut.ids)
         assert stop not in decode(cut.ids[:-1])
-        stream = generator.stream("def add", stop=stop, max_new_tokens=30, **sampling)
+        stream = llm.stream("def add", stop=stop, max_new_tokens=30, **sampling)
         assert "".join(chunk.text for chunk in stream) == stream.result.text == cut.text
 
 
-def test_text_that_only_began_a_stop_string_is_shown(generator: LLM) -> None:
-    free = generator.generate("def add", max_new_tokens=30)
+def test_text_that_only_began_a_stop_string_is_shown(llm: LLM) -> None:
+    free = llm.generate("def add", max_new_tokens=30)
     nearly = [free.text[i : i + 3] + "\N{BELL SYMBOL}" for i in range(len(free.text) - 3)]
-    stream = generator.stream("def add", stop=nearly, max_new_tokens=30)
+    stream = llm.stream("def add", stop=nearly, max_new_tokens=30)
     assert "".join(chunk.text for chunk in stream) == stream.result.text == free.text
     assert stream.result.finish_reason == "length"
 
 
-def test_ends(generator: LLM) -> None:
-    free = generator.generate("class", max_new_tokens=30)
+def test_ends(llm: LLM) -> None:
+    free = llm.generate("class", max_new_tokens=30)
     first, later = free.ids[4], free.ids[11]
-    assert generator.generate("class", eos=[first, later]).ids == free.ids[: free.ids.index(first) + 1]
-    ended = generator.generate("class", eos=[later], max_new_tokens=30)
+    assert llm.generate("class", eos=[first, later]).ids == free.ids[: free.ids.index(first) + 1]
+    ended = llm.generate("class", eos=[later], max_new_tokens=30)
     assert (ended.ids[-1], ended.finish_reason) == (later, "eos")
-    late = generator.generate("class", eos=[first], min_new_tokens=20, max_new_tokens=30)
+    late = llm.generate("class", eos=[first], min_new_tokens=20, max_new_tokens=30)
     assert late.tokens > 20
     assert first not in late.ids[:20]
-    generator.eos = frozenset([later])
-    assert generator.generate("class", ignore_eos=True, max_new_tokens=30).ids == free.ids
-    generator.eos = frozenset([1])
-    stop = next(char for char in generator.tokenizer.decode(free.ids[:8]) if char.isalpha())
-    early = generator.generate("class", stop=stop, max_new_tokens=30)
+    llm.eos_ids = frozenset([later])
+    assert llm.generate("class", ignore_eos=True, max_new_tokens=30).ids == free.ids
+    llm.eos_ids = frozenset([1])
+    stop = next(char for char in llm.tokenizer.decode(free.ids[:8]) if char.isalpha())
+    early = llm.generate("class", stop=stop, max_new_tokens=30)
     assert early.tokens <= 8
-    waits = generator.generate("class", stop=stop, min_new_tokens=9, max_new_tokens=30)
+    waits = llm.generate("class", stop=stop, min_new_tokens=9, max_new_tokens=30)
     assert waits.tokens > 9
     assert stop in waits.text, "a stop string before min_new_tokens is text"
 
 
-def test_samples_of_one_prompt_read_it_once(generator: LLM) -> None:
-    samples = generator.generate("def add(a, b)", n=3, temperature=1.0, seed=5, max_new_tokens=20)
+def test_samples_of_one_prompt_read_it_once(llm: LLM) -> None:
+    samples = llm.generate("def add(a, b)", n=3, temperature=1.0, seed=5, max_new_tokens=20)
     assert [s.sample for s in samples] == [0, 1, 2]
     assert len({s.text for s in samples}) == 3
-    alone = generator.using("plain").generate(
-        "def add(a, b)", temperature=1.0, seed=5, n=1, max_new_tokens=20
-    )
+    alone = llm.using("plain").generate("def add(a, b)", temperature=1.0, seed=5, n=1, max_new_tokens=20)
     assert alone[0].ids == samples[0].ids
     assert [s.reused for s in samples] == [0] + [samples[0].prompt_tokens - 1] * 2
-    flat = generator.generate(["a", "class"], n=2, temperature=1.0, seed=5, max_new_tokens=4)
+    flat = llm.generate(["a", "class"], n=2, temperature=1.0, seed=5, max_new_tokens=4)
     assert [s.sample for s in flat] == [0, 1, 0, 1]
-    short = generator.generate("a", n=2, temperature=1.0, seed=5, max_new_tokens=1)
+    short = llm.generate("a", n=2, temperature=1.0, seed=5, max_new_tokens=1)
     assert [s.tokens for s in short] == [1, 1]
 
 
-def test_logprobs_are_the_models_own(generator: LLM) -> None:
-    result = generator.generate(
+def test_logprobs_are_the_models_own(llm: LLM) -> None:
+    result = llm.generate(
         "def add", logprobs=3, temperature=0.7, repetition_penalty=1.5, seed=2, max_new_tokens=15
     )
-    plain = generator.using("plain").generate(
+    plain = llm.using("plain").generate(
         "def add", logprobs=3, temperature=0.7, repetition_penalty=1.5, seed=2, max_new_tokens=15
     )
     assert result.logprobs == plain.logprobs, "exact numerics: the same bits"
     assert result.logprobs is not None
-    model = generator.model
-    prompt = [0, *generator.encode("def add", special=False)]
+    model = llm.model
+    prompt = [0, *llm.encode("def add", special=False)]
     own = model.reference([*prompt, *result.ids]).double().log_softmax(-1)[len(prompt) - 1 :]
     for row, token, said in zip(own, result.ids, result.logprobs, strict=False):
         assert said.token == token
@@ -106,7 +105,7 @@ def test_logprobs_are_the_models_own(generator: LLM) -> None:
         assert len(said.top) == 3
         assert [p for _, p in said.top] == sorted((p for _, p in said.top), reverse=True)
         assert said.top[0][1] == pytest.approx(float(row.max()), abs=0.05)
-    assert generator.generate("def add", max_new_tokens=2).logprobs is None
+    assert llm.generate("def add", max_new_tokens=2).logprobs is None
 
 
 def test_messages_take_the_chat_template(chatty: LLM) -> None:
@@ -128,9 +127,11 @@ def test_a_kept_session_is_a_fresh_one(chatty: LLM) -> None:
             assert said.ids == fresh.ids
             assert said.reused > 10 or turn == 0
         assert [m["role"] for m in talk.messages] == ["system"] + ["user", "assistant"] * 3
-        shorter = talk.generate("def", max_new_tokens=6)
-        assert shorter.ids == chatty.generate("def", max_new_tokens=6).ids
-        assert talk.generate("class Stack:", max_new_tokens=6).reused == 1, "only the first token is shared"
+        shorter = talk.generate("def", raw=True, max_new_tokens=6)
+        assert shorter.ids == chatty.generate("def", raw=True, max_new_tokens=6).ids
+        assert talk.generate("class Stack:", raw=True, max_new_tokens=6).reused == 1, (
+            "only the first token is shared"
+        )
 
 
 def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: LLM) -> None:
@@ -151,11 +152,11 @@ def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: LLM) -> None:
     assert talk.generate(prompt, max_new_tokens=3).reused == 0
 
 
-def test_the_answer_goes_on_where_the_prompt_stops(generator: LLM) -> None:
+def test_the_answer_goes_on_where_the_prompt_stops(llm: LLM) -> None:
     """Prompt and text together are the decoded whole, whatever the tokenizer does to first tokens."""
-    result = generator.generate("def add(a", max_new_tokens=20)
-    ids = [*generator.encode("def add(a"), *result.ids]
-    assert "def add(a" + result.text == generator.tokenizer.decode(ids, skip_special_tokens=True)
+    result = llm.generate("def add(a", max_new_tokens=20)
+    ids = [*llm.encode("def add(a"), *result.ids]
+    assert "def add(a" + result.text == llm.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(
@@ -167,51 +168,51 @@ def test_the_answer_goes_on_where_the_prompt_stops(generator: LLM) -> None:
         ({"eos": [3], "ignore_eos": True}, "contradict"),
         ({"eos": [99999]}, "99999"),
         ({"stop": "<|eos|>"}, "eos=1"),
-        ({"n": "3"}, "n=3"),
+        ({"n": "3"}, "n must be at least 1; got '3'"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 321}, "logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {400: 1}}, "vocabulary"),
-        ({"n": 0}, "n=0"),
+        ({"n": 0}, "n must be at least 1; got 0"),
         ({"n": 2}, "temperature"),
         ({"beams": 4}, "beams"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(generator: LLM, options: dict[str, object], says: str) -> None:
+def test_what_cannot_be_honoured_is_refused(llm: LLM, options: dict[str, object], says: str) -> None:
     with pytest.raises(errors.InvalidOption, match=says):
-        generator.generate("def", **options)  # type: ignore[call-overload]
+        llm.generate("def", **options)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("references", ["text", None, [5, 6], [None], [["a"]], [[2**40]], [[-1]], [[320]]])
-def test_bad_references(generator: LLM, references: object) -> None:
+def test_bad_references(llm: LLM, references: object) -> None:
     with pytest.raises(errors.InvalidReference, match="reference"):
-        generator.generate("def", references=references)  # type: ignore[call-overload]
+        llm.generate("def", references=references)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("prompt", [3, ["a", 3], [1.5]])
-def test_bad_prompts(generator: LLM, prompt: object) -> None:
+def test_bad_prompts(llm: LLM, prompt: object) -> None:
     with pytest.raises(errors.InvalidPrompt):
-        generator.generate(prompt)  # type: ignore[call-overload]
+        llm.generate(prompt)  # type: ignore[call-overload]
 
 
-def test_requests_start_from_their_own_engine_only(generator: LLM) -> None:
-    one, other = Engine(generator.model), Engine(generator.model)
-    method = generator.method
-    kept = one.submit([5, 6, 7], method, limits=Limits(3), keep=True)
-    gone = one.submit([5, 6, 7], method, limits=Limits(3))
+def test_requests_start_from_their_own_engine_only(llm: LLM) -> None:
+    one, other = Engine(llm.model), Engine(llm.model)
+    method = llm.method
+    kept = one.submit([5, 6, 7], method, greedy(3), keep=True)
+    gone = one.submit([5, 6, 7], method, greedy(3))
     while one.requests:
         one.step()
     for engine, request in ((other, kept), (one, gone)):
         with pytest.raises(errors.InvalidOption, match="start"):
             engine.submit([5, 6, 7, 8], method, start=request)
-    again = one.submit([5, 6, 7, 8], method, limits=Limits(3), start=kept)
+    again = one.submit([5, 6, 7, 8], method, greedy(3), start=kept)
     assert again.reused == 3
     with pytest.raises(errors.InvalidOption, match="start"):
         one.submit([5, 6, 7, 8], method, start=kept)
 
 
-def test_a_closed_conversation_holds_no_memory(generator: LLM) -> None:
-    talk = Conversation(generator)
+def test_a_closed_conversation_holds_no_memory(llm: LLM) -> None:
+    talk = Conversation(llm)
     talk.generate("def", max_new_tokens=4)
     pool = talk._engine.pool
     assert pool._buffers()  # type: ignore[attr-defined]
@@ -219,12 +220,12 @@ def test_a_closed_conversation_holds_no_memory(generator: LLM) -> None:
     assert not pool._buffers()  # type: ignore[attr-defined]
 
 
-def test_bad_conversations(generator: LLM, chatty: LLM) -> None:
+def test_bad_conversations(llm: LLM, chatty: LLM) -> None:
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(errors.InvalidOption, match="chat template"):
-        generator.generate(messages=messages)
+        llm.generate(messages=messages)
     with pytest.raises(errors.InvalidPrompt, match="one of"):
-        generator.generate()
+        llm.generate()
     with pytest.raises(errors.InvalidPrompt, match="one of"):
         chatty.generate("x", messages=messages)
     chatty.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
@@ -232,8 +233,8 @@ def test_bad_conversations(generator: LLM, chatty: LLM) -> None:
         chatty.generate(messages=messages)
 
 
-def test_a_seed_keeps_its_text_when_samples_are_added(generator: LLM) -> None:
-    one = generator.generate("return", temperature=1.2, seed=9, max_new_tokens=10)
-    two = generator.generate("return", temperature=1.2, seed=9, max_new_tokens=10, n=2)
+def test_a_seed_keeps_its_text_when_samples_are_added(llm: LLM) -> None:
+    one = llm.generate("return", temperature=1.2, seed=9, max_new_tokens=10)
+    two = llm.generate("return", temperature=1.2, seed=9, max_new_tokens=10, n=2)
     assert two[0].ids == one.ids
     assert torch.tensor(two[1].ids).tolist() != one.ids

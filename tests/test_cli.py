@@ -66,14 +66,29 @@ def test_generate_takes_every_parameter(command: Run, folder: Path) -> None:
     assert (record["text"], record["finish_reason"]) == (text[: text.index(stop)], "stop")
 
 
-def test_generate_chats(command: Run, folder: Path, tmp_path: Path) -> None:
-    chatty = tmp_path / "chatty"
-    shutil.copytree(folder, chatty)
-    (chatty / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    words = ("generate", "hello", "--model", str(chatty), "-n", "5", "--chat", "--json")
-    told = json.loads(command(*words, "--system", "brief")[1].splitlines()[-1])
-    raw = command("generate", "[brief][hello]", "--model", str(chatty), "-n", "5", "--json")[1]
-    assert told["prompt_tokens"] == json.loads(raw.splitlines()[-1])["prompt_tokens"] - 1, "no <bos> added"
+def records(out: str) -> Any:
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def chatty(folder: Path, tmp_path: Path) -> Path:
+    """The same model with a chat template."""
+    made = tmp_path / "chatty"
+    shutil.copytree(folder, made)
+    (made / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    return made
+
+
+def test_generate_asks_through_the_chat_template(command: Run, chatty: Path) -> None:
+    model = ("--model", str(chatty), "-n", "5", "--json")
+    told = records(command("generate", "hello", *model)[1])
+    brief = records(command("generate", "hello", *model, "--system", "brief")[1])
+    for chat, text in ((told, "[hello]"), (brief, "[brief][hello]")):
+        raw = records(command("generate", text, *model, "--raw")[1])
+        assert (chat["chat"], raw["chat"]) == (True, False)
+        assert chat["prompt_tokens"] == raw["prompt_tokens"] - 1, "no <bos> added"
+    code, _, err = command("generate", "hello", *model, "--system", "brief", "--raw")
+    assert (code, "--system" in err) == (2, True)
 
 
 def test_generate_reads_prompts_from_everywhere(command: Run, folder: Path, tmp_path: Path) -> None:
@@ -112,7 +127,7 @@ def test_info(command: Run, folder: Path) -> None:
         (["--reference", "no-such-file"], "no-such-file"),
         (["--max-new-tokens", "-1"], "-1"),
         (["--temperature", "nan"], "nan"),
-        (["--seed", "-4"], "-4"),
+        (["--seed", "-4", "--temperature", "1"], "--seed must be"),
         (["--dtype", "int3"], "int3"),
         (["--file", "also.txt"], "one prompt"),
     ],

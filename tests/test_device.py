@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from selfdraft import Sampler
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
@@ -15,7 +14,7 @@ from selfdraft.verify.adversaries import Garbage, Oracle
 
 from adapting import adapter
 from conftest import tiny_llama
-from runs import random_prompt, run
+from runs import random_prompt, run, sampled
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -36,10 +35,10 @@ def test_noise_is_the_same_on_every_device(device: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafted_is_plain_in_float64(device: str, temperature: float) -> None:
     model = TransformersModel(tiny_llama(torch.float64).to(device), "fast")
-    prompt, sampler = random_prompt(30, 1), Sampler(temperature, seed=2)
-    plain = run(model, Plain(), prompt, sampler).emitted
+    prompt, params = random_prompt(30, 1), sampled(temperature, seed=2)
+    plain = run(model, Plain(), prompt, params).emitted
     for method in (Garbage(), Oracle(plain)):
-        assert run(model, method, prompt, sampler).emitted == plain
+        assert run(model, method, prompt, params).emitted == plain
     adapted = model.adapted(adapter(model, prefix=4, rank=4).to(device))
     for method in (Bita(faithful=True), Space()):
-        assert run(adapted, method, prompt, sampler).emitted == plain
+        assert run(adapted, method, prompt, params).emitted == plain

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfdraft import Engine, Limits, Method, Request, Sampler, Tree
+from selfdraft import Engine, Method, Request, SamplingParams, Step, Tree
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
-from selfdraft.errors import InvalidOption, InvalidPrompt, InvalidTree
+from selfdraft.engine.request import MAX_DRAFT
+from selfdraft.errors import DraftError, InvalidPrompt, InvalidTree
 from selfdraft.models import attention
 from selfdraft.models.numerics import RowRange
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from conftest import tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run, sampled
 
-SAMPLERS = [Sampler(), Sampler(0.8, seed=3), Sampler(1.5, top_k=40, top_p=0.9, min_p=0.01, seed=4)]
+WAYS = [greedy(), sampled(0.8, seed=3), sampled(1.5, top_k=40, top_p=0.9, min_p=0.01, seed=4)]
 PROMPT = random_prompt(30, seed=1)
+Act = Callable[[Any], Any] | None
 
 
 def drafts(answer: Sequence[int]) -> list[Method]:
@@ -31,13 +37,13 @@ def drafts(answer: Sequence[int]) -> list[Method]:
 
 
 @pytest.mark.parametrize("model", ["exact", "exact32", "double"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "sampled", "filtered"])
-def test_drafted_is_plain(model: str, sampler: Sampler, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("params", WAYS, ids=["greedy", "sampled", "filtered"])
+def test_drafted_is_plain(model: str, params: SamplingParams, request: pytest.FixtureRequest) -> None:
     target = request.getfixturevalue(model)
-    plain = run(target, Plain(), PROMPT, sampler)
+    plain = run(target, Plain(), PROMPT, params)
     assert len(plain.emitted) == 40
     for method in drafts(plain.emitted):
-        drafted = run(target, method, PROMPT, sampler, references=[plain.emitted[3:30]])
+        drafted = run(target, method, PROMPT, params, references=[plain.emitted[3:30]])
         assert drafted.emitted == plain.emitted, method
         assert sum(drafted.runs) == 40
     assert len(drafted.runs) < 25, "the oracle's right rows must be accepted"
@@ -45,18 +51,18 @@ def test_drafted_is_plain(model: str, sampler: Sampler, request: pytest.FixtureR
 
 @pytest.mark.parametrize("model", ["exact", "exact32", "double"])
 def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
-    """Requests of all methods, lengths and samplers, joining and leaving as others run."""
+    """Requests of all methods, lengths and sampling parameters, joining and leaving as others run."""
     target = request.getfixturevalue(model)
     dice = random.Random(0)
     cases = []
     for seed in range(9):
-        prompt, limits = random_prompt(dice.randint(1, 90), seed), Limits(dice.randint(1, 40))
-        sampler = SAMPLERS[seed % 3]
-        alone = run(target, Plain(), prompt, sampler, limits).emitted
-        cases.append((prompt, drafts(alone)[seed % 4], sampler, limits, alone))
+        prompt = random_prompt(dice.randint(1, 90), seed)
+        params = replace(WAYS[seed % 3], max_new_tokens=dice.randint(1, 40))
+        alone = run(target, Plain(), prompt, params).emitted
+        cases.append((prompt, drafts(alone)[seed % 4], params, alone))
     engine, joined = Engine(target), []
-    for prompt, method, sampler, limits, _ in cases:
-        joined.append(engine.submit(prompt, method, sampler, limits))
+    for prompt, method, params, _ in cases:
+        joined.append(engine.submit(prompt, method, params))
         for _ in range(dice.randint(0, 4)):
             engine.step()
     while engine.requests:
@@ -73,8 +79,7 @@ def test_batch_is_single_in_narrow_calls(
     answers = [run(exact32, Plain(), random_prompt(9 + i, i)).emitted for i in range(7)]
     engine = Engine(exact32)
     requests = [
-        engine.submit(random_prompt(9 + i, i), Oracle(answers[i], depth=4 + i), limits=Limits(40))
-        for i in range(7)
+        engine.submit(random_prompt(9 + i, i), Oracle(answers[i], depth=4 + i), greedy(40)) for i in range(7)
     ]
     while engine.requests:
         engine.step()
@@ -83,7 +88,7 @@ def test_batch_is_single_in_narrow_calls(
 
 def test_two_readers_of_one_engine_miss_nothing(exact: TransformersModel) -> None:
     engine = Engine(exact)
-    requests = [engine.submit(random_prompt(9, i), Jacobi(4), limits=Limits(20)) for i in range(2)]
+    requests = [engine.submit(random_prompt(9, i), Jacobi(4), greedy(20)) for i in range(2)]
     readers = [engine.run(request) for request in requests]
     seen: list[list[int]] = [[], []]
     for _ in range(30):
@@ -92,43 +97,109 @@ def test_two_readers_of_one_engine_miss_nothing(exact: TransformersModel) -> Non
     assert seen == [request.emitted for request in requests]
 
 
-def test_a_drafter_that_fails_harms_nobody_else(exact: TransformersModel) -> None:
-    class Fragile(Plain):
-        def drafter(self, context: object) -> Fragile:  # type: ignore[override]
-            return self
+class Fragile:
+    """Plain decoding that does something at its fourth step: a method and its drafter in one."""
 
-        def propose(self, tokens: Sequence[int]) -> Tree:
-            return Tree.chain(tokens[-1:])
+    def __init__(self, propose: Act = None, observe: Act = None) -> None:
+        self.acts = {"propose": propose, "observe": observe}
+        self.calls = {"propose": 0, "observe": 0}
 
-        def observe(self, step: object) -> None:
-            raise KeyError("fragile")
+    def drafter(self, context: object) -> Fragile:
+        return self
 
+    def _act(self, verb: str, given: Any) -> Any:
+        self.calls[verb] += 1
+        act = self.acts[verb]
+        return act(given) if act is not None and self.calls[verb] == 4 else None
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return cast(Tree, self._act("propose", tokens)) or Tree.chain(tokens[-1:])
+
+    def observe(self, step: Step) -> None:
+        self._act("observe", step)
+
+
+def raises(given: object) -> None:
+    raise KeyError("fragile")
+
+
+def append(tokens: Any) -> None:
+    tokens.append(5)
+
+
+@pytest.mark.parametrize(
+    ("fragile", "says", "kept"),
+    [
+        (Fragile(propose=raises), "Fragile.propose raised KeyError: 'fragile'", 3),
+        (Fragile(observe=raises), "Fragile.observe raised KeyError: 'fragile'", 4),
+        (Fragile(propose=append), "Fragile.propose raised AttributeError", 3),
+    ],
+    ids=["propose", "observe", "appends to the text"],
+)
+def test_a_drafter_that_fails_harms_nobody_else(
+    exact: TransformersModel, fragile: Fragile, says: str, kept: int
+) -> None:
+    """Its own request ends with an error that names it; what it has emitted stays, and is plain's."""
     prompts = [random_prompt(9, i) for i in range(3)]
-    right = [
-        run(exact, Plain(), prompt, limits=Limits(1 + 9 * (i > 0))).emitted
-        for i, prompt in enumerate(prompts)
-    ]
+    right = [run(exact, Plain(), prompt, greedy(1 + 9 * (i > 0))).emitted for i, prompt in enumerate(prompts)]
     engine = Engine(exact)
-    short = engine.submit(prompts[0], Plain(), limits=Limits(1))
-    fragile = engine.submit(prompts[1], Fragile(), limits=Limits(10))
-    other = engine.submit(prompts[2], Plain(), limits=Limits(10))
-    failures = 0
+    short = engine.submit(prompts[0], Plain(), greedy(1))
+    failing = engine.submit(prompts[1], fragile, greedy(10))
+    other = engine.submit(prompts[2], Plain(), greedy(10))
     while engine.requests:
-        try:
-            engine.step()
-        except KeyError:
-            failures += 1
+        engine.step()
         assert all(s.ready for s in engine.requests if s.runs), "the root rule holds after a failure"
-        if failures == 4:
-            engine.cancel(fragile)
     assert [short.emitted, other.emitted] == [right[0], right[2]]
-    assert list(fragile.emitted) == list(right[1][: len(fragile.emitted)])
-    engine.cancel(fragile)  # a second time is no error
+    assert [short.finish_reason, other.finish_reason] == ["length", "length"]
+    assert [short.error, other.error] == [None, None]
+    assert failing.finish_reason == "error"
+    assert type(failing.error) is DraftError
+    assert says in str(failing.error)
+    assert list(failing.emitted) == list(right[1][:kept])
+    engine.cancel(failing)  # after its end it is no error
+    assert failing.finish_reason == "error"
+
+
+def test_a_reader_gets_the_tokens_and_then_the_error(exact: TransformersModel) -> None:
+    engine, seen = Engine(exact), []
+    reader = engine.run(engine.submit(PROMPT, Fragile(propose=raises)))
+    for _ in range(3):
+        seen += next(reader)
+    with pytest.raises(DraftError, match="Fragile") as caught:
+        next(reader)
+    assert seen == list(run(exact, Plain(), PROMPT, greedy(3)).emitted)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_method_without_a_drafter_leaves_the_engine_alone(exact: TransformersModel) -> None:
+    class Broken:
+        def drafter(self, context: object) -> Fragile:
+            raise KeyError("broken")
+
+    engine = Engine(exact)
+    with pytest.raises(DraftError, match=r"Broken\.drafter raised KeyError"):
+        engine.submit(PROMPT, Broken())
+    assert not engine.requests
+    assert not engine.pool._buffers()  # type: ignore[attr-defined]
+
+
+def test_what_a_drafter_does_to_a_step_changes_nothing(exact: TransformersModel) -> None:
+    def scribble(step: Any) -> None:
+        step.scores.zero_()
+        step.picks[:] = [5] * len(step.picks)
+        step.path.clear()
+
+    engine = Engine(exact)
+    methods: list[Method] = [Fragile(observe=scribble), Plain()]
+    requests = [engine.submit(PROMPT, method, greedy(10)) for method in methods]
+    while engine.requests:
+        engine.step()
+    assert [request.emitted for request in requests] == [run(exact, Plain(), PROMPT, greedy(10)).emitted] * 2
 
 
 def test_leaving_early_disturbs_nobody(exact: TransformersModel) -> None:
     engine = Engine(exact)
-    requests = [engine.submit(random_prompt(9, i), Jacobi(4), limits=Limits(30)) for i in range(4)]
+    requests = [engine.submit(random_prompt(9, i), Jacobi(4), greedy(30)) for i in range(4)]
     for _ in range(5):
         engine.step()
     engine.cancel(requests[1])
@@ -136,7 +207,7 @@ def test_leaving_early_disturbs_nobody(exact: TransformersModel) -> None:
     while engine.requests:
         engine.step()
     for i in (2, 3):
-        assert requests[i].emitted == run(exact, Plain(), random_prompt(9, i), limits=Limits(30)).emitted
+        assert requests[i].emitted == run(exact, Plain(), random_prompt(9, i), greedy(30)).emitted
     assert requests[0].finish_reason == "cancelled"
     assert requests[0].emitted
 
@@ -146,7 +217,7 @@ def test_plain_is_generate() -> None:
     prompt = torch.tensor([PROMPT])
     mask = torch.ones_like(prompt)
     theirs = model.generate(prompt, attention_mask=mask, max_new_tokens=60, do_sample=False)[0]
-    ours = run(TransformersModel(model, "fast"), Plain(), PROMPT, limits=Limits(60, frozenset([1])))
+    ours = run(TransformersModel(model, "fast"), Plain(), PROMPT, greedy(60, eos=(1,)))
     assert ours.tokens == theirs.tolist()
 
 
@@ -163,7 +234,7 @@ def test_prefill_in_pieces_is_prefill_at_once(
 
 def test_root_rule(exact: TransformersModel) -> None:
     engine = Engine(exact)
-    request = engine.submit(PROMPT, Garbage(), limits=Limits(20))
+    request = engine.submit(PROMPT, Garbage(), greedy(20))
     engine.step()
     while request.finish_reason is None:
         assert request.cache.length == len(request.tokens) - 1
@@ -172,16 +243,16 @@ def test_root_rule(exact: TransformersModel) -> None:
 
 
 def ends(
-    model: TransformersModel, answer: Sequence[int], limits: Limits, prompt: Sequence[int] = PROMPT
+    model: TransformersModel, answer: Sequence[int], params: SamplingParams, prompt: Sequence[int] = PROMPT
 ) -> list[Request]:
-    return [run(model, method, prompt, limits=limits) for method in (Plain(), *drafts(answer))]
+    return [run(model, method, prompt, params) for method in (Plain(), *drafts(answer))]
 
 
 def test_eos_inside_a_draft(exact: TransformersModel) -> None:
     answer = run(exact, Plain(), PROMPT).emitted
     for eos in (answer[0], answer[11], answer[25]):
         first = answer.index(eos) + 1
-        for request in ends(exact, answer, Limits(40, frozenset([eos]))):
+        for request in ends(exact, answer, greedy(40, eos=(eos,))):
             assert request.emitted == answer[:first]
             assert request.finish_reason == "eos"
 
@@ -189,7 +260,7 @@ def test_eos_inside_a_draft(exact: TransformersModel) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 17])
 def test_max_new_tokens(exact: TransformersModel, count: int) -> None:
     answer = run(exact, Plain(), PROMPT).emitted
-    for request in ends(exact, answer, Limits(count)):
+    for request in ends(exact, answer, greedy(count)):
         assert request.emitted == answer[:count]
         assert request.finish_reason == "length"
 
@@ -198,7 +269,7 @@ def test_end_of_context(exact: TransformersModel) -> None:
     prompt = random_prompt(245, seed=5)
     plain = run(exact, Plain(), prompt)
     assert len(plain.tokens) == 256
-    for request in ends(exact, plain.emitted, Limits(40), prompt):
+    for request in ends(exact, plain.emitted, greedy(40), prompt):
         assert request.tokens == plain.tokens
         assert request.finish_reason == "context"
 
@@ -207,28 +278,57 @@ def test_bad_prompts(exact: TransformersModel) -> None:
     for prompt in ([], random_prompt(256, 0), [3, 320], [-1]):
         with pytest.raises(InvalidPrompt):
             Engine(exact).submit(prompt, Plain())
-    with pytest.raises(InvalidOption):
-        Limits(0)
+
+
+LAST = PROMPT[-1]
 
 
 @pytest.mark.parametrize(
-    "tree", [Tree.chain([5]), Tree.chain([PROMPT[-1], 320]), Tree.chain([PROMPT[-1], -1])]
+    ("proposed", "says"),
+    [
+        (Tree.chain([5]), "row 0 must carry"),
+        (Tree.chain([LAST, 320]), "outside the vocabulary"),
+        (Tree.chain([LAST, -1]), "outside the vocabulary"),
+        (None, "must return a Tree; got None"),
+        ([LAST, 5], "must return a Tree; got \\["),
+        (Tree((float(LAST),), (-1,)), "not integers"),  # type: ignore[arg-type]
+        (Tree((LAST, 5.0), (-1, 0)), "not integers"),  # type: ignore[arg-type]
+        (Tree((LAST, True), (-1, 0)), "not integers"),
+        (Tree((LAST, 5), (-1, 0.0)), "not integers"),  # type: ignore[arg-type]
+        (Tree((LAST, *[5] * 5000), (-1, *[0] * 5000)), "5001 rows; the limit is 512"),
+    ],
 )
-def test_a_drafter_that_breaks_the_rules_is_named(exact: TransformersModel, tree: Tree) -> None:
-    class Rogue:
-        def drafter(self, context: object) -> Rogue:
-            return self
-
+def test_a_drafter_that_breaks_the_rules_is_named(
+    exact: TransformersModel, proposed: object, says: str
+) -> None:
+    class Rogue(Fragile):
         def propose(self, tokens: object) -> Tree:
-            return tree
-
-        def observe(self, step: object) -> None:
-            pass
+            return cast(Tree, proposed)
 
     engine = Engine(exact)
-    engine.submit(PROMPT, Rogue())
-    with pytest.raises(InvalidTree, match="Rogue"):
+    rogue, other = engine.submit(PROMPT, Rogue()), engine.submit(PROMPT, Plain(), greedy(5))
+    start = time.perf_counter()
+    while engine.requests:
         engine.step()
+    assert time.perf_counter() - start < 5, "what is refused costs no work"
+    assert (rogue.finish_reason, rogue.emitted) == ("error", [])
+    assert type(rogue.error) is InvalidTree
+    assert re.search(says, str(rogue.error))
+    assert "Rogue" in str(rogue.error)
+    assert (other.finish_reason, other.added) == ("length", 5)
+
+
+def test_a_drafter_may_propose_as_many_rows_as_the_limit(exact: TransformersModel) -> None:
+    rows = MAX_DRAFT - 1
+    tree = Tree((LAST, *range(2, 2 + 300), *[5] * (rows - 300)), (-1, *[0] * rows))
+
+    class Wide(Fragile):
+        def propose(self, tokens: Sequence[int]) -> Tree:
+            return replace(tree, tokens=(tokens[-1], *tree.tokens[1:]))
+
+    drafted = run(exact, Wide(), PROMPT, greedy(3))
+    assert drafted.emitted == run(exact, Plain(), PROMPT, greedy(3)).emitted
+    assert drafted.rows >= MAX_DRAFT
 
 
 class Work(TorchDispatchMode):
@@ -258,7 +358,7 @@ def test_no_work_grows_with_the_text(method: Method) -> None:
 
     def work(length: int) -> int:
         engine = Engine(model)
-        request = engine.submit(random_prompt(length, 0), method, limits=Limits(100))
+        request = engine.submit(random_prompt(length, 0), method, greedy(100))
         while not request.runs:
             engine.step()
         before = request.rows

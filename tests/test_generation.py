@@ -1,4 +1,4 @@
-"""`load`, `generate` and `stream` on a saved model, and every way that loading can fail."""
+"""`generate` and `stream` on a saved model, and every way that loading can fail."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import selfdraft
-from selfdraft import errors
+from selfdraft import LLM, errors
 from selfdraft.drafting.jacobi import Jacobi
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> selfdraft.LLM:
-    return selfdraft.load(str(folder))
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder), "plain")
 
 
-def test_methods_agree_and_are_counted(generator: selfdraft.LLM) -> None:
-    plain = generator.generate("def add", max_new_tokens=30)
+def test_methods_agree_and_are_counted(llm: LLM) -> None:
+    plain = llm.generate("def add", max_new_tokens=30)
     assert plain.method == "plain"
     assert plain.tokens == plain.forwards == len(plain.ids) == 30
     assert plain.tokens_per_forward == plain.rows_per_forward == 1
     assert (plain.grade, plain.numerics, plain.dtype) == ("base", "exact", "bfloat16")
-    drafted = generator.using("llma", {"block": 6}).generate(
+    drafted = llm.using("llma", {"block": 6}).generate(
         "def add", references=[plain.text, plain.ids], max_new_tokens=30
     )
     assert drafted.text == plain.text
@@ -36,30 +35,30 @@ def test_methods_agree_and_are_counted(generator: selfdraft.LLM) -> None:
     assert drafted.tokens_per_forward == 30 / drafted.forwards
 
 
-def test_same_seed_same_text(generator: selfdraft.LLM) -> None:
-    first = generator.generate("class", temperature=1.0, max_new_tokens=20)
-    again = generator.using(Jacobi(5)).generate("class", temperature=1.0, max_new_tokens=20, seed=first.seed)
+def test_same_seed_same_text(llm: LLM) -> None:
+    first = llm.generate("class", temperature=1.0, max_new_tokens=20)
+    again = llm.using(Jacobi(5)).generate("class", temperature=1.0, max_new_tokens=20, seed=first.seed)
     assert again.ids == first.ids
     assert again.method == "jacobi"
-    assert generator.generate("class", temperature=1.0, max_new_tokens=20).seed != first.seed
+    assert llm.generate("class", temperature=1.0, max_new_tokens=20).seed != first.seed
 
 
-def test_several_prompts_run_as_a_batch(generator: selfdraft.LLM) -> None:
+def test_several_prompts_run_as_a_batch(llm: LLM) -> None:
     prompts = ["def add", "class Stack:\n", "return"]
-    together = generator.using("jacobi").generate(prompts, max_new_tokens=25)
-    assert [r.ids for r in together] == [generator.generate(p, max_new_tokens=25).ids for p in prompts]
+    together = llm.using("jacobi").generate(prompts, max_new_tokens=25)
+    assert [r.ids for r in together] == [llm.generate(p, max_new_tokens=25).ids for p in prompts]
 
 
-def test_stream_is_generate(generator: selfdraft.LLM) -> None:
-    stream = generator.using("jacobi").stream("def add", max_new_tokens=30)
+def test_stream_is_generate(llm: LLM) -> None:
+    stream = llm.using("jacobi").stream("def add", max_new_tokens=30)
     chunks = list(stream)
-    whole = generator.generate("def add", max_new_tokens=30)
+    whole = llm.generate("def add", max_new_tokens=30)
     assert "".join(chunk.text for chunk in chunks) == stream.result.text == whole.text
     assert [token for chunk in chunks for token in chunk.ids] == whole.ids
 
 
-def test_a_stream_that_is_left_keeps_what_there_is(generator: selfdraft.LLM) -> None:
-    stream = generator.stream("def add", max_new_tokens=30)
+def test_a_stream_that_is_left_keeps_what_there_is(llm: LLM) -> None:
+    stream = llm.stream("def add", max_new_tokens=30)
     for count, _ in enumerate(stream, start=1):
         if count == 4:
             break
@@ -67,13 +66,13 @@ def test_a_stream_that_is_left_keeps_what_there_is(generator: selfdraft.LLM) -> 
     assert stream.result.tokens == 4
 
 
-def test_a_stream_that_was_left_stays_left(generator: selfdraft.LLM) -> None:
-    stream = generator.stream("def add", max_new_tokens=30)
+def test_a_stream_that_was_left_stays_left(llm: LLM) -> None:
+    stream = llm.stream("def add", max_new_tokens=30)
     next(iter(stream))
     assert [chunk for chunk in stream if chunk.ids][1:] == []
 
 
-def test_bad_requests(generator: selfdraft.LLM) -> None:
+def test_bad_requests(llm: LLM) -> None:
     for prompt, options in (
         ("", {}),
         ([], {}),
@@ -86,9 +85,9 @@ def test_bad_requests(generator: selfdraft.LLM) -> None:
         (("a", "b"), {}),
     ):
         with pytest.raises((errors.InvalidPrompt, errors.InvalidOption)):
-            generator.generate(prompt, **options)  # type: ignore[arg-type]
+            llm.generate(prompt, **options)  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidReference):
-        generator.generate("x", references="one text")
+        llm.generate("x", references="one text")
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -98,9 +97,9 @@ def copy(folder: Path, to: Path) -> Path:
 def test_a_model_that_is_not_there(tmp_path: Path, folder: Path) -> None:
     for name in (str(tmp_path / "none"), "./none", "owner/none", str(folder / "config.json")):
         with pytest.raises(errors.ModelNotFound, match=r"none|config\.json"):
-            selfdraft.load(name)
+            LLM(name)
     with pytest.raises(errors.ModelCorrupt, match=r"config\.json"):
-        selfdraft.load(str(tmp_path))
+        LLM(str(tmp_path))
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -112,7 +111,7 @@ def test_a_damaged_folder(folder: Path, tmp_path: Path, file: str, damage: str) 
     else:
         (broken / file).unlink()
     with pytest.raises(errors.ModelCorrupt, match="model"):
-        selfdraft.load(str(broken))
+        LLM(str(broken))
 
 
 def test_a_missing_weight_is_not_made_up(folder: Path, tmp_path: Path) -> None:
@@ -121,7 +120,7 @@ def test_a_missing_weight_is_not_made_up(folder: Path, tmp_path: Path) -> None:
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(errors.ModelCorrupt, match="1 weights are missing"):
-        selfdraft.load(str(broken))
+        LLM(str(broken))
 
 
 def test_a_model_of_an_unknown_type(folder: Path, tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ def test_a_model_of_an_unknown_type(folder: Path, tmp_path: Path) -> None:
     config = json.loads((strange / "config.json").read_text()) | {"model_type": "abacus"}
     (strange / "config.json").write_text(json.dumps(config))
     with pytest.raises(errors.ModelUnsupported, match="abacus"):
-        selfdraft.load(str(strange))
+        LLM(str(strange))
 
 
 def test_bad_settings(folder: Path) -> None:
@@ -143,10 +142,10 @@ def test_bad_settings(folder: Path) -> None:
         ({"method": Jacobi(), "options": {"block": 3}}, errors.InvalidOption),
     ):
         with pytest.raises(error):
-            selfdraft.load(str(folder), **options)  # type: ignore[arg-type]
+            LLM(str(folder), **options)  # type: ignore[arg-type]
 
 
 def test_dtype_and_numerics(folder: Path) -> None:
-    loaded = selfdraft.load(str(folder), dtype="float64")
+    loaded = LLM(str(folder), dtype="float64")
     assert loaded.model.dtype == torch.float64
     assert loaded.model.numerics == "fast"

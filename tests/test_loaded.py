@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import selfdraft
-from selfdraft import Limits
+from selfdraft import LLM
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, ModelUnsupported
 from selfdraft.models.transformers import TransformersModel
@@ -18,7 +17,7 @@ from selfdraft.verify.adversaries import Oracle
 
 from architectures import WORKING, build
 from conftest import tiny_llama
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run
 
 PROMPT = random_prompt(30, 1)
 
@@ -34,23 +33,23 @@ def generated(model: torch.nn.Module, new: int = 12) -> list[int]:
 
 def drafted(model: TransformersModel, answer: Sequence[int]) -> list[int]:
     """The text when its own continuation is proposed, among wrong ones."""
-    return list(run(model, Oracle(answer), PROMPT, limits=Limits(len(answer))).emitted)
+    return list(run(model, Oracle(answer), PROMPT, greedy(len(answer))).emitted)
 
 
 def test_an_object_is_what_its_folder_is(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    by_object = selfdraft.load(model, tokenizer=tokenizer).generate("def add", max_new_tokens=8)
+    by_object = LLM(model, tokenizer=tokenizer).generate("def add", max_new_tokens=8)
     assert by_object.model == "llama"
-    assert by_object.ids == selfdraft.load(str(folder)).generate("def add", max_new_tokens=8).ids
+    assert by_object.ids == LLM(str(folder)).generate("def add", max_new_tokens=8).ids
 
 
 def test_what_an_object_needs(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InvalidOption, match="tokenizer"):
-        selfdraft.load(tiny_llama())
+        LLM(tiny_llama())
     with pytest.raises(InvalidOption, match="dtype"):
-        selfdraft.load(tiny_llama(), tokenizer=tokenizer, dtype="float32")
+        LLM(tiny_llama(), tokenizer=tokenizer, dtype="float32")
     with pytest.raises(ModelUnsupported, match="Linear is not a model"):
-        selfdraft.load(torch.nn.Linear(2, 2), tokenizer=tokenizer)
+        LLM(torch.nn.Linear(2, 2), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss", "cohere2", "opt"])
@@ -79,7 +78,7 @@ def test_an_adapter_of_peft_is_at_work() -> None:
     assert adapted != plain
     assert drafted(TransformersModel(model), adapted) == adapted
     exact = TransformersModel(lora(tiny_llama(torch.bfloat16)), "exact")
-    text = list(run(exact, Plain(), PROMPT, limits=Limits(12)).emitted)
+    text = list(run(exact, Plain(), PROMPT, greedy(12)).emitted)
     assert drafted(exact, text) == text
 
 

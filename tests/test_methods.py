@@ -6,14 +6,14 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import DraftContext, Drafter, Engine, Limits, Method, Sampler, Step
+from selfdraft import DraftContext, Drafter, Engine, Method, SamplingParams, Step
 from selfdraft.drafting import available, create
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
 from selfdraft.drafting.jacobi import Jacobi
@@ -23,7 +23,7 @@ from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption, UnknownMethod
 from selfdraft.models.transformers import TransformersModel
 
-from runs import random_prompt, run
+from runs import greedy, random_prompt, run, sampled
 
 ids = st.lists(st.integers(0, 3), max_size=14)
 
@@ -54,18 +54,18 @@ def test_llma_takes_the_prompt_where_there_is_no_reference() -> None:
     assert drafter.propose([4, 5, 6, 7, 5]).tokens == (5, 6, 7)
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, seed=2)])
-def test_jacobi_converges_as_published(exact: TransformersModel, sampler: Sampler) -> None:
+@pytest.mark.parametrize("params", [greedy(), sampled(0.8, seed=2)])
+def test_jacobi_converges_as_published(exact: TransformersModel, params: SamplingParams) -> None:
     """The published block, iterated by plain calls of `pick`, needs as many passes and settles as many
     tokens in each."""
     prompt, block = random_prompt(12, seed=6), 5
-    answer = run(exact, Plain(), prompt, sampler).emitted
-    request = run(exact, Jacobi(block, faithful=True), prompt, sampler)
+    answer = run(exact, Plain(), prompt, params).emitted
+    request = run(exact, Jacobi(block, faithful=True), prompt, params)
 
     def pick(text: Sequence[int]) -> int:
-        return run(exact, Plain(), [*prompt, *text], sampler, Limits(1)).emitted[0]
+        return run(exact, Plain(), [*prompt, *text], replace(params, max_new_tokens=1)).emitted[0]
 
-    dice, text, runs = random.Random(sampler.seed), [], []
+    dice, text, runs = random.Random(params.seed), [], []
     while len(text) < 20:
         guess = [None, *dice.choices([*prompt, *text], k=block - 1)]
         while guess:
@@ -201,18 +201,18 @@ def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -
         test_llma_is_silent_in_vain()
 
 
-@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, seed=2)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("params", [greedy(), sampled(0.8, seed=2)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("method", [Llma(), Llma(faithful=True), Jacobi(), Jacobi(faithful=True)], ids=repr)
 def test_drafted_is_plain_alone_and_in_a_batch(
-    exact: TransformersModel, method: Method, sampler: Sampler
+    exact: TransformersModel, method: Method, params: SamplingParams
 ) -> None:
     prompts = [random_prompt(12, seed) for seed in range(3)]
-    plain = [run(exact, Plain(), prompt, sampler).emitted for prompt in prompts]
+    plain = [run(exact, Plain(), prompt, params).emitted for prompt in prompts]
     given = [plain[0][:20], plain[1][5:]]
-    alone = [run(exact, method, prompt, sampler, references=given) for prompt in prompts]
+    alone = [run(exact, method, prompt, params, references=given) for prompt in prompts]
     assert [request.emitted for request in alone] == plain
     engine = Engine(exact)
-    batch = [engine.submit(prompt, method, sampler, Limits(40), given) for prompt in prompts]
+    batch = [engine.submit(prompt, method, params, given) for prompt in prompts]
     while engine.requests:
         engine.step()
     assert [request.emitted for request in batch] == plain

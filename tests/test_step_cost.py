@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import Engine, Limits
+from selfdraft import Engine
 from selfdraft.drafting.method import DraftContext
 from selfdraft.drafting.plain import Plain, PlainDrafter
 from selfdraft.models import step_cost
@@ -21,7 +21,7 @@ from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 
 from conftest import tiny_llama
-from runs import random_prompt
+from runs import greedy, random_prompt
 
 
 def test_between_and_beyond_what_was_measured() -> None:
@@ -58,7 +58,7 @@ def test_costs_count_the_rows_of_all_requests(
     monkeypatch.setattr("selfdraft.models.transformers.step_times", measured)
     monkeypatch.setattr(exact, "step_times", None)
     engine, method = Engine(exact), Curious()
-    requests = [engine.submit(random_prompt(9, i), method, limits=Limits(9)) for i in range(3)]
+    requests = [engine.submit(random_prompt(9, i), method, greedy(9)) for i in range(3)]
     assert method.cost(4) == pytest.approx(4.0)
     while not all(request.ready for request in requests):
         engine.step()

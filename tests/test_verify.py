@@ -11,42 +11,49 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from selfdraft import LLM, Sampler, cli
+from selfdraft import LLM, cli
 from selfdraft.engine import request
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
+from selfdraft.sampling.processors import filtered
+from selfdraft.verify import compare
 from selfdraft.verify.distribution import fits
 from selfdraft.verify.verdict import Verification
-from selfdraft.verify.verify import THOROUGH, verify
+from selfdraft.verify.verify import QUICK, verify
 
 from conftest import tiny_llama
-from faults import FAULTS, Patch
+from faults import FAULTS, Patch, replace_function
 from runs import random_prompt
 
 
 @pytest.fixture(scope="module")
-def generator(exact: TransformersModel, tokenizer: PreTrainedTokenizerFast) -> LLM:
-    return LLM(exact, tokenizer, "jacobi", {"block": 5})
+def llm(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return LLM(
+        tiny_llama(torch.bfloat16), "jacobi", options={"block": 5}, tokenizer=tokenizer, numerics="exact"
+    )
 
 
-def check(generator: LLM, seed: int) -> Verification:
-    prompts = [random_prompt(15, seed + i) for i in range(2)]
-    return verify(generator, prompts, replace(THOROUGH, max_new_tokens=24, seeds=1), seed)
+TOKENS = 16
 
 
-def test_a_clean_run_is_exact(generator: LLM) -> None:
-    for seed in (0, 50, 51, 52, 100):
-        result = check(generator, seed)
+def check(llm: LLM, seed: int, prompts: int = 2) -> Verification:
+    texts = [random_prompt(15, seed + i) for i in range(prompts)]
+    return verify(llm, texts, replace(QUICK, max_new_tokens=TOKENS), seed)
+
+
+def test_a_clean_run_is_exact(llm: LLM) -> None:
+    for seed in (0, 50, 100):
+        result = check(llm, seed)
         assert result.verdict == "exact"
         assert result.record()["differences"] == 0
         assert {found.check for found in result.checks} == {"method", "garbage", "bushy", "ends", "batch"}
-        assert all(found.compared >= 2 * 24 for found in result.checks)
+        assert all(found.compared >= 2 * TOKENS for found in result.checks)
 
 
 def test_defaults_of_a_generation_config_are_no_difference(tokenizer: PreTrainedTokenizerFast) -> None:
-    model = TransformersModel(tiny_llama())
-    model.model.generation_config.repetition_penalty = 1.5  # type: ignore[union-attr]
-    assert check(LLM(model, tokenizer, "plain"), 0).generate.verdict == "exact"
+    model = tiny_llama()
+    model.generation_config.repetition_penalty = 1.5  # type: ignore[union-attr]
+    assert check(LLM(model, "plain", tokenizer=tokenizer), 0).generate.verdict == "exact"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -54,16 +61,17 @@ def test_defaults_of_a_generation_config_are_no_difference(tokenizer: PreTrained
 def test_a_planted_fault_is_found(
     fault: Patch, numerics: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = TransformersModel(tiny_llama(torch.bfloat16), numerics)  # type: ignore[arg-type]
+    llm = LLM(tiny_llama(torch.bfloat16), "jacobi", tokenizer=tokenizer, numerics=numerics)  # type: ignore[arg-type]
+    monkeypatch.setattr(compare, "MAX_DIFFERENCES", 2)  # one is enough to tell
     fault(monkeypatch)
-    assert check(LLM(model, tokenizer, "jacobi"), 7).verdict == "broken"
+    assert check(llm, 7, prompts=1).verdict == "broken"
 
 
 def test_rounding_is_told_from_breakage(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits that move by a hair with the number of rows, in bfloat16 alone: ties flip, float64 agrees."""
-    model = TransformersModel(tiny_llama(torch.bfloat16), "fast")
+    llm = LLM(tiny_llama(torch.bfloat16), "jacobi", tokenizer=tokenizer, numerics="fast")
     head = TransformersModel.logits
 
     def rounded(self: TransformersModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -78,13 +86,13 @@ def test_rounding_is_told_from_breakage(
     monkeypatch.setattr(TransformersModel, "logits", rounded)
     monkeypatch.setattr("selfdraft.verify.verify.rounding", lambda *_: 0.5)
     monkeypatch.setattr("selfdraft.verify.verify.generated", lambda m, c, p: engine_agrees(p))
-    result = check(LLM(model, tokenizer, "jacobi"), 3)
+    result = check(llm, 3, prompts=1)
     assert result.verdict == "rounding"
     found = [d for one in result.checks for d in one.differences]
     assert found
     assert all(abs(d.margin) <= 1.0 and d.expected != d.got for d in found)
     monkeypatch.setattr("selfdraft.verify.verify.rounding", lambda *_: 1e-6)
-    assert check(LLM(model, tokenizer, "jacobi"), 3).verdict == "broken"
+    assert check(llm, 3, prompts=1).verdict == "broken"
 
 
 def engine_agrees(plain: object) -> object:
@@ -105,7 +113,7 @@ def test_a_wrong_distribution_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Noise, "at", lambda self, *args: at(self, *args) * 0.9)
     assert not all(fit.holds for fit in fits(logits, 0))
     monkeypatch.setattr(Noise, "at", at)
-    monkeypatch.setattr(Sampler, "_filter", lambda self, logits: logits)
+    replace_function(monkeypatch, filtered, lambda logits, params: logits)
     broken = [fit.setting for fit in fits(logits, 0) if not fit.holds]
     assert len(broken) == 4, "every setting with a filter"
 
