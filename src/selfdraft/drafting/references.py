@@ -36,8 +36,11 @@ def spellings(encode: Encode, references: Sequence[str | Sequence[int]]) -> list
             f"references is a list of texts or of lists of token ids; got {references!s:.100}"
         )
     texts = [text for text in references if isinstance(text, str)]
-    whole = [encode(text) if isinstance(text, str) else list(text) for text in references]
-    pieces = [piece for text in texts for piece in (*_starts(encode, text), *_ends(encode, text))]
+    try:
+        whole = [encode(text) if isinstance(text, str) else list(text) for text in references]
+        pieces = [piece for text in texts for piece in (*_starts(encode, text), *_ends(encode, text))]
+    except InvalidPrompt as error:  # of a text that is none
+        raise InvalidReference(f"a reference cannot be read: {error}") from error
     return [*whole, *dict.fromkeys(pieces)]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..drafting.method import DraftContext, Drafter, Method
+from ..drafting.references import is_ids
 from ..errors import (
     DraftError,
     InvalidOption,
@@ -271,6 +272,8 @@ class Engine:
         return tree
 
     def _check(self, prompt: Sequence[int], references: Sequence[Sequence[int]]) -> None:
+        if not is_ids(prompt):
+            raise InvalidPrompt(f"the prompt must be a list of token ids; got {prompt!r:.100}")
         if not prompt:
             raise InvalidPrompt("the prompt is empty; give at least one token")
         if len(prompt) >= self.model.context:
@@ -283,6 +286,8 @@ class Engine:
             raise InvalidPrompt(
                 f"token id {strange[0]} is not in the model's vocabulary of {self.model.vocab_size}"
             )
+        if not all(is_ids(reference) for reference in references):
+            raise InvalidReference(f"references are lists of token ids; got {references!s:.100}")
         ends = [end for reference in references if reference for end in (min(reference), max(reference))]
         strange = [token for token in ends if not 0 <= token < self.model.vocab_size]
         if strange:

@@ -47,7 +47,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import drafting
 from ..drafting.method import Method
-from ..drafting.references import spellings
+from ..drafting.references import encode_text, spellings
 from ..engine.engine import Engine
 from ..engine.request import Request
 from ..errors import InvalidOption, InvalidPrompt
@@ -95,7 +95,7 @@ def hook(
 
     def encode(text: str) -> Sequence[int]:
         assert tokenizer is not None
-        return cast(list[int], tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(tokenizer, text, special=False)
 
     return Hook(
         *drafting.resolve(method, options),
