@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from selfdraft import LLM, Conversation, Engine, errors
+import selfdraft
+from selfdraft import LLM, Conversation, DraftContext, Engine, Step, Tree, errors
 
 from runs import greedy
 
@@ -116,6 +123,143 @@ def test_messages_take_the_chat_template(chatty: LLM) -> None:
     assert chatty.stream(messages=messages, max_new_tokens=12).result.prompt_tokens == told.prompt_tokens
 
 
+def test_parts_of_a_content_are_joined(chatty: LLM) -> None:
+    parts = [{"type": "text", "text": "add "}, {"type": "text", "text": "two"}]
+    joined = chatty.prompt_ids(None, [{"role": "user", "content": parts}])
+    assert joined == chatty.prompt_ids("add two")
+    assert joined == chatty.encode("<user>add two\n<assistant>", special=False)
+
+
+USER = {"role": "user"}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{**USER, "content": None}],
+        [USER],
+        [{"content": "x"}],
+        [{"role": None, "content": "x"}],
+        [{**USER, "content": 3}],
+        [{**USER, "content": b"x"}],
+        [{**USER, "content": [{"type": "image", "url": "x"}]}],
+        [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image", "text": "b"}]}],
+        [{**USER, "content": [{"type": "text", "text": None}]}],
+        [{**USER, "content": ["x"]}],
+        ["x"],
+        "x",
+        {**USER, "content": "x"},
+        [],
+    ],
+)
+def test_messages_that_no_template_takes(chatty: LLM, messages: Any) -> None:
+    """Nothing of them is printed into the prompt."""
+    with pytest.raises(errors.InvalidPrompt, match="message"):
+        chatty.generate(messages=messages)
+
+
+def test_a_call_of_a_tool_has_no_content(chatty: LLM) -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    turns = [{"role": "assistant", "content": None, "tool_calls": calls}]
+    chatty.tokenizer.chat_template = "{{ messages[0].tool_calls[0].function.name }}"
+    assert chatty.prompt_ids(None, turns) == chatty.encode("add", special=False)
+
+
+def test_a_prompt_has_one_bos(llm: LLM, chatty: LLM) -> None:
+    """The tokenizer adds it; a text that begins with it, or a template that writes it, has it already."""
+    wanted = [0, *llm.encode("def", special=False)]
+    assert llm.encode("def") == llm.encode("<|bos|>def") == llm.prompt_ids("<|bos|>def") == wanted
+    assert llm.encode("<|bos|><|bos|>def") == [0, *wanted], "what is written twice is meant"
+    chatty.tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"
+    assert chatty.prompt_ids("def") == wanted
+
+
+@pytest.mark.parametrize("method", ["plain", "jacobi"])
+def test_the_token_that_ends_a_text_is_left_out(llm: LLM, method: str) -> None:
+    """As a stop string is, also where it is no special token, streamed or not."""
+    llm = llm.using(method)
+    free = llm.generate("class", max_new_tokens=30)
+    decode = llm.tokenizer.decode
+    end = next(token for token in free.ids[3:] if decode([token]).isascii() and decode([token]).strip())
+    ended = llm.generate("class", eos=[end], max_new_tokens=30)
+    assert (ended.ids[-1], ended.finish_reason) == (end, "eos")
+    prompt = llm.encode("class")
+    assert ended.text == decode([*prompt, *ended.ids[:-1]], skip_special_tokens=True)[len("class") :]
+    stream = llm.stream("class", eos=[end], max_new_tokens=30)
+    assert "".join(chunk.text for chunk in stream) == ended.text
+    stopped = llm.generate("class", stop=decode([end]), max_new_tokens=30)
+    assert decode([end]) not in stopped.text
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_ends_that_either_file_declares_end_a_text(folder: Path, tmp_path: Path, where: str) -> None:
+    path = Path(shutil.copytree(folder, tmp_path / "copy"))
+    free = LLM(str(folder), "plain").generate("class", max_new_tokens=20)
+    end = free.ids[7]
+    config = json.loads((path / where).read_text())
+    (path / where).write_text(json.dumps({**config, "eos_token_id": end}))
+    ended = LLM(str(path), "plain").generate("class", max_new_tokens=20)
+    assert ended.finish_reason == "eos"
+    assert list(ended.ids) == list(free.ids[: free.ids.index(end) + 1])
+
+
+class Failing:
+    """A drafter that fails in one request: a method and its drafter in one."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last  # token of the prompt that it fails at
+
+    def drafter(self, context: DraftContext) -> Failing:
+        return Failing(self.last if context.prompt[-1] == self.last else -1)
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        assert len(tokens) < 8 or self.last < 0
+        return Tree.chain(tokens[-1:])
+
+    def observe(self, step: Step) -> None:
+        pass
+
+
+def test_a_drafter_that_fails_is_told(llm: LLM, chatty: LLM) -> None:
+    """Of one prompt it is the error; in a list, that of its own answer."""
+    bad, good = "def add(a", "class"
+    failing = llm.using(Failing(llm.encode(bad)[-1]))
+    right = {prompt: llm.generate(prompt, max_new_tokens=12) for prompt in (bad, good)}
+    with pytest.raises(errors.DraftError, match="Failing"):
+        failing.generate(bad, max_new_tokens=12)
+    broken, whole = failing.generate([bad, good], max_new_tokens=12)
+    assert (whole.ids, whole.error) == (right[good].ids, None)
+    assert (broken.finish_reason, type(broken.error)) == ("error", errors.DraftError)
+    assert list(broken.ids) == list(right[bad].ids[: broken.tokens])
+    assert "Failing" in str(broken.figures()["error"])
+    json.dumps(broken.figures())
+    stream = failing.stream(bad, max_new_tokens=12)
+    chunks = iter(stream)
+    seen = [token for _ in range(len(broken.runs)) for token in next(chunks).ids]
+    with pytest.raises(errors.DraftError):
+        next(chunks)
+    assert seen == stream.result.ids == broken.ids
+    talk = Conversation(chatty.using(Failing(chatty.prompt_ids("x")[-1])))
+    with pytest.raises(errors.DraftError):
+        talk.send("x", max_new_tokens=12)
+    assert talk.messages == []
+
+
+def test_without_a_seed_each_prompt_draws_its_own(llm: LLM) -> None:
+    four = llm.generate(["def add"] * 4, temperature=1.0, max_new_tokens=12)
+    assert len({answer.seed for answer in four}) == 4
+    assert len({answer.text for answer in four}) == 4
+    for answer in four:
+        again = llm.generate("def add", temperature=1.0, max_new_tokens=12, seed=answer.seed)
+        assert again.ids == answer.ids
+    pairs = llm.generate(["def add"] * 2, n=2, temperature=1.0, max_new_tokens=12)
+    assert [answer.sample for answer in pairs] == [0, 1, 0, 1]
+    assert pairs[0].seed == pairs[1].seed != pairs[2].seed == pairs[3].seed
+    assert len({answer.text for answer in pairs}) == 4
+    given = llm.generate(["def add"] * 2, temperature=1.0, max_new_tokens=12, seed=3)
+    assert given[0].ids == given[1].ids
+
+
 def test_a_kept_session_is_a_fresh_one(chatty: LLM) -> None:
     """Turn by turn: the same ids as without a cache; only what is new is read."""
     with Conversation(chatty, [{"role": "system", "content": "be brief"}]) as talk:
@@ -168,6 +312,10 @@ def test_the_answer_goes_on_where_the_prompt_stops(llm: LLM) -> None:
         ({"eos": [3], "ignore_eos": True}, "contradict"),
         ({"eos": [99999]}, "99999"),
         ({"stop": "<|eos|>"}, "eos=1"),
+        ({"stop": ["a", "<|eos|>\n"]}, "eos=1"),
+        ({"presence_penalty": 1e300}, "presence_penalty"),
+        ({"temperature": 1e300}, "temperature"),
+        ({"logit_bias": dict.fromkeys(range(320), float("-inf"))}, "bans every token"),
         ({"n": "3"}, "n must be at least 1; got '3'"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 321}, "logprobs"),
@@ -183,16 +331,66 @@ def test_what_cannot_be_honoured_is_refused(llm: LLM, options: dict[str, object]
         llm.generate("def", **options)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("references", ["text", None, [5, 6], [None], [["a"]], [[2**40]], [[-1]], [[320]]])
+@pytest.mark.parametrize(
+    "references",
+    [
+        "text",
+        None,
+        [5, 6],
+        [None],
+        [["a"]],
+        [[2**40]],
+        [[-1]],
+        [[320]],
+        b"text",
+        [b"text"],
+        [bytearray(b"x")],
+        [[True]],
+        ["a\udc80"],
+    ],
+)
 def test_bad_references(llm: LLM, references: object) -> None:
     with pytest.raises(errors.InvalidReference, match="reference"):
         llm.generate("def", references=references)  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("prompt", [3, ["a", 3], [1.5]])
+@pytest.mark.parametrize(
+    "prompt", [3, ["a", 3], [1.5], [True], b"hello", bytearray(b"hello"), memoryview(b"hello"), "a\udc80b"]
+)
 def test_bad_prompts(llm: LLM, prompt: object) -> None:
+    """Bytes are none, although they hold integers."""
     with pytest.raises(errors.InvalidPrompt):
         llm.generate(prompt)  # type: ignore[call-overload]
+    if not isinstance(prompt, str):
+        with pytest.raises(errors.InvalidPrompt):
+            Engine(llm.model).submit(prompt, llm.method)  # type: ignore[arg-type]
+
+
+def test_a_lone_surrogate_is_named(llm: LLM, chatty: LLM) -> None:
+    with pytest.raises(errors.InvalidPrompt, match="lone surrogate at character 1"):
+        llm.generate("a\udc80b")
+    for content in ("a\udc80b", [{"type": "text", "text": "a\udc80b"}]):
+        with pytest.raises(errors.InvalidPrompt, match="lone surrogate"):
+            chatty.generate(messages=[{"role": "user", "content": content}])
+
+
+def test_references_may_be_longer_than_the_context(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Without transformers' warning that such a text cannot be used."""
+    llm = llm.using("llma")
+    llm.tokenizer = copy.deepcopy(llm.tokenizer)
+    llm.tokenizer.model_max_length = 256
+    llm.tokenizer.deprecation_warnings.clear()  # it warns once
+    transformers = logging.getLogger("transformers")
+    transformers.addHandler(caplog.handler)
+    try:
+        long = "return self.items " * 100
+        assert len(llm.encode(long)) > 256
+        assert llm.generate("def", references=[long], max_new_tokens=5).tokens == 5
+        hook = selfdraft.hook(tokenizer=llm.tokenizer, references=[long])
+        assert len(hook.references[0]) > 256
+    finally:
+        transformers.removeHandler(caplog.handler)
+    assert caplog.records == []
 
 
 def test_requests_start_from_their_own_engine_only(llm: LLM) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.status import Status
 
-from selfdraft import Chunk, Engine
+from selfdraft import LLM, Chunk, Completion, Engine
 from selfdraft.cli.paint import printer
 
 from conftest import Run
@@ -40,6 +43,8 @@ def test_generate_json(command: Run, folder: Path, tmp_path: Path) -> None:
     record = json.loads(out.splitlines()[-1])
     assert set(record) >= FIGURES | {"plain", "identical"}
     assert set(record["plain"]) >= FIGURES
+    assert len(record["ids"]) == 20
+    assert record["ids"] == record["plain"]["ids"]
     assert record["identical"] is True
     assert record["plain"]["text"] == record["text"]
     assert (record["tokens"], record["method"], record["plain"]["method"]) == (20, "llma", "plain")
@@ -111,8 +116,96 @@ def test_generate_for_people(command: Run, folder: Path) -> None:
     assert "base" in out
 
 
-def test_info(command: Run, folder: Path) -> None:
-    assert json.loads(command("info", str(folder), "--json")[1])["type"] == "llama"
+def test_figures_are_of_what_is_known_and_fit_a_terminal(
+    command: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --compare there is no speed-up to show; no heading is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ("generate", "def add", "--model", str(folder), "-n", "12")
+    alone, compared = command(*words)[1], command(*words, "--compare")[1]
+    assert "speed-up" not in alone
+    assert "identical" not in alone
+    table = [line for line in compared.splitlines() if line[:1] in "┏┃┡│└"]
+    assert table
+    assert max(map(len, table)) <= 80
+    for heading in ("method", "tokens", "forwards", "forward", "tokens/s", "speed-up", "identical"):
+        assert heading in compared
+    assert "…" not in compared
+
+
+def test_a_note_where_sampling_has_no_effect(command: Run, folder: Path) -> None:
+    words = ("generate", "def", "--model", str(folder), "-n", "3", "--json")
+    flags = ("--top-k", "5", "--top-p", "0.9", "--min-p", "0.1", "--seed", "3")
+    code, _, err = command(*words, *flags)
+    assert code == 0
+    assert err.count("note:") == 1
+    assert "--top-k, --top-p, --min-p, --seed have no effect at temperature 0" in err
+    assert "--seed has no effect" in command(*words, "--seed", "3")[2]
+    assert "note:" not in command(*words, *flags, "--temperature", "1")[2]
+    assert "note:" not in command(*words)[2]
+
+
+def test_a_hint_where_the_template_is_left_out(
+    command: Run, chatty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LLM, "completion", empty(LLM.completion))
+    words = ("generate", "def", "--model", str(chatty), "-n", "1")
+    assert "without --raw its chat template is applied" in command(*words, "--raw")[2]
+    assert "note:" not in command(*words)[2]
+
+
+def empty(completion: Callable[..., Completion]) -> Callable[..., Completion]:
+    return lambda *given: replace(completion(*given), text="")
+
+
+def test_what_goes_on_is_said_before_the_first_token(
+    command: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Status, "start", lambda self: said.append(str(self.status)))
+    update = Status.update
+
+    def note(self: Status, status: str, **given: Any) -> None:
+        said.append(status)
+        update(self, status, **given)
+
+    monkeypatch.setattr(Status, "update", note)
+    command("generate", "def", "--model", str(folder), "-n", "3", "--compare")
+    plain = "running plain decoding for comparison"
+    assert said == [f"loading {folder}", "measuring step times", plain, "reading the prompt"]
+    said.clear()
+    command("generate", "def", "--model", str(folder), "-n", "3", "--samples", "2", "--temperature", "1")
+    assert said[-1] == "generating 2 answers"
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_colours(environment: dict[str, str], coloured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm", **environment}.items():
+        monkeypatch.setenv(name, value)
+    screen = Screen()
+    printer(screen)(Chunk([1, 2], "two tokens"))
+    assert ("\x1b[" in screen.getvalue()) == coloured
+
+
+def test_info(command: Run, folder: Path, tmp_path: Path) -> None:
+    """Every id that ends a text is shown, also one that config.json alone declares."""
+    path = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "eos_token_id": [7, 9]}))
+    facts = json.loads(command("info", str(path), "--json")[1])
+    assert (facts["type"], facts["end-of-text ids"]) == ("llama", [1, 7, 9])
     assert "llama" in command("info", str(folder))[1]
 
 
@@ -126,7 +219,18 @@ def test_info(command: Run, folder: Path) -> None:
         (["--adapter", "none"], "none"),
         (["--reference", "no-such-file"], "no-such-file"),
         (["--max-new-tokens", "-1"], "-1"),
-        (["--temperature", "nan"], "nan"),
+        (["--temperature", "nan"], "--temperature must be"),
+        (["--temperature", "1e300"], "--temperature must be"),
+        (["--presence-penalty", "1e300"], "--presence-penalty must be"),
+        (["--logit-bias", "a=b"], "--logit-bias takes ID=VALUE"),
+        (["--logit-bias", "400=1"], "--logit-bias: no token id 400"),
+        (["--samples", "2"], "--samples 2 needs a --temperature"),
+        (["--logprobs", "2"], "--logprobs needs --json"),
+        (["--stop", "<|eos|>\n"], "--stop: "),
+        (["--eos", "400"], "--eos: no token id 400"),
+        (["--eos", "4", "--ignore-eos"], "--eos must be"),
+        (["--stop", "a\udc80"], "--stop is not valid UTF-8"),
+        (["--system", "a\udc80"], "--system is not valid UTF-8"),
         (["--seed", "-4", "--temperature", "1"], "--seed must be"),
         (["--dtype", "int3"], "int3"),
         (["--file", "also.txt"], "one prompt"),
@@ -146,6 +250,20 @@ def test_empty_and_long_prompts(command: Run, folder: Path) -> None:
         code, _, err = command("generate", *words, "--model", str(folder), stdin=stdin)
         assert code == 2
         assert "prompt" in err
+
+
+def test_a_prompt_that_is_not_utf8(command: Run, folder: Path, tmp_path: Path) -> None:
+    """An argument of other bytes reaches Python as lone surrogates, which standard input may hold, too."""
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    for words, stdin in (
+        (("caf\udce9",), ""),
+        (("-",), "caf\udce9"),
+        (("--file", str(tmp_path / "latin1.txt")), ""),
+        (("x", "--reference", str(tmp_path / "latin1.txt")), ""),
+    ):
+        code, out, err = command("generate", *words, "--model", str(folder), stdin=stdin)
+        assert (code, out) == (2, "")
+        assert len(err.strip().splitlines()) == 1
 
 
 def test_unknown_flags_exit_2(command: Run) -> None:

@@ -11,8 +11,9 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 import selfdraft
-from selfdraft.errors import InvalidOption, InvalidPrompt
+from selfdraft.errors import InvalidOption, InvalidPrompt, InvalidReference
 from selfdraft.integrations.transformers import Hook
+from selfdraft.models.transformers import Numerics
 
 from conftest import tiny_llama
 from runs import random_prompt
@@ -151,6 +152,9 @@ def test_bad_input(model: LlamaForCausalLM, fast: Hook, tokenizer: PreTrainedTok
         selfdraft.hook(stop="x")
     with pytest.raises(InvalidOption, match="tokenizer"):
         selfdraft.hook(references=["x"])
+    for references in (b"text", [b"text"], ["a\udc80"]):
+        with pytest.raises(InvalidReference):
+            selfdraft.hook(references=references, tokenizer=tokenizer)  # type: ignore[arg-type]
     ids = torch.tensor([[5, 6, 7, 1]])
     with pytest.raises(InvalidPrompt, match="left"):
         model.generate(
@@ -166,6 +170,49 @@ def test_the_model_is_left_as_it_was_for_its_own_generate(model: LlamaForCausalL
     fresh = tiny_llama(torch.float64).generate(**inputs, generation_config=config)
     model.generate(**inputs, generation_config=config, custom_generate=fast)
     assert torch.equal(model.generate(**inputs, generation_config=config), fresh)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_the_attention_of_the_user_stays(numerics: Numerics) -> None:
+    """Whatever it is, also where it changes between two calls."""
+    model, hook = tiny_llama(torch.bfloat16), selfdraft.hook("jacobi", numerics=numerics)
+    asked: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    texts = []
+    for own in ("sdpa", "eager", "eager", "sdpa"):
+        model.set_attn_implementation(own)
+        theirs = model.generate(**left_padded(9), **asked)
+        texts.append(model.generate(**left_padded(9), **asked, custom_generate=hook).tolist())
+        assert model.config._attn_implementation == own
+        assert torch.equal(model.generate(**left_padded(9), **asked), theirs)
+    assert texts == [texts[0]] * 4
+
+
+def test_the_attention_stays_where_the_hook_fails(model: LlamaForCausalLM) -> None:
+    own = model.config._attn_implementation
+    asked: dict[str, Any] = {"max_new_tokens": 3, "stopping_criteria": [Confident()]}
+    with pytest.raises(InvalidOption):
+        model.generate(**left_padded(9), **asked, custom_generate=selfdraft.hook())
+    assert model.config._attn_implementation == own
+
+
+def test_settings_that_a_model_ships() -> None:
+    """Those of sampling reach the hook; `stop_strings` have to be None, as its docstring says."""
+    model = tiny_llama(torch.float64)
+    shipped: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
+    model.generation_config.update(**shipped, repetition_penalty=1.05, stop_strings=["x"])
+    asked: dict[str, Any] = {**left_padded(9), "max_new_tokens": 12, "custom_generate": selfdraft.hook()}
+    with pytest.raises(ValueError, match="stop"):
+        model.generate(**asked)
+    assert "stop_strings" in str(selfdraft.hook.__doc__)
+
+    def sample(model: LlamaForCausalLM, **settings: Any) -> list[list[int]]:
+        torch.manual_seed(1)
+        return model.generate(**asked, **settings).tolist()  # type: ignore[no-any-return]
+
+    model.generation_config.stop_strings = None
+    bare = tiny_llama(torch.float64)
+    assert sample(model) == sample(bare, **shipped, repetition_penalty=1.05)
+    assert sample(model) != sample(bare, do_sample=True)
 
 
 class Wide(StoppingCriteria):

@@ -99,3 +99,30 @@ def test_rows_that_are_quantised_together_are_refused() -> None:
     for numerics in ("exact", "fast", None):
         with pytest.raises(ModelUnsupported, match="does not verify a tree"):
             TransformersModel(quantised, numerics)  # type: ignore[arg-type]
+
+
+SHIPPED = {  # as Qwen ships them
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 20,
+    "top_p": 0.8,
+    "repetition_penalty": 1.05,
+    "stop_strings": ["x"],
+}
+
+
+def test_sampling_settings_of_a_model_are_named_once(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are not applied: a request alone says how it samples."""
+    plain = LLM(tiny_llama(), "plain", tokenizer=tokenizer)
+    assert caplog.records == [], "a model without such settings says nothing"
+    model = tiny_llama()
+    model.generation_config.update(**SHIPPED)
+    llm = LLM(model, "plain", tokenizer=tokenizer)
+    for one in (llm, llm.using("jacobi")):
+        assert one.generate("def", max_new_tokens=8).ids == plain.generate("def", max_new_tokens=8).ids
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("selfdraft", "WARNING")
+    for name, value in SHIPPED.items():
+        assert f"{name}={value}" in record.getMessage()

@@ -7,14 +7,15 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import DraftContext, Drafter, Engine, Method, SamplingParams, Step
-from selfdraft.drafting import available, create
+from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, hook
+from selfdraft.drafting import available, create, resolve
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
@@ -228,3 +229,25 @@ def test_names_and_options() -> None:
     for options in ({"block": 0}, {"block": "many"}, {"window": 3}):
         with pytest.raises(InvalidOption, match="llma"):
             create("llma", options)
+
+
+@pytest.mark.parametrize("options", ["block=3", ["block=3"], [("block", 3)], 3])
+def test_options_that_are_no_mapping(options: Any) -> None:
+    for ask in (lambda: resolve("llma", options), lambda: hook("llma", options=options)):
+        with pytest.raises(InvalidOption, match="mapping"):
+            ask()
+
+
+@pytest.mark.parametrize("method", [Llma, None, 3, object(), ["llma"]])
+def test_what_is_no_method_is_named_at_once(method: Any) -> None:
+    """Before the model is looked for."""
+    for ask in (lambda: resolve(method), lambda: LLM("no/such/model", method), lambda: hook(method)):
+        with pytest.raises(InvalidOption, match=r"give a name \(.*llma.*\) or an object"):
+            ask()
+
+
+def test_a_method_and_its_name() -> None:
+    assert resolve("llma", {"block": 3}) == (Llma(block=3), "llma")
+    assert resolve(Llma(block=3)) == (Llma(block=3), "llma")
+    with pytest.raises(InvalidOption, match="has its own"):
+        resolve(Llma(), {"block": 3})

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 
 from selfdraft import SamplingParams
 from selfdraft.errors import InvalidOption
+from selfdraft.params import MAX_MAGNITUDE as BIG
 from selfdraft.sampling.processors import filtered
 from selfdraft.sampling.sampler import Sampler
 
@@ -182,15 +183,15 @@ def test_one_token_that_is_not_banned_is_picked() -> None:
         assert Sampler(params, [1], SIZE, CPU).scores(torch.randn(1, SIZE), [()]).argmax() == 7
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("temperature", [0.0, 1 / BIG, 1.0, BIG])
 @pytest.mark.parametrize(
     "options",
     [
-        {"presence_penalty": 1e30, "frequency_penalty": 1e30},
-        {"presence_penalty": -1e30, "frequency_penalty": -1e30},
-        {"repetition_penalty": 1e30},
-        {"repetition_penalty": 1e-30},
-        {"logit_bias": {3: 1e30, 4: -1e30, 5: -math.inf}},
+        {"presence_penalty": BIG, "frequency_penalty": BIG},
+        {"presence_penalty": -BIG, "frequency_penalty": -BIG},
+        {"repetition_penalty": BIG},
+        {"repetition_penalty": 1 / BIG},
+        {"logit_bias": {3: BIG, 4: -BIG, 5: -math.inf}},
     ],
 )
 def test_the_largest_numbers_allowed_give_scores(temperature: float, options: dict[str, object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from selfdraft.sampling.processors import filtered
 from selfdraft.verify import compare
 from selfdraft.verify.distribution import fits
 from selfdraft.verify.verdict import Verification
-from selfdraft.verify.verify import QUICK, verify
+from selfdraft.verify.verify import QUICK, THOROUGH, Effort, verify
 
 from conftest import tiny_llama
 from faults import FAULTS, Patch, replace_function
@@ -149,3 +150,26 @@ def test_command_line(
         code, _, err = run()
         assert code == 2
         assert says in err
+
+
+def test_a_quick_check_comes_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--thorough compares more of everything."""
+    asked = []
+
+    def note(llm: LLM, prompts: Sequence[object], effort: Effort, *_: object) -> None:
+        asked.append((len(prompts), effort))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("selfdraft.verify.verify.verify", note)
+    for words in ((), ("--thorough",), ("-n", "9", "--seeds", "0")):
+        monkeypatch.setattr(sys, "argv", ["selfdraft", "verify", "--model", str(folder), *words])
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert f"loading {folder}" in capsys.readouterr().err
+    (few, quick), (many, thorough), (_, own) = asked
+    assert (quick, thorough) == (QUICK, THOROUGH)
+    assert few < many
+    assert all(getattr(quick, name) < getattr(thorough, name) for name in vars(quick))
+    assert own == replace(QUICK, max_new_tokens=9, seeds=0)
