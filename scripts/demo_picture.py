@@ -12,7 +12,9 @@ import argparse
 import os
 import pty
 import re
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -20,26 +22,30 @@ from rich.text import Text
 
 HOME = Path(__file__).resolve().parents[1]
 WIDTH = 100  # columns
+SPINNER = re.compile(r"(?:\x1b\[[0-9;]*m)?[\u2800-\u28ff]")
 
 
 def shown(words: list[str]) -> str:
     """What a command writes to a terminal."""
+    screen, inside = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     told = bytearray()
-
-    def read(handle: int) -> bytes:
-        data = os.read(handle, 65536)
-        told.extend(data)
-        return data
-
-    os.environ.update(COLUMNS=str(WIDTH), TERM="xterm-256color")
-    if pty.spawn(words, read) != 0:
+    with subprocess.Popen(words, stdout=inside, stderr=inside, env=environment) as running:
+        os.close(inside)
+        with suppress(OSError):  # reading fails once the command has ended
+            while data := os.read(screen, 65536):
+                told.extend(data)
+    os.close(screen)
+    if running.returncode != 0:
         raise SystemExit(f"{' '.join(words)} failed")
     return told.decode().replace("\r\n", "\n")
 
 
 def first_task(text: str, lines: int) -> str:
     """From the first rule to before the second, without what a spinner drew and wiped away."""
-    plain = [re.sub(r"\x1b\[[0-9;?]*[A-HJKhl]|\r", "", line) for line in text.split("\n")]
+    kept = [line.rpartition("\x1b[2K")[2] for line in text.split("\n")]
+    plain = [re.sub(r"\x1b\[[0-9;?]*[A-HJKhl]|\r", "", line) for line in kept]
+    plain = [line for line in plain if not SPINNER.match(line)]
     rules = [i for i, line in enumerate(plain) if "──" in line and re.search(r"[a-z]{3,} ", line)]
     return "\n".join(plain[rules[0] : rules[1]][:lines])
 
