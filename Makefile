@@ -13,12 +13,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 BIN := .venv/bin
-SOURCES := src tests benchmarks scripts
+SOURCES := src tests benchmarks scripts hatch_build.py
 
 # Another build or version is another installation.
 INSTALLED := .venv/installed-$(subst =,-,$(TORCH)-$(TRANSFORMERS))
 
-.PHONY: demo test conformance models check format
+.PHONY: demo test conformance models check format kernels sanitize wheels
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -34,6 +34,23 @@ conformance: $(INSTALLED)-dev
 models: $(INSTALLED)-dev
 	$(BIN)/python tests/models_page.py
 
+kernels: $(INSTALLED)
+	$(BIN)/python -m selfdraft.models.kernels.build
+
+sanitize: $(INSTALLED)-dev
+	rm -rf .sanitize && mkdir .sanitize
+	SELFDRAFT_CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(BIN)/python -m selfdraft.models.kernels.build "" .sanitize
+	SELFDRAFT_KERNELS_FOLDER=.sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_decoder.py
+
+wheels: $(INSTALLED)-dev
+	$(BIN)/python -m pip install -q ziglang build
+	for target in x86_64-linux aarch64-linux arm64-macos x86_64-windows; do \
+		CC= SELFDRAFT_TARGET=$$target $(BIN)/python -m build -q --wheel --outdir dist . || exit 1; \
+	done
+	$(BIN)/python -m selfdraft.models.kernels.build
+
 check: $(INSTALLED)-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
@@ -44,7 +61,7 @@ format: $(INSTALLED)-dev
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
-$(INSTALLED): pyproject.toml requirements-model.txt
+$(INSTALLED): pyproject.toml requirements-model.txt hatch_build.py
 	@echo "Filling .venv (torch and transformers: some minutes, once)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q "$(TORCH)"

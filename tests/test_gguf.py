@@ -174,7 +174,7 @@ def test_bos_as_the_file_says(tmp_path: Path, add_bos: bool, first: list[int]) -
 
 def test_all_declared_ends_end_a_text(tmp_path: Path) -> None:
     model, tokenizer = load_pretrained(str(write_gguf(tmp_path / "tiny.gguf", eot=2)))
-    assert end_ids(model, tokenizer) == {1, 2}
+    assert end_ids(model.config, model.generation_config, tokenizer) == {1, 2}
 
 
 # Bad input.

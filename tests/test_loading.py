@@ -176,8 +176,9 @@ def test_every_declared_end_counts(
     """Token 1 is the tokenizer's."""
     path = declare(folder, tmp_path / "copy", config=config, generation_config=generation_config)
     model, tokenizer = load_pretrained(str(path))
-    assert end_ids(model, tokenizer) == expected
+    assert end_ids(model.config, model.generation_config, tokenizer) == expected
 
 
 def test_ends_of_a_model_given_as_an_object(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert end_ids(AutoModelForCausalLM.from_pretrained(folder), tokenizer) == {1}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert end_ids(model.config, model.generation_config, tokenizer) == {1}

@@ -200,7 +200,7 @@ def early_commit(patch: pytest.MonkeyPatch) -> None:
     """A row is done one pass before the last."""
     forward = stages.StagedModel.forward
 
-    def hasty(self: stages.StagedModel, trees: Any, caches: Any, passes: int | None = None) -> Any:
+    def hasty(self: Any, trees: Any, caches: Any, passes: int | None = None, _: Any = None) -> Any:
         rows = forward(self, trees, caches, passes)
         if passes is not None:
             held = [[made >= self.loops.count - 1 for made in cache.in_flight.passes] for cache in caches]

@@ -6,6 +6,7 @@ SelfdraftError
 ├── InvalidReference     a reference that cannot be read
 ├── DraftError           a drafter raised an error; it is the cause
 │   └── InvalidTree      a drafter proposed something that is not a tree of this text
+├── NotFinite            NaN or infinity in the model's weights or in what it computed
 ├── UnknownMethod        no drafting method of that name
 ├── ModelError
 │   ├── ModelNotFound    no such folder or hub id
@@ -49,6 +50,10 @@ class DraftError(SelfdraftError):
 
 class InvalidTree(DraftError, ValueError):
     """A drafter proposed rows that do not form a tree under the last token."""
+
+
+class NotFinite(SelfdraftError, ArithmeticError):
+    """The model computed NaN or infinity for a token of the text, so there is no next one."""
 
 
 class UnknownMethod(SelfdraftError, LookupError):

@@ -18,7 +18,8 @@ from .engine.engine import Engine, check_early
 from .engine.request import Request
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
-from .models.loading import DEFAULT_MODEL, drive, end_ids, load_pretrained
+from .models.decoder import Decoder
+from .models.loading import DEFAULT_MODEL, AnyModel, drive, end_ids, load_decoder, load_pretrained
 from .models.transformers import Numerics, TransformersModel
 from .outputs import Chunk, Completion
 from .params import SamplingParams
@@ -97,6 +98,7 @@ class LLM:
         options: Mapping[str, object] | None = None,
         adapter: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        weights: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
         numerics: Numerics | None = None,
@@ -107,19 +109,26 @@ class LLM:
         transformers model that is loaded already, with its `tokenizer`, wrapped by peft or quantised as it
         may be. method: a name (see `selfdraft.drafting.available`), with its `options`, or a `Method`.
         adapter: a folder or a hub id, with which the method drafts (bita, space), or which tunes the model,
-        for any method (`selfdraft train cllm`): then texts are those of the tuned weights. dtype: None keeps
-        the checkpoint's. device: None is CUDA if there is one. numerics: "exact" gives every token the same
-        bits whatever the method, the batch or the step; "fast" does not promise that; None is exact on the
-        CPU, where the probe at load finds it possible.
+        for any method (`selfdraft train cllm`): then texts are those of the tuned weights. weights: the
+        format in which they run, "as-stored" (None), "bf16", "q8" or "q4". dtype: "float32" or "bfloat16"
+        instead. device: None is CUDA if there is one. numerics: "exact" gives every token the same bits
+        whatever the method, the batch or the step; "fast" does not promise that; None is exact on the CPU,
+        where it is possible.
+
+        On a CPU the model runs on this package's own decoder where that knows it and no adapter is used,
+        else through transformers' forward; `route` says which, and why.
 
         Raises a SelfdraftError that says what was wrong.
         """
         if numerics not in (None, "exact", "fast"):
             raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}", option="numerics")
         drafting.resolve(method, options)  # a wrong name is reported before the weights are read
+        self.route = "transformers' forward: the model was loaded already"
+        self._asked: tuple[str, str | None, str | None, Numerics | None] | None = None
         if isinstance(model, str):
-            loaded, own = load_pretrained(model, dtype, device)
-            self._init(drive(loaded, numerics), tokenizer or own, method, options, model, adapter)
+            self._asked = (model, dtype, device, numerics)
+            made = self._load(weights, method, adapter)
+            self._init(made[0], tokenizer or made[1], method, options, model, adapter)
         elif not isinstance(model, torch.nn.Module):
             raise InvalidOption(
                 f"model: give a name or a transformers model; got {model!r:.100}", option="model"
@@ -134,9 +143,29 @@ class LLM:
             self._init(drive(model, numerics), tokenizer, method, options, None, adapter)
         _note_sampling_config(self)
 
+    def _load(
+        self, weights: str | None, method: str | Method, adapter: str | None
+    ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
+        """The model on the decoder, or where that cannot be, behind transformers' forward."""
+        assert self._asked is not None
+        name, dtype, device, numerics = self._asked
+        made, _ = drafting.resolve(method) if isinstance(method, str) else (method, "")
+        reason = "the drafts of the method or an adapter need it"
+        if adapter is None and not getattr(made, "adapted", False) and not getattr(made, "early", False):
+            found = load_decoder(name, weights, dtype, device)
+            if not isinstance(found, str):
+                self.route = f"decoder, kernels for {found[0].library.name}"
+                return found
+            reason = found
+        if weights not in (None, "as-stored", "bf16"):
+            raise InvalidOption(f"weights={weights!r} needs the decoder: {reason}", option="weights")
+        self.route = f"transformers' forward: {reason}"
+        loaded, tokenizer = load_pretrained(name, dtype, device)
+        return drive(loaded, numerics), tokenizer
+
     def _init(
         self,
-        model: TransformersModel,
+        model: AnyModel,
         tokenizer: PreTrainedTokenizerBase,
         method: str | Method,
         options: Mapping[str, object] | None,
@@ -147,8 +176,10 @@ class LLM:
         self.name = name or model.name
         self.method, self.method_name = drafting.resolve(method, options)
         self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
-        self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
-        self.eos_ids = end_ids(model.model, tokenizer)
+        self.model: AnyModel = model
+        if isinstance(model, TransformersModel):
+            self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
+        self.eos_ids = end_ids(model.config, model.generation_config, tokenizer)
         check_early(self.method, self.model)
 
     def using(
@@ -158,8 +189,12 @@ class LLM:
         made, _ = drafting.resolve(method, options)
         if adapter is None and getattr(made, "adapted", False) and method == self.method_name:
             adapter = self.adapter
-        start = self.model.base if adapter is None else self.model.loaded
+        start: AnyModel = self.model.base if adapter is None else self.model.loaded
         other = LLM.__new__(LLM)
+        other.route, other._asked = self.route, self._asked
+        needs = adapter is not None or getattr(made, "adapted", False) or getattr(made, "early", False)
+        if needs and isinstance(start, Decoder):
+            start, _ = other._load(None, made, adapter)
         other._init(start, self.tokenizer, method, options, self.name, adapter)
         return other
 
@@ -410,7 +445,7 @@ def _turn(number: int, message: object) -> dict[str, Any]:
 def _note_sampling_config(llm: LLM) -> None:
     """Name the entries of the model's generation_config.json that are not applied: sampling parameters come
     from the request alone, and the default is greedy."""
-    config = llm.model.model.generation_config
+    config = llm.model.generation_config
     given = {name: getattr(config, name, None) for name in SAMPLING_CONFIG}
     ignored = [
         f"{name}={value}"

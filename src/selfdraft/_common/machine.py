@@ -111,16 +111,19 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def instructions() -> list[str]:
-    """The processor's vector and matrix instruction sets, such as avx2, avx512f, amx_bf16; sorted.
+    """The processor's vector and matrix instruction sets, such as avx2, avx512f, amx_bf16; sorted."""
+    return sorted(flag for flag in processor_flags() if flag.startswith(INSTRUCTIONS))
 
-    Empty where the system does not report them (it is read from /proc/cpuinfo).
-    """
+
+def processor_flags() -> set[str]:
+    """Everything that the processor can do, as Linux names it; empty where the system does not report it (it
+    is read from /proc/cpuinfo)."""
     with suppress(OSError):
         for line in (PROC / "cpuinfo").read_text().splitlines():
             name, _, flags = line.partition(":")
             if name.strip() in ("flags", "Features"):
-                return sorted(flag for flag in flags.split() if flag.startswith(INSTRUCTIONS))
-    return []
+                return set(flags.split())
+    return set()
 
 
 def memory() -> int | None:

@@ -28,7 +28,7 @@ from ..engine.engine import Engine
 from ..engine.request import first_end
 from ..errors import InvalidOption
 from ..llm import LLM
-from ..models.transformers import TransformersModel
+from ..models.loading import AnyModel
 from ..params import SamplingParams
 
 PLAIN = "plain"
@@ -115,7 +115,7 @@ class Drafted:
 
     name: str
     method: Method
-    model: TransformersModel
+    model: AnyModel
     params: SamplingParams
     eos: frozenset[int]
     plain: str = PLAIN

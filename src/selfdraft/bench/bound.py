@@ -12,7 +12,7 @@ text: the cost of a draft of which nothing is accepted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from ..drafting.method import DraftContext
 from ..engine.engine import Engine
 from ..engine.step import Step
 from ..engine.tree import Tree
-from ..models.transformers import TransformersModel
+from ..models.loading import AnyModel
 from ..params import SamplingParams
 from .interval import median
 
@@ -61,23 +61,7 @@ def bandwidth(device: torch.device) -> float:
     return 2 * COPY / min(seconds[1:])
 
 
-def weight_bytes(model: TransformersModel) -> int:
-    """Bytes of weights that a forward reads: all except an untied input embedding. Looped layers count once
-    per pass."""
-    table = model.model.get_input_embeddings().weight
-    head = model.model.get_output_embeddings()
-    tied = head is not None and getattr(head, "weight", None) is table
-    total = _bytes(model.model.parameters())
-    if model.loops is not None:
-        total += (model.loops.count - 1) * _bytes(model.model.model.layers.parameters())
-    return total if tied else total - table.numel() * table.element_size()
-
-
-def _bytes(weights: Iterable[torch.Tensor]) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in weights)
-
-
-def row_costs(model: TransformersModel) -> dict[str, object]:
+def row_costs(model: AnyModel) -> dict[str, object]:
     """T(1) in seconds and T(n) / T(1), as medians over rounds that measure every n once."""
     room = model.context - 1
     history = [i % model.vocab_size for i in range(min(HISTORY, room // 2))]
@@ -94,7 +78,7 @@ def row_costs(model: TransformersModel) -> dict[str, object]:
     }
 
 
-def _round(model: TransformersModel, history: Sequence[int], counts: Sequence[int]) -> dict[int, float]:
+def _round(model: AnyModel, history: Sequence[int], counts: Sequence[int]) -> dict[int, float]:
     wide = Wide()
     engine = Engine(model)
     request = engine.submit(history, wide, SamplingParams(max_new_tokens=model.context))

@@ -48,6 +48,8 @@ class Job:
     """Longest prompt; None is what the model's context allows."""
     temperature: float = 0.0
     seed: int = 0
+    weights: str | None = None
+    """Format in which the weights run; see `LLM`."""
     dtype: str | None = None
     device: str | None = None
     numerics: Numerics | None = None
@@ -66,7 +68,14 @@ class Job:
     def prepare(self, sources: Sequence[Source], out: Path | None = None) -> Bench:
         """The bench, ready to run. out: its folder; the default is named after a hash of the settings."""
         params = SamplingParams(temperature=self.temperature, seed=self.seed)
-        llm = LLM(self.model, PLAIN, dtype=self.dtype, device=self.device, numerics=self.numerics)
+        llm = LLM(
+            self.model,
+            PLAIN,
+            weights=self.weights,
+            dtype=self.dtype,
+            device=self.device,
+            numerics=self.numerics,
+        )
         others = externals(self.baselines)
         peer.check_model(others, self.model, llm)
         versions = peer.versions(others, self.peer_python)
@@ -98,8 +107,9 @@ class Job:
         source = gguf_source(self.model)
         return {
             "model": llm.name,
-            "weights": machine.weights_sha256(model.model),
+            "weights": model.weights_sha256(),
             "stored": None if source is None else stored_format(source),
+            "format": model.weights_label,
             "dtype": str(model.dtype).removeprefix("torch."),
             "chat": chat,
             "numerics": model.numerics,
@@ -113,7 +123,7 @@ class Job:
                 if isinstance(arm, Drafted) and arm.model.adapter is not None
             },
             "tuned": {
-                arm.name: machine.weights_sha256(arm.model.base.model)
+                arm.name: arm.model.base.weights_sha256()
                 for arm in arms
                 if isinstance(arm, Drafted) and arm.model.base is not model
             },
@@ -131,13 +141,13 @@ def circumstances(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "idle_cores_busy": machine.idle_load(),
         "seeds": {"noise": bench.journal.run["seed"], "bootstrap": 0},
-        "parameters": model.model.num_parameters(),
+        "parameters": model.parameters,
         "rows_per_call": [model.rows.least, model.rows.most],
         "answers_found": bench.journal.found,
     }
     best = {
         "bandwidth": bound.bandwidth(model.device),
-        "weight_bytes": bound.weight_bytes(model),
+        "weight_bytes": model.weight_bytes,
         "rows": bound.row_costs(model),
     }
     return provenance, best

@@ -30,7 +30,8 @@ from transformers.utils.hub import cached_file
 
 from ..errors import InvalidOption, PeerFailed, PeerUnavailable
 from ..llm import LLM
-from ..models.loading import EMBEDDED
+from ..models.loading import EMBEDDED, load_pretrained
+from ..models.transformers import TransformersModel
 from .arm import PLAIN, Answer, External
 from .peers.gguf_folder import KINDS, unfit
 from .stored import gguf_source, stored_bytes
@@ -273,7 +274,7 @@ def check_model(wanted: Wanted, model: str, llm: LLM) -> None:
                 f"{name} runs the GGUF file that a model is read from, and {model} is not read from one; "
                 f"give {name.replace('-stored', '')}"
             )
-        reason = unfit(llm.model.model.config.to_dict()) if one.engine == "llamacpp" else None
+        reason = unfit(llm.model.config.to_dict()) if one.engine == "llamacpp" else None
         if reason and not one.stored:
             raise PeerUnavailable(f"{name} cannot run {model}: {reason}; leave it out")
 
@@ -350,7 +351,8 @@ def folder(model: str) -> Path | None:
 def _saved(llm: LLM, place: Path) -> Path:
     """A folder with the loaded weights and the tokenizer."""
     if not (place / "config.json").exists():
-        llm.model.model.save_pretrained(place)
+        model = llm.model.model if isinstance(llm.model, TransformersModel) else load_pretrained(llm.name)[0]
+        model.save_pretrained(place)
         llm.tokenizer.save_pretrained(place)
     return place
 

@@ -261,7 +261,10 @@ def _notes(record: Figures, console: Console) -> None:
 
 def weights(run: Figures) -> str:
     """The format of the weights: as computed with, and as stored where that is another."""
-    return f"{run['dtype']} (stored as {run['stored']})" if run["stored"] else str(run["dtype"])
+    held = run.get("format", run["dtype"])
+    if held != run["dtype"]:
+        return f"as stored, {held}"
+    return f"{held} (stored as {run['stored']})" if run["stored"] else str(held)
 
 
 def asked(run: Figures) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidOption, InvalidSuite
+from . import flags
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,6 +73,7 @@ def bench(
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed for a temperature above 0.")] = 0,
+    weights: flags.Weights = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: as stored.")
     ] = None,
@@ -138,6 +140,7 @@ def bench(
         max_prompt_tokens=max_prompt_tokens,
         temperature=temperature,
         seed=seed,
+        weights=weights,
         dtype=dtype,
         device=device,
         numerics=numerics,  # type: ignore[arg-type]

@@ -31,6 +31,13 @@ References = Annotated[
     typer.Option("--reference", "-r", help="Text file that the answer may quote; repeatable."),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Format in which the weights run: as-stored, bf16, q8 or q4. [default: as-stored]",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16, float32 or float64. [default: as stored]", show_default=False),
@@ -54,6 +61,7 @@ def load(
     method: str,
     option: Sequence[str] | None,
     adapter: str | None,
+    weights: str | None,
     dtype: str | None,
     device: str | None,
     numerics: str | None,
@@ -66,6 +74,7 @@ def load(
         method,
         options=pairs("--option", option),
         adapter=adapter,
+        weights=weights,
         dtype=dtype,
         device=device,
         numerics=numerics,  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ def info(
         str, typer.Argument(help="smollm2, looped-tiny, a model folder, a GGUF file, or a Hugging Face id.")
     ] = flags.DEFAULT_MODEL,
     adapter: flags.Adapter = None,
+    weights: flags.Weights = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     as_json: flags.Json = False,
@@ -29,7 +30,7 @@ def info(
     from .paint import console
 
     with console(stderr=True).status(f"loading and checking {model}"):
-        facts = _facts(model, adapter, dtype, device)
+        facts = _facts(model, adapter, weights, dtype, device)
     if as_json:
         print(json.dumps(facts))
         return
@@ -39,17 +40,21 @@ def info(
     console().print(table, markup=False)
 
 
-def _facts(model: str, adapter: str | None, dtype: str | None, device: str | None) -> dict[str, Any]:
+def _facts(
+    model: str, adapter: str | None, weights: str | None, dtype: str | None, device: str | None
+) -> dict[str, Any]:
     from .. import drafting
     from ..models.adapters import folder
+    from ..models.loading import drive, load_pretrained
 
-    llm = flags.load(model, "plain", None, None, dtype, device, None)
+    llm = flags.load(model, "plain", None, None, weights, dtype, device, None)
     own = llm.model
     facts = {
         "model": model,
-        "loaded from": own.model.name_or_path,
+        "runs on": llm.route,
         "type": own.name,
-        "parameters": own.model.num_parameters(),
+        "parameters": own.parameters,
+        "weights": own.weights_label,
         "vocabulary": own.vocab_size,
         "tokenizer": len(llm.tokenizer),
         "chat template": bool(llm.tokenizer.chat_template),
@@ -67,7 +72,8 @@ def _facts(model: str, adapter: str | None, dtype: str | None, device: str | Non
     if own.loops is not None:
         facts["passes through its layers"] = own.loops.count
     if adapter is not None:
-        gated = folder.load(adapter, own).config.gated
+        base = drive(load_pretrained(model, dtype, device)[0])
+        gated = folder.load(adapter, base).config.gated
         facts |= {"adapter": adapter, "text with the adapter of": f"{'base' if gated else 'tuned'} weights"}
     return facts
 

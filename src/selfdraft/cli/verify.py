@@ -64,6 +64,7 @@ def verify(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the first sampled answer.")] = 0,
+    weights: flags.Weights = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
@@ -103,7 +104,7 @@ def verify(
     )
     with _progress() as report:
         report(f"loading {model}")
-        llm = flags.load(model, method, option, adapter, dtype, device, numerics)
+        llm = flags.load(model, method, option, adapter, weights, dtype, device, numerics)
         ids = [llm.prompt_ids(text, raw=raw) for text in texts]
         result = compare(llm, ids, effort, seed, llm.references(quoted), report)
     about = {
@@ -168,12 +169,12 @@ def _show(result: Verification, about: Mapping[str, object]) -> None:
     table = Table("compared with plain decoding", title=title, title_justify="left")
     for heading in ("tokens", "differences", "verdict"):
         table.add_column(heading, justify="right")
-    for found in (*result.checks, result.generate):
+    for found in result.all_checks:
         table.add_row(CHECKS[found.check], f"{found.compared:,}", str(len(found.differences)), found.verdict)
     wrong = [fit for fit in result.distribution if not fit.holds]
     table.add_row("distribution of samples", "", str(len(wrong)), "broken" if wrong else "right")
     screen.print(table)
-    for found in (*result.checks, result.generate):
+    for found in result.all_checks:
         for difference in found.differences[:SHOWN]:
             screen.print(_sentence(difference), style="dim", highlight=False)
     for fit in wrong:
@@ -186,7 +187,7 @@ def _show(result: Verification, about: Mapping[str, object]) -> None:
         )
     screen.print(_rounding(result.rounding), style="dim", highlight=False)
     screen.print(f"[bold]{result.verdict}[/bold]: {MEANING[result.verdict]}.")
-    if result.verdict != "broken" and result.generate.differences:
+    if result.verdict != "broken" and result.generate is not None and result.generate.differences:
         screen.print(
             f"Note: transformers' generate, which rounds in its own way, differs at "
             f"{len(result.generate.differences)} tokens, within rounding."

@@ -31,6 +31,7 @@ from ..errors import (
     InvalidReference,
     InvalidTree,
     ModelUnsupported,
+    NotFinite,
     SelfdraftError,
 )
 from ..models.protocol import Cache, Model, Rows
@@ -85,7 +86,9 @@ class Engine:
         if params.stop_strings and stop is None:
             raise InvalidOption("stop: strings need a tokenizer; give stop=StopStrings(tokenizer, strings)")
         ends = params.end_ids(eos_ids)
-        sampler = Sampler(params, prompt, self.model.vocab_size, self.model.device, ends, sample)
+        sampler = Sampler(
+            params, prompt, self.model.vocab_size, self.model.device, ends, sample, self.model.noise
+        )
         context = DraftContext(
             tuple(prompt),
             references,
@@ -189,10 +192,12 @@ class Engine:
         if not live:
             return
         stages = 1 if any(request.early for request in live) else None
-        rows = self.model.forward(trees, [request.cache for request in live], stages)
+        counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
+        rows = self.model.forward(trees, [request.cache for request in live], stages, counts)
         heard = [i for i, request in enumerate(live) if request.has_output(trees[i], rows.done[i])]
         if heard:
-            self._take([live[i] for i in heard], [trees[i] for i in heard], rows.of(heard))
+            mine = [live[i] for i in heard], [trees[i] for i in heard], [counts[i] for i in heard]
+            self._take(*mine, rows.of(heard))
         took = time.perf_counter() - start
         for request in live:
             request.seconds += took
@@ -207,17 +212,22 @@ class Engine:
                 request.fail(error)
         return [request for request, _ in proposed], [tree for _, tree in proposed]
 
-    def _take(self, live: Sequence[Request], trees: Sequence[Tree], rows: Rows) -> None:
-        """Read the rows of these requests, and let each have its picks."""
-        counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
+    def _take(
+        self, live: Sequence[Request], trees: Sequence[Tree], counts: Sequence[int], rows: Rows
+    ) -> None:
+        """Read the rows of these requests, and let each have its picks. counts: ordinary rows of the
+        trees."""
         logits = self.model.head(rows, [range(count) for count in counts])
         tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
         scores = [s.sampler.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]
-        picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), counts)
+        picks = _picks(live, scores, rows)
         steps = [
             request.advance(*mine)
             for request, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True)
         ]
+        for request, step in zip(live, steps, strict=True):
+            if not step.path and not step.in_flight:
+                request.fail(NotFinite("the model computed NaN or infinity for the last token of the text"))
         self._observe(live, steps, rows, counts)
 
     def _observe(
@@ -236,6 +246,8 @@ class Engine:
                 rows, groups, picked, lambda i, *row: live[i].sampler.candidate(*row)
             )
         for request, step, group, logits in zip(live, steps, groups, mask_logits, strict=True):
+            if request.error is not None:
+                continue
             try:
                 request.observe(step, logits if group else None)
             except SelfdraftError as error:
@@ -322,6 +334,17 @@ def check_early(method: Method, model: Model) -> bool:
     if model.lookahead is not None and model.lookahead.ids:
         raise ModelUnsupported(f"{name} does not go together with an adapter's mask tokens; load without")
     return True
+
+
+def _picks(live: Sequence[Request], scores: Sequence[Tensor], rows: Rows) -> list[Sequence[int]]:
+    """Per request, the token with the best score after each row, -1 after a row that is not finite."""
+    if rows.picks is not None and all(request.sampler.is_argmax for request in live):
+        return list(rows.picks)
+    picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), [len(x) for x in scores])
+    return [
+        [pick if fine else -1 for pick, fine in zip(mine, finite, strict=False)]
+        for mine, finite in zip(picks, rows.finite, strict=True)
+    ]
 
 
 def _tails(tree: Tree, count: int) -> list[Sequence[int]]:

@@ -43,11 +43,11 @@ def accept(tree: Tree, picks: Sequence[int], done: Sequence[bool]) -> tuple[list
     """Walk the tree along the model's picks; (path, in_flight).
 
     A row that is not done has no pick yet: the walk stops before it, and it stays in flight with
-    everything below it.
+    everything below it. Nor has one that is not finite, whose pick is -1: there the walk just stops.
     """
     path: list[int] = []
     row: int | None = 0
-    while row is not None and done[row]:
+    while row is not None and done[row] and picks[row] >= 0:
         path.append(row)
         row = tree.child(row, picks[row])
-    return path, tree.below(row) if row is not None else []
+    return path, tree.below(row) if row is not None and not done[row] else []

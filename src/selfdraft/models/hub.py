@@ -72,6 +72,23 @@ def file(repository: str, filename: str) -> Path:
         raise ModelNotFound(f"{repository}:{filename} could not be downloaded ({reason})") from error
 
 
+def snapshot(repository: str, download: bool) -> Path:
+    """The folder of a transformers model of the hub on this disk, downloaded where needed. Raises
+    ModelNotFound."""
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"],
+                local_files_only=not download,
+                etag_timeout=TIMEOUT,
+            )
+        )
+    except Exception as error:  # a lost connection, a full disk
+        reason = " ".join(str(error).split())[:200]
+        raise ModelNotFound(f"{repository} could not be downloaded ({reason})") from error
+
+
 def models_on_disk() -> list[str]:
     """Ids of the models in the hub's cache folder."""
     folders = Path(constants.HF_HUB_CACHE).glob("models--*--*")

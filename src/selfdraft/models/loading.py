@@ -25,6 +25,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -33,13 +35,17 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from . import cache_folder, hub, smollm2
+from .decoder import Decoder, unsupported
 from .gguf.convert import convert
 from .gguf.reader import GgufFile
+from .kernels.library import library
 from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
 from .looped.stages import StagedModel
 from .transformers import Numerics, TransformersModel, transformers_model
+from .weights import WEIGHTS, FolderWeights, GgufWeights, Weights
 
 LOG = logging.getLogger("selfdraft")
+AnyModel = Decoder | TransformersModel
 DEFAULT_MODEL = smollm2.NAME
 EMBEDDED = {"looped-tiny": Path(__file__).parent / "looped" / "looped-tiny"}
 KNOWN = (DEFAULT_MODEL, *EMBEDDED)
@@ -56,6 +62,8 @@ class Source:
     is_folder: bool
     converted: bool = False
     """A folder that this package has written from a GGUF file."""
+    gguf: Path | None = None
+    """That file, if it is on this disk."""
     download: bool = False
     """A hub id whose files may have to be fetched."""
 
@@ -89,17 +97,78 @@ def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> Transform
     return StagedModel(model, numerics) if looped else TransformersModel(model, numerics)
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def load_decoder(
+    name: str = DEFAULT_MODEL, weights: str | None = None, dtype: str | None = None, device: str | None = None
+) -> tuple[Decoder, PreTrainedTokenizerBase] | str:
+    """The model on the CPU kernels with its tokenizer; or why it goes through transformers' forward, in
+    words.
+
+    weights: the format in which linear layers run, as-stored (None), bf16, q8 or q4. dtype: bfloat16 or
+    float32 instead. Raises as `load_pretrained`.
+    """
+    kind = _weights_kind(weights, dtype)
+    kernels = library()
+    if kind is None:
+        return f"dtype {dtype} is not one of the decoder's"
+    if torch_device(device).type != "cpu":
+        return "the decoder runs on the CPU"
+    if kernels is None:
+        return "there is no build of the kernels for this machine (pip install from a checkout builds one)"
+    with _source(name) as source, _quiet():
+        where: Any = {"local_files_only": not source.download}
+        try:
+            config = AutoConfig.from_pretrained(source.path, **where)
+            reason = unsupported(config)
+            if reason is not None:
+                return reason
+            folder = Path(source.path) if source.is_folder else hub.snapshot(source.path, source.download)
+            tokenizer = _tokenizer(source, where)
+            stored: Weights = (
+                FolderWeights(folder)
+                if source.gguf is None
+                else GgufWeights(GgufFile(source.gguf, name), config.to_dict())
+            )
+            decoder = Decoder(
+                config, stored, kernels, kind=kind, generation_config=_generation_config(source.path, where)
+            )
+        except (InvalidOption, ModelUnsupported) as error:
+            return str(error)
+        except ModelError:
+            raise
+        except Exception as error:  # whatever a damaged file can raise in the libraries that read it
+            raise _named(name, source, error) from error
+    return decoder, tokenizer
+
+
+def _weights_kind(weights: str | None, dtype: str | None) -> str | None:
+    """The decoder's format for linear layers; None where it has none. Raises InvalidOption."""
+    if weights is not None and dtype is not None:
+        raise InvalidOption("weights and dtype both say how weights are held; give one", option="weights")
+    if dtype is not None:
+        _one_of("dtype", dtype, DTYPES)
+        return {"bfloat16": "bf16", "float32": "f32"}.get(dtype)
+    return _one_of("weights", weights or "as-stored", WEIGHTS)
+
+
+def _generation_config(path: str, where: dict[str, Any]) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(path, **where)
+    except OSError:
+        return None
+
+
+def end_ids(
+    config: PretrainedConfig, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
     """Token ids that end a text: all that generation_config.json, the tokenizer and config.json declare.
 
     A config class has a default of its own for what config.json leaves out (2 for a Llama). It counts only
     where that token is special to the tokenizer.
     """
     ids: set[int] = set()
-    generation = getattr(model, "generation_config", None)
     ids.update(_ids(getattr(generation, "eos_token_id", None)))
     ids.update(_ids(tokenizer.eos_token_id))
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     declared = _ids(getattr(config, "eos_token_id", None))
     if declared == _ids(getattr(type(config)(), "eos_token_id", None)):
         declared &= {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
@@ -125,7 +194,8 @@ def _source(name: str) -> Iterator[Source]:
     path = Path(EMBEDDED.get(name) or Path(name).expanduser())
     on_hub = HUB_FILE.fullmatch(name)
     if name == DEFAULT_MODEL and cache_folder.is_converted(smollm2.SHA256):
-        yield Source(str(cache_folder.converted_folder(smollm2.SHA256)), is_folder=True, converted=True)
+        folder = str(cache_folder.converted_folder(smollm2.SHA256))
+        yield Source(folder, is_folder=True, converted=True, gguf=smollm2.file_in_package())
     elif name == DEFAULT_MODEL:
         with _converted(name, smollm2.gguf_file()) as source:
             yield source
@@ -191,7 +261,7 @@ def _converted(name: str, path: Path) -> Iterator[Source]:
             name,
         )
     else:
-        yield Source(str(folder), is_folder=True, converted=True)
+        yield Source(str(folder), is_folder=True, converted=True, gguf=path)
         return
     with tempfile.TemporaryDirectory(prefix="selfdraft-", ignore_cleanup_errors=True) as temporary:
         try:
@@ -199,7 +269,7 @@ def _converted(name: str, path: Path) -> Iterator[Source]:
         except OSError as error:
             reason = error.strerror or error
             raise ModelError(f"{name}: the conversion to {temporary} cannot be written: {reason}") from error
-        yield Source(temporary, is_folder=True, converted=True)
+        yield Source(temporary, is_folder=True, converted=True, gguf=path)
 
 
 def _load(source: Source, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase]:
@@ -209,8 +279,12 @@ def _load(source: Source, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any], 
         source.path, config=config, dtype=dtype, output_loading_info=True, **where
     )
     model, report = cast(Any, loaded)
+    return model, report, _tokenizer(source, where)
+
+
+def _tokenizer(source: Source, where: dict[str, Any]) -> PreTrainedTokenizerBase:
     kind = PreTrainedTokenizerFast if source.converted else AutoTokenizer
-    return model, report, cast(Any, kind).from_pretrained(source.path, **where)
+    return cast(PreTrainedTokenizerBase, cast(Any, kind).from_pretrained(source.path, **where))
 
 
 def _check_weights(name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
+from ..sampling.gumbel import Generate
 
 # request, offset of a mask, its logits [1, vocabulary] -> the token that the mask is taken to predict
 PickMask = Callable[[int, int, Tensor], int]
@@ -48,6 +49,11 @@ class Rows(Protocol):
         """Per request, per row: has the row run through the whole model?"""
 
     @property
+    def picks(self) -> Sequence[Sequence[int]] | None:
+        """Per request, the likeliest token after each row that was wanted, -1 after one that is not finite;
+        None where the model does not say."""
+
+    @property
     def finite(self) -> Sequence[Sequence[bool]]:
         """Per request, per row: are the row's hidden states finite?"""
 
@@ -76,6 +82,10 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def noise(self) -> Generate | None:
+        """How it makes sampling noise, where it has a faster way than torch's."""
+
+    @property
     def lookahead(self) -> Lookahead | None:
         """The mask tokens of its adapter, if it has one: ids at or above `vocab_size`, never picked."""
 
@@ -86,9 +96,16 @@ class Model(Protocol):
     def loops(self) -> Loops | None:
         """How often it passes through the same layers; None for an ordinary model."""
 
-    def forward(self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None) -> Rows:
+    def forward(
+        self,
+        trees: Sequence[Tree],
+        caches: Sequence[Cache],
+        stages: int | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> Rows:
         """Run one tree per cache, all caches from one pool. Writes behind each cache's length.
 
+        wanted: for how many rows of each tree, from the first, `head` will be asked next; None: for none.
         stages: of a looped model, how many passes through its layers; rows that are not through all of them
         then may be read, and are not done. None: all rows get done.
         """

@@ -19,7 +19,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def gguf_file() -> Path:
     """The file in the installed package, else on the hub. Raises ModelNotFound, or ModelCorrupt for another
     SHA-256."""
-    path = _in_package()
+    path = file_in_package()
     if path is None:
         try:
             path = hub.file(REPOSITORY, FILE)
@@ -34,7 +34,7 @@ def gguf_file() -> Path:
     return path
 
 
-def _in_package() -> Path | None:
+def file_in_package() -> Path | None:
     """Without importing the package, which would import llama.cpp."""
     found = importlib.util.find_spec(PACKAGE)
     folders = found.submodule_search_locations if found is not None else None

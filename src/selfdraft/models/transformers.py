@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -24,11 +24,13 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from .._common.machine import weights_sha256
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
 from ..errors import ModelUnsupported
+from ..sampling.gumbel import Generate
 from . import attention
 from .adapters.adapter import Adapter, Gate, attach, check_float, merge
 from .conformance import check_tree, context_length, naming_the_model
@@ -51,6 +53,8 @@ class TransformersRows:
     hidden: Tensor  # hidden states, [rows, hidden], of all requests
     start: Sequence[int]  # where the rows of each request begin
     done: Sequence[Sequence[bool]]  # per request and row: has it passed the whole model?
+
+    picks = None
 
     @property
     def finite(self) -> list[list[bool]]:
@@ -108,6 +112,44 @@ class TransformersModel:
     @property
     def name(self) -> str:
         return str(self.model.config.model_type)
+
+    @property
+    def noise(self) -> Generate | None:
+        return None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return cast(PretrainedConfig, self.model.config)
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        return cast(GenerationConfig | None, getattr(self.model, "generation_config", None))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return int(self.model.num_parameters())
+
+    @property
+    def weights_label(self) -> str:
+        """The format in which the weights are held."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a forward reads: all except an untied input embedding. Looped layers count
+        once per pass."""
+        table = self.model.get_input_embeddings().weight
+        head = self.model.get_output_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is table
+        total = _bytes(self.model.parameters())
+        if self.loops is not None:
+            total += (self.loops.count - 1) * _bytes(self.model.model.layers.parameters())
+        return total if tied else total - table.numel() * table.element_size()
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the configuration and of all weights as they were loaded."""
+        return weights_sha256(self.model)
 
     @property
     def loops(self) -> Loops | None:
@@ -177,7 +219,11 @@ class TransformersModel:
 
     @torch.inference_mode()
     def forward(
-        self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None
+        self,
+        trees: Sequence[Tree],
+        caches: Sequence[Cache],
+        stages: int | None = None,
+        wanted: Sequence[int] | None = None,
     ) -> TransformersRows:
         lanes = cast(Sequence[Lane], caches)
         order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
@@ -368,6 +414,10 @@ def transformers_model(loaded: torch.nn.Module) -> PreTrainedModel:
             "around one"
         )
     return inside
+
+
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 def _chosen(rows: TransformersRows, index: Sequence[Sequence[int]]) -> Tensor:

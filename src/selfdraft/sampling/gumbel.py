@@ -10,7 +10,7 @@ With 32-bit words a pick's probability is off by at most about vocabulary / 2**3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,25 +47,30 @@ def gumbel(seed: int, sample: int, positions: Sequence[int], vocabulary: int, de
     return uniform.log_().neg_().log_().neg_().float()
 
 
-class Noise:
-    """The noise of one sample, generated a few positions at a time and remembered.
+Generate = Callable[[int, int, Sequence[int], int, torch.device], Tensor]
+"""seed, sample, positions, vocabulary, device -> float32 [positions, vocabulary]; `gumbel` is one."""
 
-    Generating 16 positions at once costs little more than one, and a position is needed again by
-    every step whose tree reaches it.
+
+class Noise:
+    """The noise of one sample, generated some positions at a time and remembered.
+
+    A position is needed again by every step whose tree reaches it. In torch, generating 16 positions at once
+    costs little more than one.
     """
 
-    BLOCK = 16
-
-    def __init__(self, seed: int, sample: int = 0) -> None:
+    def __init__(self, seed: int, sample: int = 0, generate: Generate | None = None) -> None:
+        """generate: the way to make it, a position at a time; None is `gumbel`, 16 of them at a time."""
         self.seed = seed
         self.sample = sample
+        self._generate = generate or gumbel
+        self._block = 16 if generate is None else 1
         self._of: tuple[int, torch.device] | None = None
         self._blocks: dict[int, Tensor] = {}
 
     def at(self, positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
         """float32 [len(positions), vocabulary]. What lies before these positions is forgotten."""
         noise = self.peek(positions, vocabulary, device)
-        first = min(positions) // self.BLOCK
+        first = min(positions) // self._block
         self._blocks = {b: block for b, block in self._blocks.items() if b >= first}
         return noise
 
@@ -73,9 +78,9 @@ class Noise:
         """The same, for positions that may lie ahead of those in use."""
         if self._of != (vocabulary, device):
             self._of, self._blocks = (vocabulary, device), {}
-        needed = {position // self.BLOCK for position in positions}
+        needed = {position // self._block for position in positions}
         if missing := sorted(needed - self._blocks.keys()):
-            spans = [block * self.BLOCK + i for block in missing for i in range(self.BLOCK)]
-            fresh = gumbel(self.seed, self.sample, spans, vocabulary, device).split(self.BLOCK)
+            spans = [block * self._block + i for block in missing for i in range(self._block)]
+            fresh = self._generate(self.seed, self.sample, spans, vocabulary, device).split(self._block)
             self._blocks |= dict(zip(missing, fresh, strict=True))
-        return torch.stack([self._blocks[p // self.BLOCK][p % self.BLOCK] for p in positions])
+        return torch.stack([self._blocks[p // self._block][p % self._block] for p in positions])

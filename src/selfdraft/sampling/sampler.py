@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import InvalidOption
 from ..params import SamplingParams
-from .gumbel import Noise
+from .gumbel import Generate, Noise
 from .processors import filtered, penalise
 
 
@@ -40,9 +40,11 @@ class Sampler:
         device: torch.device,
         ends: Set[int] = frozenset(),
         sample: int = 0,
+        generate: Generate | None = None,
     ) -> None:
         """prompt: token ids; they count for the repetition penalty alone. vocabulary: how many ids the model
-        has. ends: ids that may not be picked before `min_new_tokens`. sample: keys the noise, beside seed.
+        has. ends: ids that may not be picked before `min_new_tokens`. sample: keys the noise, beside
+        seed. generate: how the model makes noise, see `gumbel.Noise`.
 
         Raises InvalidOption for a bias on an id that the model does not have, and where no token is left.
         """
@@ -54,7 +56,7 @@ class Sampler:
         self.sample = sample
         self.length = len(prompt)  # of the text
         self.start = len(prompt) + params.min_new_tokens  # index in the text from which on it may end
-        self._noise = Noise(self.seed, sample)
+        self._noise = Noise(self.seed, sample, generate)
         known = [token for token in sorted(ends) if 0 <= token < vocabulary]  # no other is ever picked
         self._ends = torch.tensor(known, device=device)
         self._bias = torch.zeros(vocabulary, device=device)
@@ -64,6 +66,13 @@ class Sampler:
             self._counts = torch.zeros(vocabulary, device=device)  # of each token in the answer
             self._seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)  # there or in the prompt
             self._seen[list(prompt)] = True
+
+    @property
+    def is_argmax(self) -> bool:
+        """True if the scores of the next token are the logits themselves."""
+        params = self.params
+        changes = params.temperature or params.logit_bias or params.has_penalties
+        return not changes and (self.length >= self.start or not len(self._ends))
 
     def scores(self, logits: Tensor, tails: Sequence[Sequence[int]]) -> Tensor:
         """Scores whose argmax is the pick.

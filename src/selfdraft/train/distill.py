@@ -30,6 +30,8 @@ from ..engine.request import Request
 from ..errors import InvalidOption
 from ..llm import LLM
 from ..models.adapters.fingerprint import fingerprint
+from ..models.loading import load_pretrained
+from ..models.transformers import TransformersModel
 from ..params import SamplingParams
 from .prompts import Prompt, Prompts
 from .shards import Row, Shards
@@ -224,7 +226,9 @@ def asked(llm: LLM, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
     model = llm.model
     return {
         "model": llm.name,
-        "fingerprint": fingerprint(model.model),
+        "fingerprint": fingerprint(
+            model.model if isinstance(model, TransformersModel) else load_pretrained(llm.name)[0]
+        ),
         "vocabulary": model.vocab_size,
         "tokenizer": tokenizer_sha256(llm.tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),

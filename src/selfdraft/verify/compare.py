@@ -21,8 +21,9 @@ from ..engine.engine import Engine
 from ..engine.request import Request
 from ..engine.step import Step
 from ..engine.tree import Tree
-from ..models.transformers import TransformersModel
+from ..models.loading import AnyModel
 from ..params import SamplingParams
+from ..sampling.gumbel import Generate
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle
 
@@ -73,10 +74,10 @@ class Comparison:
     differences: Sequence[Difference]
 
 
-Check = Callable[[TransformersModel, Case, Sequence[int]], Comparison]
+Check = Callable[[AnyModel, Case, Sequence[int]], Comparison]
 
 
-def answer(model: TransformersModel, method: Method, case: Case) -> Sequence[int]:
+def answer(model: AnyModel, method: Method, case: Case) -> Sequence[int]:
     """The tokens that a method emits, alone in an engine."""
     engine = Engine(model)
     request = engine.submit(case.prompt, method, case.params, case.references)
@@ -88,7 +89,7 @@ def answer(model: TransformersModel, method: Method, case: Case) -> Sequence[int
 def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
     """The check that a method's text is plain decoding's. make: the method, given that text."""
 
-    def check(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
+    def check(model: AnyModel, case: Case, plain: Sequence[int]) -> Comparison:
         method = make(plain)
 
         def again(start: int) -> Sequence[int]:
@@ -99,7 +100,7 @@ def drafted(name: str, make: Callable[[Sequence[int]], Method]) -> Check:
     return check
 
 
-def ends(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparison:
+def ends(model: AnyModel, case: Case, plain: Sequence[int]) -> Comparison:
     """Make tokens of the plain text end it, so that the end lies inside a draft: the drafted text has to
     end at the same place."""
     dice = random.Random(case.params.seed)
@@ -117,7 +118,7 @@ def ends(model: TransformersModel, case: Case, plain: Sequence[int]) -> Comparis
 
 
 def batch(
-    model: TransformersModel, method: Method, cases: Sequence[Case], plains: Sequence[Sequence[int]]
+    model: AnyModel, method: Method, cases: Sequence[Case], plains: Sequence[Sequence[int]]
 ) -> list[Comparison]:
     """Compare all cases in one engine, four at a time and with several methods mixed, with each case
     alone."""
@@ -142,7 +143,7 @@ def batch(
 
 def follow(
     check: str,
-    model: TransformersModel,
+    model: AnyModel,
     case: Case,
     plain: Sequence[int],
     again: Callable[[int], Sequence[int]],
@@ -172,16 +173,14 @@ class _KeepScores:
         self.scores = step.scores[0]
 
 
-def logits_after(model: TransformersModel, case: Case, text: Sequence[int]) -> Tensor:
+def logits_after(model: AnyModel, case: Case, text: Sequence[int]) -> Tensor:
     """Logits of the token after prompt and text, by plain decoding started afresh, [vocabulary]."""
     keeper = _KeepScores()
     answer(model, keeper, replace(_from(case, text, len(text)), params=SamplingParams(max_new_tokens=1)))
     return keeper.scores  # greedy scores are the logits
 
 
-def _first(
-    check: str, model: TransformersModel, case: Case, plain: Sequence[int], other: Sequence[int]
-) -> Comparison:
+def _first(check: str, model: AnyModel, case: Case, plain: Sequence[int], other: Sequence[int]) -> Comparison:
     length = max(len(plain), len(other))
     at = next((i for i in range(length) if _at(plain, i) != _at(other, i)), None)
     if at is None:
@@ -190,7 +189,7 @@ def _first(
 
 
 def _difference(
-    check: str, model: TransformersModel, case: Case, plain: Sequence[int | None], at: int, got: int | None
+    check: str, model: AnyModel, case: Case, plain: Sequence[int | None], at: int, got: int | None
 ) -> Difference:
     expected = _at(plain, at)
     before = [token for token in plain[:at] if token is not None]
@@ -198,8 +197,8 @@ def _difference(
     if expected is not None and got is not None:
         logits = logits_after(model, case, before)
         text = [*case.prompt, *before]
-        scores = _scores(case.params, text, logits)
-        margin = _margin(case.params, text, logits, expected, got)
+        scores = _scores(case.params, text, logits, model.noise)
+        margin = _margin(case.params, text, logits, expected, got, model.noise)
         size = max(abs(float(logits[expected])), abs(float(logits[got])), 1e-30)
         ulps = margin / (2.0 ** math.floor(math.log2(size)) * torch.finfo(model.dtype).eps)
         reproduces = int(scores.argmax()) == expected
@@ -207,18 +206,25 @@ def _difference(
     return Difference(check, *where, expected, got, margin, ulps, reproduces)
 
 
-def _scores(params: SamplingParams, text: Sequence[int], logits: Tensor) -> Tensor:
+def _scores(params: SamplingParams, text: Sequence[int], logits: Tensor, generate: Generate | None) -> Tensor:
     """Scores of the token after a text, [vocabulary]."""
-    return Sampler(params, text, len(logits), logits.device).scores(logits[None], [()])[0]
+    return Sampler(params, text, len(logits), logits.device, generate=generate).scores(logits[None], [()])[0]
 
 
-def _margin(params: SamplingParams, text: Sequence[int], logits: Tensor, expected: int, got: int) -> float:
+def _margin(
+    params: SamplingParams,
+    text: Sequence[int],
+    logits: Tensor,
+    expected: int,
+    got: int,
+    generate: Generate | None,
+) -> float:
     """How far logits would have to move for `got` to be picked: by its score, or past a filter's edge."""
-    scores = _scores(params, text, logits)
+    scores = _scores(params, text, logits, generate)
     if scores[got].isfinite():
         return float(scores[expected] - scores[got])
-    unfiltered = _scores(replace(params, top_k=0, top_p=1.0, min_p=0.0), text, logits)
-    processed = _scores(replace(params, temperature=0.0), text, logits)
+    unfiltered = _scores(replace(params, top_k=0, top_p=1.0, min_p=0.0), text, logits, generate)
+    processed = _scores(replace(params, temperature=0.0), text, logits, generate)
     short = processed[scores.isfinite()].min() - processed[got]
     return float(torch.maximum(unfiltered[expected] - unfiltered[got], short))
 

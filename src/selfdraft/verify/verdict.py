@@ -19,7 +19,7 @@ from typing import Any, Literal
 from ..drafting import create
 from ..drafting.method import Method
 from ..errors import ModelUnsupported
-from ..models.loading import drive
+from ..models.loading import AnyModel, drive
 from ..models.transformers import TransformersModel
 from .compare import Case, Check, Comparison, Difference, answer, batch
 from .distribution import Fit
@@ -48,19 +48,25 @@ class Verification:
 
     # The method's answers, and those of drafters that are bad on purpose, against plain decoding.
     checks: Sequence[CheckResult]
-    # Plain decoding against transformers' `generate`, greedy.
-    generate: CheckResult
+    # Plain decoding against transformers' `generate`, greedy; None for a model that does not run there.
+    generate: CheckResult | None
     # Sampled tokens against the distribution that transformers' own filters define.
     distribution: Sequence[Fit]
     # How far rounding moves this model's logits on this machine.
     rounding: float
 
     @property
+    def all_checks(self) -> Sequence[CheckResult]:
+        """The checks, that against `generate` last where it was made."""
+        return self.checks if self.generate is None else [*self.checks, self.generate]
+
+    @property
     def verdict(self) -> Verdict:
         """The worst of the checks. `generate` rounds in its own way, so a difference to it counts only
         where rounding does not explain it. A wrong distribution counts as broken."""
         verdicts = {result.verdict for result in self.checks}
-        wrong = self.generate.verdict == "broken" or not all(fit.holds for fit in self.distribution)
+        generate = None if self.generate is None else self.generate.verdict
+        wrong = generate == "broken" or not all(fit.holds for fit in self.distribution)
         if "broken" in verdicts or wrong:
             return "broken"
         return "rounding" if "rounding" in verdicts else "exact"
@@ -72,7 +78,7 @@ class Verification:
             "compared": sum(result.compared for result in self.checks),
             "differences": sum(len(result.differences) for result in self.checks),
             "rounding": self.rounding,
-            "checks": [asdict(result) for result in (*self.checks, self.generate)],
+            "checks": [asdict(result) for result in self.all_checks],
             "distribution": [asdict(fit) | {"holds": fit.holds} for fit in self.distribution],
         }
 
@@ -80,11 +86,12 @@ class Verification:
 class Float64Copy:
     """The same model in float64, made when it is first needed."""
 
-    def __init__(self, model: TransformersModel) -> None:
+    def __init__(self, model: AnyModel) -> None:
         self._of = model
         self._made: TransformersModel | None = None
 
     def model(self) -> TransformersModel:
+        assert isinstance(self._of, TransformersModel), "exact numerics need no second opinion"
         if self._made is None:
             made = drive(copy.deepcopy(self._of.base.model).double(), "fast")
             adapter = self._of.adapter
@@ -110,7 +117,7 @@ def judge(name: str, found: Compared, bound: float, differs_in_float64: Callable
     differences = [d for _, comparison in found for d in comparison.differences]
     if not differences:
         return CheckResult(name, compared, [], "exact", None)
-    gone = all(abs(d.margin) <= bound for d in differences)
+    gone = bound > 0 and all(abs(d.margin) <= bound for d in differences)
     try:
         gone = gone and not differs_in_float64()
     except ModelUnsupported:  # the model cannot run in float64: nothing shows that it was rounding

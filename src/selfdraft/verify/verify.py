@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..drafting import create
 from ..drafting.method import Method
 from ..llm import LLM
+from ..models.loading import AnyModel
 from ..models.transformers import TransformersModel
 from ..params import SamplingParams
 from .adversaries import Garbage, Oracle, Restless
@@ -74,11 +75,13 @@ def verify(
             found[name].append((case, check(model, case, plains[-1])))
     report("all answers again, four at a time in one batch")
     together: Compared = list(zip(cases, batch(model, method, cases, plains), strict=True))
-    report("rounding of this model on this machine")
-    moved = rounding(model, [[*case.prompt, *text] for case, text in zip(cases, plains, strict=True)])
-    report("transformers' generate")
     greedy = [(c, p) for c, p in zip(cases, plains, strict=True) if c.params.temperature == 0]
-    theirs: Compared = [(case, generated(model, case, plain)) for case, plain in greedy]
+    moved, theirs = 0.0, None
+    if isinstance(model, TransformersModel):
+        report("rounding of this model on this machine")
+        moved = rounding(model, [[*case.prompt, *text] for case, text in zip(cases, plains, strict=True)])
+        report("transformers' generate")
+        theirs = [(case, generated(model, case, plain)) for case, plain in greedy]
     report("the distribution of sampled tokens")
     logits = torch.stack([logits_after(model, case, []) for case, _ in greedy[: effort.distributions]])
     drawn = fits(logits, seed, effort.picks)
@@ -90,7 +93,10 @@ def verify(
         for name, pairs in found.items()
     ]
     results.append(judge("batch", together, bound, partial(float64.batch_differs, method, cases)))
-    generate = judge("generate", theirs, 2 * moved, partial(float64.check_differs, generated, theirs))
+    generate = None
+    if theirs is not None:
+        check = cast(Check, generated)
+        generate = judge("generate", theirs, 2 * moved, partial(float64.check_differs, check, theirs))
     return Verification(results, generate, drawn, moved)
 
 
@@ -108,7 +114,7 @@ def _cases(
     return [Case(i, tuple(p), way, references) for i, p in enumerate(prompts) for way in ways]
 
 
-def _checks(method: Method, model: TransformersModel) -> dict[str, Check]:
+def _checks(method: Method, model: AnyModel) -> dict[str, Check]:
     vocabulary = model.vocab_size
     checks: dict[str, Check] = {
         "method": drafted("method", lambda plain: method),

@@ -62,14 +62,17 @@ class GgufFile:
         self.tensors: Mapping[str, Tensor] = {}
         self._read_header()
 
+    def raw(self, tensor: Tensor) -> NDArray[np.uint8]:
+        """The tensor's bytes as they are in the file."""
+        return np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.offset)
+
     def array(self, tensor: Tensor) -> NDArray[np.float32]:
         """The tensor in float32. Raises ModelUnsupported for a type that the gguf package cannot read."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         kind = GGMLQuantizationType(tensor.kind)
-        stored = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.offset)
-        rows = stored.reshape(quant_shape_to_byte_shape(tensor.shape, kind))
+        rows = self.raw(tensor).reshape(quant_shape_to_byte_shape(tensor.shape, kind))
         try:
             return np.asarray(dequantize(rows, kind), np.float32).reshape(tensor.shape)
         except NotImplementedError as error:

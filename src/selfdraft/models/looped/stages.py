@@ -181,7 +181,11 @@ class StagedModel(TransformersModel):
 
     @torch.inference_mode()
     def forward(
-        self, trees: Sequence[Tree], caches: Sequence[Cache], stages: int | None = None
+        self,
+        trees: Sequence[Tree],
+        caches: Sequence[Cache],
+        stages: int | None = None,
+        wanted: Sequence[int] | None = None,
     ) -> TransformersRows:
         lanes = [lane for lane in caches if isinstance(lane, StageLane)]
         if stages is None and all(lane.in_flight is None for lane in lanes):

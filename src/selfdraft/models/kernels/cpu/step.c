@@ -1,0 +1,359 @@
+/* The step. Threads go through the same sequence of stages, with a barrier between each two; within a stage they
+ * take pieces of work from a counter. What a piece computes does not depend on who computes it. */
+#include "step.h"
+
+#include "pack.h"
+#include "products.h"
+
+#include <time.h>
+
+enum { STAGES_PER_LAYER = 9, MAX_STAGES = 2048 };
+
+typedef struct {
+    const Model *model;
+    const Memory *memory;
+    const Batch *batch;
+    const Work *work;
+    Barrier barrier;
+    _Atomic int32_t next[MAX_STAGES]; /* by stage: the first piece that nobody has taken */
+} Step;
+
+/* ---- Pieces of work. */
+
+INLINE int take(Step *s, int stage, int pieces) {
+    return atomic_fetch_add_explicit(&s->next[stage], pieces, memory_order_relaxed);
+}
+
+INLINE int panels_of(const Matrix *m) { return (m->outs + 2 * W - 1) / (2 * W) * 2; }
+
+static void multiply(Step *s, int stage, int threads, const Matrix *m, int rows, float *y, size_t ldy) {
+    y += m->at;
+    const int panels = panels_of(m);
+    int piece = panels / (threads * 8) / 2 * 2;
+    if (piece < 2) piece = 2;
+    for (int first; (first = take(s, stage, piece)) < panels;) {
+        const int last = first + piece < panels ? first + piece : panels;
+        product(m, first, last, &s->work->inputs, rows, y, ldy);
+        if (m->bias)
+            for (int r = 0; r < rows; r++)
+                for (int i = first * W; i < last * W; i += W)
+                    store(y + r * ldy + i, load(y + r * ldy + i) + load(m->bias + i));
+    }
+}
+
+/* Stores a row as inputs of matrices. A row that is not finite is marked, and goes on as zeros: 8-bit rounding would hide
+ * it otherwise. */
+INLINE void prepare(Step *s, float *x, const Matrix *m, int parts, int row, int flag) {
+    if (!is_finite(x, m->ins)) {
+        s->work->finite[flag] = 0;
+        memset(x, 0, (size_t)m->ins * 4);
+    }
+    for (int i = 0; i < parts && m[i].outs; i++)
+        if (i == 0 || m[i].format != m[i - 1].format) pack(x, m->ins, m[i].format, &s->work->inputs, row);
+}
+
+INLINE void embed(const Step *s, int row) {
+    const Model *m = s->model;
+    const int32_t token = s->batch->token[row];
+    float *x = s->work->hidden + (size_t)row * m->hidden;
+    if (token < 0) memcpy(x, s->batch->vectors + (size_t)(-1 - token) * m->hidden, (size_t)m->hidden * 4);
+    else if (m->embedding_wide == 4) memcpy(x, (const float *)m->embedding + (size_t)token * m->hidden, (size_t)m->hidden * 4);
+    else if (m->embedding_wide == 2) {
+        const uint16_t *from = (const uint16_t *)m->embedding + (size_t)token * m->hidden;
+        for (int i = 0; i < m->hidden; i++) x[i] = float_of_bf16(from[i]);
+    } else unpack_output(&m->head, token, x);
+    if (token >= 0 && m->embedding_scale != 1)
+        for (int i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
+}
+
+/* Adds the output of a part of a layer to a row. */
+INLINE void add_change(const Step *s, int row, const float *norm) {
+    const Model *m = s->model;
+    float *x = s->work->hidden + (size_t)row * m->hidden, *y = s->work->change + (size_t)row * m->hidden;
+    if (norm) rms_norm(y, norm, m->hidden, m->eps, y);
+    for (int i = 0; i < m->hidden; i += W) store(x + i, muladd(load(y + i), splat(m->residual_scale), load(x + i)));
+}
+
+/* Normalises a row of hidden states into the inputs of a product. */
+INLINE void enter(Step *s, const float *norm, const Matrix *m, int parts, int from, int to, float *scratch) {
+    const Model *model = s->model;
+    rms_norm(s->work->hidden + (size_t)from * model->hidden, norm, model->hidden, model->eps, scratch);
+    prepare(s, scratch, m, parts, to, from);
+}
+
+/* Norms and rotates the heads of a row, and stores its key and value. */
+static void place(Step *s, const Layer *layer, int index, int row) {
+    const Model *m = s->model;
+    const Batch *b = s->batch;
+    const int size = m->head_size, kv = m->key_heads;
+    float *qkv = s->work->qkv + (size_t)row * (m->heads + 2 * kv) * size;
+    if (!is_finite(qkv, (m->heads + 2 * kv) * size)) s->work->finite[row] = 0;
+    for (int h = 0; h < m->heads + kv; h++) {
+        float *head = qkv + (size_t)h * size;
+        const float *norm = h < m->heads ? layer->query_norm : layer->key_norm;
+        if (norm) rms_norm(head, norm, size, m->eps, head);
+        if (layer->angles) rotate(head, m->rotated, layer->angles + (size_t)b->position[row] * m->rotated);
+    }
+    const int slot = b->slot[row], lane = slot % PAGE;
+    const int32_t page = b->tables[(size_t)b->request[row] * b->table_width + slot / PAGE];
+    for (int h = 0; h < kv; h++) {
+        const float *key = qkv + (size_t)(m->heads + h) * size, *value = key + (size_t)kv * size;
+        const size_t at = (size_t)index * s->memory->layer_bytes / m->wide + ((size_t)page * kv + h) * size * PAGE;
+        for (int i = 0; i < size; i++) {
+            if (m->wide == 2) {
+                ((uint16_t *)s->memory->keys)[at + (size_t)i * PAGE + lane] = narrow_bf16(key[i]);
+                ((uint16_t *)s->memory->values)[at + (size_t)lane * size + i] = narrow_bf16(value[i]);
+            } else {
+                ((float *)s->memory->keys)[at + (size_t)i * PAGE + lane] = key[i];
+                ((float *)s->memory->values)[at + (size_t)lane * size + i] = value[i];
+            }
+        }
+    }
+}
+
+/* ---- Attention: blocks of rows times key heads; where those are few, times partitions too. */
+
+typedef struct {
+    const int32_t *above[BLOCK_ROWS];
+    int32_t above_count[BLOCK_ROWS];
+    const float *query[BLOCK_ROWS];
+    float *out[BLOCK_ROWS];
+    Block block;
+} Rows;
+
+static void gather(const Step *s, int index, Rows *rows) {
+    const Model *m = s->model;
+    const Batch *b = s->batch;
+    const int first = b->block[index], count = b->block[index + 1] - first;
+    for (int i = 0; i < count; i++) {
+        const int row = first + i;
+        rows->above[i] = b->above + b->above_start[row];
+        rows->above_count[i] = b->above_start[row + 1] - b->above_start[row];
+        rows->query[i] = s->work->qkv + (size_t)row * (m->heads + 2 * m->key_heads) * m->head_size;
+        rows->out[i] = s->work->attended + (size_t)row * m->heads * m->head_size;
+    }
+    rows->block = (Block){b->tables + (size_t)b->request[first] * b->table_width, b->seen + first, rows->above,
+                          rows->above_count, rows->query, count};
+}
+
+static void attend(Step *s, int stage, int thread, int threads, const Layer *layer, int index) {
+    const Model *m = s->model;
+    const Batch *b = s->batch;
+    const Work *w = s->work;
+    const size_t at = (size_t)index * s->memory->layer_bytes;
+    const Attention a = {(const char *)s->memory->keys + at, (const char *)s->memory->values + at, m->wide, m->heads,
+                         m->key_heads, m->head_size, layer->window, m->attention_scale, m->attention_cap};
+    const int queries = BLOCK_ROWS * (m->heads / m->key_heads);
+    const size_t floats = (size_t)queries * (m->head_size + 2);
+    Scratch *scratch = w->scratch + thread;
+    Rows rows;
+    int parts = 0, most = 1; /* of all blocks; of one block */
+    for (int i = 0; i < b->blocks; i++) {
+        gather(s, i, &rows);
+        const int n = last_partition(&rows.block) - first_partition(&a, &rows.block) + 1;
+        parts += n;
+        if (n > most) most = n;
+    }
+    const int split = most > 1 && threads > 1 && b->blocks * m->key_heads < 4 * threads &&
+                      (int64_t)(parts * m->key_heads * floats) <= w->partial_floats;
+    if (!split) {
+        for (int piece; (piece = take(s, stage, 1)) < b->blocks * m->key_heads;) {
+            const int head = piece % m->key_heads;
+            uint8_t ok[BLOCK_ROWS];
+            memset(ok, 1, sizeof ok);
+            gather(s, piece / m->key_heads, &rows);
+            Partial merged[MAX_QUERIES], part[MAX_QUERIES];
+            const int n = rows.block.count * (m->heads / m->key_heads);
+            for (int q = 0; q < n; q++) {
+                merged[q] = (Partial){0, 0, scratch->merged[q]};
+                part[q] = (Partial){0, 0, scratch->values[q]};
+            }
+            for (int p = first_partition(&a, &rows.block); p <= last_partition(&rows.block); p++) {
+                attend_partition(&a, &rows.block, head, p * PART, scratch, part, ok);
+                merge_all(merged, part, n, m->head_size);
+            }
+            finish(&a, &rows.block, head, merged, rows.out);
+            for (int i = 0; i < rows.block.count; i++)
+                if (!ok[i]) w->finite[b->block[piece / m->key_heads] + i] = 0;
+        }
+        barrier(&s->barrier);
+        return;
+    }
+    /* [partition of all blocks][key head]: queries of (maximum, total), then their values */
+    for (int piece; (piece = take(s, stage, 1)) < parts * m->key_heads;) {
+        int block = 0, p = piece / m->key_heads;
+        for (;; block++) {
+            gather(s, block, &rows);
+            const int n = last_partition(&rows.block) - first_partition(&a, &rows.block) + 1;
+            if (p < n) break;
+            p -= n;
+        }
+        uint8_t ok[BLOCK_ROWS];
+        memset(ok, 1, sizeof ok);
+        Partial part[MAX_QUERIES];
+        float *to = w->partials + piece * floats;
+        const int n = rows.block.count * (m->heads / m->key_heads);
+        for (int q = 0; q < n; q++) part[q] = (Partial){0, 0, to + 2 * queries + (size_t)q * m->head_size};
+        attend_partition(&a, &rows.block, piece % m->key_heads, (first_partition(&a, &rows.block) + p) * PART, scratch,
+                         part, ok);
+        for (int q = 0; q < n; q++) to[2 * q] = part[q].most, to[2 * q + 1] = part[q].total;
+        for (int i = 0; i < rows.block.count; i++)
+            if (!ok[i]) w->finite[b->block[block] + i] = 0;
+    }
+    barrier(&s->barrier);
+    for (int piece; (piece = take(s, stage + 1, 1)) < b->blocks * m->key_heads;) {
+        const int head = piece % m->key_heads;
+        int before = 0;
+        for (int i = 0; i < piece / m->key_heads; i++) {
+            gather(s, i, &rows);
+            before += last_partition(&rows.block) - first_partition(&a, &rows.block) + 1;
+        }
+        gather(s, piece / m->key_heads, &rows);
+        const int n = rows.block.count * (m->heads / m->key_heads);
+        Partial merged[MAX_QUERIES], part[MAX_QUERIES];
+        for (int q = 0; q < n; q++) merged[q] = (Partial){0, 0, scratch->merged[q]};
+        for (int p = 0; p <= last_partition(&rows.block) - first_partition(&a, &rows.block); p++) {
+            float *from = w->partials + ((size_t)(before + p) * m->key_heads + head) * floats;
+            for (int q = 0; q < n; q++)
+                part[q] = (Partial){from[2 * q], from[2 * q + 1], from + 2 * queries + (size_t)q * m->head_size};
+            merge_all(merged, part, n, m->head_size);
+        }
+        finish(&a, &rows.block, head, merged, rows.out);
+    }
+    barrier(&s->barrier);
+}
+
+/* ---- Logits. */
+
+INLINE void cap_logits(const Model *m, float *x, int n) {
+    if (m->logit_scale == 1 && m->logit_cap == 0) return;
+    for (int i = 0; i < n; i += W) {
+        vf y = load(x + i) * splat(m->logit_scale);
+        if (m->logit_cap > 0) y = muladd(splat(2 * m->logit_cap), sigmoid(y * splat(2 / m->logit_cap)), splat(-m->logit_cap));
+        store(x + i, y);
+    }
+}
+
+/* The first of the largest logits, or -1 where one is not finite. */
+static int32_t pick(const float *logits, int n) {
+    const int whole = n / W * W;
+    vf most = splat(-__builtin_inff()), finite = splat(0);
+    for (int i = 0; i < whole; i += W) {
+        most = max(most, load(logits + i));
+        finite = muladd(load(logits + i), splat(0), finite);
+    }
+    float best = largest(most), bad = sum(finite);
+    for (int i = whole; i < n; i++) {
+        best = logits[i] > best ? logits[i] : best;
+        bad += logits[i] * 0.0f;
+    }
+    if (bad != 0.0f) return -1;
+    int i = 0;
+    for (vf target = splat(best); i < whole; i += W) {
+        vi equal = load(logits + i) == target;
+        if (sum(float_of(equal)) != 0.0f) break;
+    }
+    while (i < n && logits[i] != best) i++;
+    return i < n ? i : -1;
+}
+
+/* Logits and picks of the rows of the batch that are wanted. */
+static void read_out(Step *s, int stage, int thread, int threads) {
+    const Model *m = s->model;
+    const Batch *b = s->batch;
+    const Work *w = s->work;
+    const size_t padded = (size_t)panels_of(&m->head) * W;
+    for (int k = thread; k < b->wanted; k += threads)
+        enter(s, m->final_norm, &m->head, 1, b->want[k], k, w->scratch[thread].row);
+    barrier(&s->barrier);
+    multiply(s, stage, threads, &m->head, b->wanted, w->logits, padded);
+    barrier(&s->barrier);
+    for (int k = thread; k < b->wanted; k += threads) {
+        cap_logits(m, w->logits + k * padded, (int)padded);
+        w->pick[k] = w->finite[b->want[k]] ? pick(w->logits + k * padded, m->vocabulary) : -1;
+    }
+}
+
+/* ---- The sequence of stages. */
+
+static void run(void *argument, int thread, int threads) {
+    Step *s = argument;
+    const Model *m = s->model;
+    const Batch *b = s->batch;
+    const Work *w = s->work;
+    const int rows = b->rows, attended = m->heads * m->head_size, wide = (m->heads + 2 * m->key_heads) * m->head_size;
+    float *scratch = w->scratch[thread].row;
+    int stage = 0;
+    for (int r = thread; r < rows; r += threads) {
+        embed(s, r);
+        enter(s, m->layers[0].attention_norm, m->layers[0].qkv, 3, r, r, scratch);
+    }
+    for (int i = 0; i < m->count; i++) {
+        const Layer *layer = m->layers + i;
+        barrier(&s->barrier);
+        for (int p = 0; p < 3; p++) multiply(s, stage++, threads, layer->qkv + p, rows, w->qkv, wide);
+        barrier(&s->barrier);
+        for (int r = thread; r < rows; r += threads) place(s, layer, i, r);
+        barrier(&s->barrier);
+        attend(s, stage, thread, threads, layer, i);
+        stage += 2;
+        for (int r = thread; r < rows; r += threads) prepare(s, w->attended + (size_t)r * attended, &layer->out, 1, r, r);
+        barrier(&s->barrier);
+        multiply(s, stage++, threads, &layer->out, rows, w->change, m->hidden);
+        barrier(&s->barrier);
+        for (int r = thread; r < rows; r += threads) {
+            add_change(s, r, layer->after_attention);
+            enter(s, layer->mlp_norm, layer->gate_up, 2, r, r, scratch);
+        }
+        barrier(&s->barrier);
+        for (int p = 0; p < 2; p++)
+            multiply(s, stage++, threads, layer->gate_up + p, rows, w->inner, 2 * (size_t)m->inner);
+        barrier(&s->barrier);
+        for (int r = thread; r < rows; r += threads) {
+            float *gate = w->inner + (size_t)r * 2 * m->inner;
+            gated(m->activation, gate, gate + m->inner, m->inner, gate);
+            prepare(s, gate, &layer->down, 1, r, r);
+        }
+        barrier(&s->barrier);
+        multiply(s, stage++, threads, &layer->down, rows, w->change, m->hidden);
+        barrier(&s->barrier);
+        for (int r = thread; r < rows; r += threads) {
+            add_change(s, r, layer->after_mlp);
+            if (i + 1 < m->count) enter(s, layer[1].attention_norm, layer[1].qkv, 3, r, r, scratch);
+        }
+    }
+    barrier(&s->barrier);
+    for (int r = thread; r < rows; r += threads)
+        if (!is_finite(w->hidden + (size_t)r * m->hidden, m->hidden)) w->finite[r] = 0;
+    read_out(s, stage, thread, threads);
+}
+/* Runs a batch through the model; returns the number of threads that did, or -1 for a model of too many layers. */
+EXPORT int selfdraft_step(const Model *model, const Memory *memory, const Batch *batch, const Work *work, int threads) {
+    static _Thread_local Step s;
+    if (model->count * STAGES_PER_LAYER + 1 > MAX_STAGES) return -1;
+    s.model = model;
+    s.memory = memory;
+    s.batch = batch;
+    s.work = work;
+    memset(s.next, 0, sizeof s.next);
+    memset(work->finite, 1, (size_t)batch->rows);
+    return pool_run(run, &s, threads, &s.barrier);
+}
+
+static void run_read_out(void *argument, int thread, int threads) { read_out(argument, 0, thread, threads); }
+
+/* Logits and picks of other rows of the last step. */
+EXPORT int selfdraft_logits(const Model *model, const Work *work, int wanted, const int32_t *want, int threads) {
+    static _Thread_local Step s;
+    const Batch batch = {.wanted = wanted, .want = want};
+    s.model = model;
+    s.batch = &batch;
+    s.work = work;
+    memset(s.next, 0, sizeof *s.next);
+    return pool_run(run_read_out, &s, threads, &s.barrier);
+}
+
+EXPORT int selfdraft_sizes(int what) {
+    const int sizes[] = {W, PAIRS, PAGE, PART, BLOCK_ROWS, MAX_QUERIES, TREE_SLOTS, (int)sizeof(Scratch), (MAX_STAGES - 1) / STAGES_PER_LAYER};
+    return what < (int)(sizeof sizes / sizeof *sizes) ? sizes[what] : -1;
+}

@@ -1,0 +1,69 @@
+/* One step: rows of tokens through the whole model, from embeddings to logits and picks. Python fills these
+ * structures (`library.py` mirrors them); all arrays are its own. */
+#ifndef SELFDRAFT_STEP_H
+#define SELFDRAFT_STEP_H
+
+#include "attention.h"
+#include "threads.h"
+
+typedef struct {
+    Matrix qkv[3], out, gate_up[2], down; /* parts in formats of their own; one without outputs is not there */
+    const float *attention_norm, *mlp_norm;           /* [hidden], before each part */
+    const float *after_attention, *after_mlp;         /* [hidden], on its output; or none */
+    const float *query_norm, *key_norm;               /* [head size], or none */
+    const float *angles;                              /* [context][rotated]: cosines then sines; none: no rotation */
+    int32_t window;                                   /* keys that a row sees, 0 for all */
+    int32_t unused;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    Matrix head;
+    const float *final_norm;
+    const uint8_t *embedding;   /* [vocabulary][hidden] as bfloat16 or float, or none: packed like `head` */
+    int32_t embedding_wide;     /* 2, 4, or 0 for none */
+    int32_t count, hidden, heads, key_heads, head_size, rotated, inner, vocabulary, activation;
+    float eps, attention_scale, attention_cap, embedding_scale, residual_scale, logit_scale, logit_cap;
+    int32_t wide;               /* bytes of a value in the KV cache */
+    int32_t unused;
+} Model;
+
+/* Keys and values: pages of all layers, [layers][pages][key heads][...]; see attention.h. */
+typedef struct {
+    void *keys, *values;
+    int64_t layer_bytes; /* from one layer to the next */
+} Memory;
+
+typedef struct {
+    int32_t rows, wanted, table_width, blocks;
+    const int32_t *token;       /* [rows] id; -1 - i: row i of `vectors` */
+    const float *vectors;       /* [..][hidden] embeddings of tokens outside the vocabulary */
+    const int32_t *position;    /* [rows] */
+    const int32_t *request;     /* [rows] */
+    const int32_t *slot;        /* [rows] where its key and value go in the request's pages */
+    const int32_t *seen;        /* [rows] history keys that it sees */
+    const int32_t *above;       /* slots of the ancestors of all rows, one row after another */
+    const int32_t *above_start; /* [rows + 1] */
+    const int32_t *tables;      /* [requests][table_width] page numbers */
+    const int32_t *block;       /* [blocks + 1] first row of each block of attention */
+    const int32_t *want;        /* [wanted] rows whose logits are wanted */
+} Batch;
+
+/* Scratch and results. */
+typedef struct {
+    float *hidden;    /* [rows][hidden] */
+    float *qkv;       /* [rows][(heads + 2 * key heads) * size] */
+    float *attended;  /* [rows][heads * size] */
+    float *inner;     /* [rows][2 * inner] */
+    float *change;    /* [rows][hidden] output of a part */
+    float *logits;    /* [wanted][vocabulary], the vocabulary padded to whole pairs of panels */
+    int32_t *pick;    /* [wanted] likeliest token; -1 where a row is not finite */
+    uint8_t *finite;  /* [rows] */
+    Inputs inputs;    /* for the widest product */
+    Scratch *scratch; /* [threads] */
+    float *partials;  /* [partial_floats] for partitions that threads share */
+    int64_t partial_floats;
+    int64_t *clock;   /* nanoseconds by kind of work, or none */
+} Work;
+
+#endif

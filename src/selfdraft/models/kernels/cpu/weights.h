@@ -1,0 +1,50 @@
+/* Packed weights. A matrix of [outs, ins] is cut into panels of W outputs, and each panel into groups of 32
+ * inputs, so that one vector holds the same input (or inputs) of W outputs. Bytes of one group of one panel:
+ *
+ *   BF16  32 * W * 2   with BF16 instructions [16 pairs][W][2], else [32][W]
+ *   F32   32 * W * 4   [32][W]
+ *   Q8    34 * W       [8 quads][W][4] int8, then W scales (half)
+ *   Q6    36 * W       the same with two scales, of 16 inputs each: [2][W]
+ *   Q4    20 * W       [4][W][4]: low nibbles quad 2i, high nibbles quad 2i + 1; then W scales, W minima (half)
+ *
+ * A 4-bit weight is q * scale + minimum with q from 0 to 15. */
+#ifndef SELFDRAFT_WEIGHTS_H
+#define SELFDRAFT_WEIGHTS_H
+
+#include "vector.h"
+
+enum Format { BF16, F32, Q8, Q4, Q6, FORMATS };
+
+#if defined(__AVX512BF16__)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+
+INLINE size_t group_bytes(int format) {
+    static const int per_output[FORMATS] = {64, 128, 34, 20, 36};
+    return (size_t)per_output[format] * W;
+}
+
+/* A linear layer, or some of its outputs. data: panels one after another. bias: [outs] or none. at: where its
+ * outputs begin among those of the layer. */
+typedef struct {
+    const uint8_t *data;
+    const float *bias;
+    int32_t format, outs, ins, at;
+} Matrix;
+
+INLINE size_t panel_bytes(const Matrix *m) { return (size_t)(m->ins / GROUP) * group_bytes(m->format); }
+
+/* Inputs of a product, in the form that the format wants: for BF16 bfloat16 (with BF16 instructions) or float,
+ * for F32 float, for Q8 and Q4 int8 with a scale and the scaled sum of each group. */
+enum { SCALE, WHOLE, FIRST, SCALES = 4 }; /* scale; scale * sum of the group's int8 values; of its first half's */
+typedef struct {
+    int8_t *bytes;   /* [rows, stride] int8 */
+    float *scales;   /* [rows, stride / GROUP, SCALES], see below */
+    float *floats;   /* [rows, stride] float */
+    uint16_t *halves; /* [rows, stride] bfloat16 */
+    int32_t stride, unused;
+} Inputs;
+
+#endif

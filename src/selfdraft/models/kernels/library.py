@@ -1,0 +1,155 @@
+"""The CPU kernels: a library of C, built for several instruction sets, of which the best one for this
+processor is loaded.
+
+Builds lie beside this file in `lib/`, where the package's build puts them (`build.py`). `SELFDRAFT_KERNELS`
+names another one than the best, to compare them: avx512, avx2, neon, portable; or none, for transformers'
+forward.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import InvalidOption
+from . import structures
+
+LIB = Path(os.environ.get("SELFDRAFT_KERNELS_FOLDER") or Path(__file__).parent / "lib")
+CHOICE = "SELFDRAFT_KERNELS"
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "neon": {"asimd", "asimddp"},
+    "portable": set(),
+}
+"""Builds, the best first, with the processor's flags that they need."""
+FORMATS = {"bf16": 0, "f32": 1, "q8": 2, "q4": 3, "q6": 4}
+SIZES = ("lanes", "pairs", "page", "part", "block_rows", "queries", "tree_slots", "scratch_bytes", "layers")
+
+
+class Library:
+    """One loaded build."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self._lib = ctypes.CDLL(str(path))
+        self._lib.selfdraft_packed_bytes.restype = ctypes.c_int64
+        self._lib.selfdraft_packed_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+        self._lib.selfdraft_pack.restype = None
+        self._lib.selfdraft_pack.argtypes = [
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 3,
+            ctypes.c_int64,
+            ctypes.c_int,
+            *[ctypes.c_int64] * 2,
+            ctypes.c_void_p,
+        ]
+        self._lib.selfdraft_noise.restype = None
+        self._lib.selfdraft_noise.argtypes = [
+            ctypes.c_uint64,
+            *[ctypes.c_uint32] * 2,
+            ctypes.c_int,
+            ctypes.c_void_p,
+        ]
+        self._lib.selfdraft_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
+        self._lib.selfdraft_logits.argtypes = [
+            *[ctypes.c_void_p] * 2,
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        ]
+        sizes = {name: int(self._lib.selfdraft_sizes(i)) for i, name in enumerate(SIZES)}
+        self.lanes, self.page, self.block_rows = sizes["lanes"], sizes["page"], sizes["block_rows"]
+        self.queries, self.part, self.tree_slots = sizes["queries"], sizes["part"], sizes["tree_slots"]
+        self.scratch_bytes, self.max_layers = sizes["scratch_bytes"], sizes["layers"]
+
+    def padded(self, outs: int) -> int:
+        """Outputs of a packed matrix: whole pairs of panels."""
+        return -(-outs // (2 * self.lanes)) * 2 * self.lanes
+
+    def empty(self, kind: str, outs: int, ins: int) -> NDArray[np.uint8]:
+        """Room for a packed matrix of that format."""
+        return np.zeros(self._lib.selfdraft_packed_bytes(FORMATS[kind], outs, ins), np.uint8)
+
+    def pack(
+        self,
+        kind: str,
+        values: NDArray[Any],
+        scales: NDArray[np.uint16] | None,
+        minima: NDArray[np.uint16] | None,
+        first: int,
+        out: NDArray[np.uint8],
+    ) -> None:
+        """Pack rows as the outputs from `first` on. values: [outs, ins] uint16 (bf16), float32, int8 (q8) or
+        uint8 from 0 to 15 (q4). scales, minima: [outs, ins / 32], float16 as uint16."""
+        arrays = [None if part is None else np.ascontiguousarray(part) for part in (values, scales, minima)]
+        outs, ins = values.shape
+        pointers = [None if part is None else part.ctypes.data for part in arrays]
+        self._lib.selfdraft_pack(FORMATS[kind], *pointers, outs, ins, first, 1, out.ctypes.data)
+
+    def step(
+        self,
+        model: structures.Model,
+        memory: structures.Memory,
+        batch: structures.Batch,
+        work: structures.Work,
+        threads: int,
+    ) -> None:
+        """Run rows through the model; see `cpu/step.h`."""
+        pointers = (ctypes.byref(part) for part in (model, memory, batch, work))
+        if self._lib.selfdraft_step(*pointers, threads) < 1:
+            raise AssertionError("the step was refused")
+
+    def logits(
+        self, model: structures.Model, work: structures.Work, rows: Sequence[int], threads: int
+    ) -> None:
+        """Logits and picks of some rows of the last step."""
+        index = np.array(rows, np.int32)
+        pointers = ctypes.byref(model), ctypes.byref(work)
+        self._lib.selfdraft_logits(*pointers, len(index), index.ctypes.data, threads)
+
+    def noise(self, seed: int, sample: int, positions: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
+        """Gumbel noise, [positions, vocabulary]; see `cpu/noise.c`."""
+        out = np.empty((len(positions), vocabulary), np.float32)
+        for row, position in zip(out, positions, strict=True):
+            self._lib.selfdraft_noise(seed, sample, position, vocabulary, row.ctypes.data)
+        return out
+
+
+def flags() -> set[str]:
+    """The processor's instruction sets, as Linux names them; empty where the system does not report them."""
+    from ..._common.machine import processor_flags
+
+    return processor_flags()
+
+
+def builds() -> list[str]:
+    """Names of the builds that are here and that this processor can run, the best first."""
+    have = flags()
+    here = [name for name in NEEDS if (LIB / f"{name}{SUFFIX}").is_file()]
+    return [name for name in here if have >= NEEDS[name]]
+
+
+@cache
+def library() -> Library | None:
+    """The best build, or the one that SELFDRAFT_KERNELS names; None without one. Raises InvalidOption for a
+    build that cannot run here."""
+    asked = os.environ.get(CHOICE)
+    if asked == "none":
+        return None
+    found = builds()
+    if asked and asked not in found:
+        listed = ", ".join([*found, "none"])
+        raise InvalidOption(f"{CHOICE}={asked}: this machine ({platform.machine()}) can run: {listed}")
+    name = asked or next(iter(found), None)
+    return Library(LIB / f"{name}{SUFFIX}", name) if name else None

@@ -1,0 +1,344 @@
+"""The decoder is transformers' forward in float32; and a row's bits depend on its own keys alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from selfdraft.drafting.plain import Plain
+from selfdraft.engine.engine import Engine
+from selfdraft.engine.tree import Tree
+from selfdraft.errors import InvalidOption, NotFinite
+from selfdraft.models import weights
+from selfdraft.models.decoder import Decoder, unsupported
+from selfdraft.models.kernels import library as kernels
+from selfdraft.models.kernels.crowding import Crowding
+from selfdraft.models.kernels.library import Library
+from selfdraft.models.paged_cache import PagedCache
+from selfdraft.models.weights import FolderWeights, Stored, quantised, rounded
+from selfdraft.verify.adversaries import Garbage, Oracle
+
+from runs import greedy, random_prompt, run, sampled
+
+BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+WINDOW = {"sliding_window": 24}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**BASE, attention_bias=True, mlp_bias=True),
+    "llama, tied": LlamaConfig(**BASE, tie_word_embeddings=True),
+    "llama, scaled positions": LlamaConfig(**BASE, rope_parameters=LLAMA3),
+    "llama, linear positions": LlamaConfig(
+        **BASE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "mistral": MistralConfig(**BASE, **WINDOW),
+    "qwen2": Qwen2Config(**BASE, use_sliding_window=True, max_window_layers=2, **WINDOW),
+    "qwen3": Qwen3Config(**BASE),
+    "granite": GraniteConfig(
+        **BASE,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+        attention_multiplier=0.2,
+    ),
+    "smollm3": SmolLM3Config(**BASE, no_rope_layers=[1, 1, 1, 0]),
+    "gemma2": Gemma2Config(**BASE, query_pre_attn_scalar=48, **WINDOW),
+    "gemma3": Gemma3TextConfig(**BASE, **WINDOW),
+    "phi3": Phi3Config(**BASE),
+}
+TREE = ((0, 7, 1, 9, 2, 7, 8), (-1, 0, 0, 2, 2, 1, 4))  # rows 0, 2 and 4 carry the text's own tokens
+
+
+class ModelWeights:
+    """The weights of a transformers model in memory, in one format."""
+
+    label = "test"
+
+    def __init__(self, model: torch.nn.Module, kind: str = "f32") -> None:
+        self._state = {name: part.detach().float().numpy() for name, part in model.state_dict().items()}
+        if model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            self._state.pop("lm_head.weight", None)
+        self._kind = kind
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._state
+
+    def linear(self, name: str) -> Stored:
+        found = self._state[name]
+        if self._kind == "f32":
+            return Stored("f32", found)
+        return rounded(found) if self._kind == "bf16" else quantised(found, self._kind)
+
+    def vector(self, name: str) -> Any:
+        return self._state[name]
+
+
+def made(config: PreTrainedConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                part.add_(0.2 * torch.randn_like(part))
+    return model
+
+
+def build(name: str | None = None) -> Library:
+    found = kernels.builds()
+    assert found, "there is no build of the kernels: make kernels"
+    name = name or found[0]
+    return Library(kernels.LIB / f"{name}{kernels.SUFFIX}", name)
+
+
+def decoder(kind: str = "f32", library: Library | None = None, threads: int = 2, **changed: Any) -> Decoder:
+    config = LlamaConfig(**{**BASE, **changed})
+    return Decoder(config, ModelWeights(made(config), kind), library or build(), threads=threads)
+
+
+def read(model: Decoder, cache: PagedCache, tree: Tree) -> Tensor:
+    """Logits of all rows, copied."""
+    rows = model.forward([tree], [cache], wanted=[len(tree)])
+    return model.head(rows, [range(len(tree))])[0].clone()
+
+
+def chain(model: Decoder, ids: Sequence[int], chunk: int) -> tuple[Tensor, PagedCache]:
+    cache, found = model.pool().open(), []
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk]
+        found.append(read(model, cache, Tree.chain(part)))
+        cache.keep(range(len(part)), [])
+    return torch.cat(found), cache
+
+
+def tree_at(ids: Sequence[int], at: int) -> Tree:
+    own = {0: ids[at], 1: ids[at + 1], 2: ids[at + 2]}
+    return Tree(tuple(own.get(token, token) for token in TREE[0]), TREE[1])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_transformers_forward(name: str) -> None:
+    """Whole, in chunks, as a tree, and behind a tree whose path was kept."""
+    model = made(CONFIGS[name])
+    own = Decoder(CONFIGS[name], ModelWeights(model), build(), threads=2)
+    ids = random_prompt(60, seed=1)
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0]
+    whole, _ = chain(own, ids, 60)
+    torch.testing.assert_close(whole, theirs, atol=1e-4, rtol=1e-4)
+    _, cache = chain(own, ids[:40], 7)
+    tree = read(own, cache, tree_at(ids, 40))
+    torch.testing.assert_close(tree[[0, 2, 4]], theirs[40:43], atol=1e-4, rtol=1e-4)
+    cache.keep([0, 2, 4], [])
+    after = read(own, cache, Tree.chain(ids[43:60]))
+    torch.testing.assert_close(after, theirs[43:60], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8", "q4"])
+@pytest.mark.parametrize("name", kernels.builds())
+def test_bits_depend_on_a_rows_own_keys(name: str, kind: str) -> None:
+    """Chunks of prompts, trees, threads, pages in any order, other requests beside it: the same bits."""
+    ids, library = random_prompt(600, seed=2), build(name)
+    model = decoder(kind, library)
+    alone, _ = chain(model, ids, 1)
+    for chunk in (7, 32, 512):
+        assert torch.equal(chain(model, ids, chunk)[0], alone), chunk
+    for threads in (1, 3, 8, 16):
+        other = decoder(kind, library, threads)
+        assert torch.equal(chain(other, ids[:300], 128)[0], alone[:300]), threads
+    pool = model.pool()
+    dice = random.Random(0)
+    for at in (3, 16, 250, 255, 256, 300, 511):
+        filler = [pool.open() for _ in range(dice.randint(0, 3))]
+        for one in filler:
+            one.reserve(40)
+        dice.shuffle(pool._free)
+        caches = []
+        for _ in range(3):
+            cache = pool.open()
+            model.forward([Tree.chain(ids[:at])], [cache])
+            cache.keep(range(at), [])
+            caches.append(cache)
+        trees = [tree_at(ids, at), Tree.chain(ids[at : at + 9]), tree_at(ids, at)]
+        rows = model.forward(trees, caches, wanted=[len(tree) for tree in trees])
+        first, second, third = model.head(rows, [range(len(tree)) for tree in trees])
+        assert torch.equal(first[[0, 2, 4]], alone[at : at + 3]), at
+        assert torch.equal(second, alone[at : at + 9]), at
+        assert torch.equal(first, third), at
+        caches[0].keep([0, 2, 4], [])
+        assert torch.equal(
+            read(model, caches[0], Tree.chain(ids[at + 3 : at + 8])), alone[at + 3 : at + 8]
+        ), at
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q4"])
+def test_drafted_is_plain(kind: str) -> None:
+    model = decoder(kind)
+    for params in (greedy(), sampled()):
+        plain = run(model, Plain(), random_prompt(30, seed=3), params)
+        for method in (Garbage(), Oracle(plain.emitted)):
+            drafted = run(model, method, random_prompt(30, seed=3), params)
+            assert drafted.emitted == plain.emitted, method
+    assert len(drafted.runs) < 25, "the oracle's right rows must be accepted"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("name", kernels.builds())
+def test_formats_hold_what_was_stored(name: str, kind: str) -> None:
+    """The products of a format are those of its weights as numbers, within the rounding of 8- or 16-bit
+    inputs."""
+    config = LlamaConfig(**BASE)
+    model = made(config)
+    own = Decoder(config, ModelWeights(model, kind), build(name), threads=1)
+    stored = ModelWeights(model, kind)
+    with torch.no_grad():
+        for part, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight.copy_(torch.from_numpy(stored.linear(f"{part}.weight").float32()))
+        ids = random_prompt(50, seed=4)
+        theirs = model(torch.tensor([ids])).logits[0]
+    got, _ = chain(own, ids, 50)
+    bound = 0.02 if kind == "bf16" else 0.1
+    assert (got - theirs).pow(2).mean().sqrt() < bound * theirs.pow(2).mean().sqrt()
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8", "q4"])
+def test_a_row_that_is_not_finite_ends_its_request_alone(kind: str) -> None:
+    """NaN in the embedding of one token: its request ends, a draft with it is rejected, the neighbour is
+    untouched."""
+    config = LlamaConfig(**BASE)
+    model = made(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[300] = torch.nan  # type: ignore[operator]
+    own = Decoder(config, ModelWeights(model, "f32" if kind == "f32" else "bf16"), build(), threads=2)
+    sound = random_prompt(20, seed=5, vocabulary=290)
+    plain = run(own, Plain(), sound, greedy(20))
+    engine = Engine(own)
+    bad = engine.submit([*sound, 300], Plain(), greedy(20))
+    good = engine.submit(sound, Oracle([300, *plain.emitted[1:]]), greedy(20))
+    while engine.requests:
+        engine.step()
+    assert isinstance(bad.error, NotFinite)
+    assert bad.finish_reason == "error"
+    assert good.emitted == plain.emitted
+
+
+def test_configurations_that_it_does_not_know() -> None:
+    known = CONFIGS["llama"]
+    assert unsupported(known) is None
+    assert unsupported(LlamaConfig(**{**BASE, "hidden_act": "relu"})) == "activation relu"
+    assert "head size 20" in str(unsupported(LlamaConfig(**{**BASE, "head_dim": 20})))
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert "dynamic" in str(unsupported(LlamaConfig(**BASE, rope_parameters=dynamic)))
+
+
+def test_a_folder_gives_the_weights_of_the_model(tmp_path: Path) -> None:
+    model = made(CONFIGS["llama"])
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    own, stored = ModelWeights(model), FolderWeights(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert np.array_equal(stored.linear(name).values, own.linear(name).values)
+    assert stored.label == "float32"
+    assert "lm_head.bias" not in stored
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q4_K", "BF16", "F16", "F32"])
+def test_blocks_of_gguf_hold_the_numbers_of_the_gguf_package(kind: str) -> None:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    rng = np.random.default_rng(0)
+    shape = (6, 512)
+    number = GGMLQuantizationType[kind]
+    if kind == "Q4_K":  # which the package only reads: random blocks with sound scales
+        raw = rng.integers(0, 256, (6, 2, 144), dtype=np.uint8)
+        raw[..., :4] = rng.uniform(0.01, 0.1, (6, 2, 2)).astype(np.float16).view(np.uint8)
+        raw = raw.reshape(6, -1)
+    else:
+        raw = quantize(rng.standard_normal(shape).astype(np.float32), number).view(np.uint8).reshape(6, -1)
+    theirs = dequantize(raw, number).reshape(shape)
+    ours = weights.READERS[kind](np.ascontiguousarray(raw).ravel(), shape).float32()
+    np.testing.assert_allclose(ours, theirs, atol=2e-3 * float(np.abs(theirs).max()) if kind == "Q4_K" else 0)
+
+
+def test_a_build_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernels.CHOICE, "avx1024")
+    kernels.library.cache_clear()
+    with pytest.raises(InvalidOption, match="avx1024"):
+        kernels.library()
+    monkeypatch.setenv(kernels.CHOICE, "none")
+    kernels.library.cache_clear()
+    assert kernels.library() is None
+    kernels.library.cache_clear()
+
+
+class Busy:
+    """A clock for steps: on several threads they take longer while another process keeps a core busy."""
+
+    def __init__(self) -> None:
+        self.now, self.used, self.busy = 0.0, list[int](), False
+
+    def step(self, threads: int) -> None:
+        self.used.append(threads)
+        self.now += 1.8 if threads == 1 else 5.0 if self.busy else 1.0
+
+
+def test_steps_run_on_one_thread_while_a_core_is_busy() -> None:
+    machine = Busy()
+    crowding = Crowding(2, lambda: machine.now)
+    for busy in (False, True, False):
+        machine.busy = busy
+        before, machine.used = machine.now, []
+        for _ in range(200):
+            crowding.run(1, machine.step)
+        alone = machine.used.count(1)
+        assert (alone > 150) == busy, "one thread while it is busy, else both"
+        assert machine.now - before < (1.3 * 1.8 if busy else 1.3) * 200
+
+
+def test_one_thread_is_given_up_where_it_does_not_help() -> None:
+    """A history that grows makes steps longer, on one thread too."""
+    machine = Busy()
+    crowding = Crowding(2, lambda: machine.now)
+    crowding.run(1, machine.step)
+    for _ in range(500):
+        crowding.run(1, lambda threads: setattr(machine, "now", machine.now + (9 if threads == 1 else 5)))
+    assert machine.now < 1.05 * 500 * 5
