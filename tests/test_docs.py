@@ -15,6 +15,7 @@ import pytest
 import selfdraft
 from selfdraft import drafting
 from selfdraft.models import loading, smollm2
+from selfdraft.models.kernels import library as kernels
 
 from conftest import TEXT, Run
 from runs import greedy
@@ -37,11 +38,14 @@ def _load_once() -> Iterator[None]:
         return default() if given == (smollm2.NAME, None, None) else load_new(*given)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(kernels.CHOICE)  # as a user would: with the decoder
+        kernels.library.cache_clear()
         for module in ("selfdraft.llm", "selfdraft.models.loading"):
             patch.setattr(f"{module}.load_pretrained", load)
         for module in ("selfdraft.llm", "selfdraft.integrations.transformers"):
             patch.setattr(f"{module}.drive", drive)
         yield
+    kernels.library.cache_clear()
 
 
 def blocks(text: str, language: str) -> list[str]:

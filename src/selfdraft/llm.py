@@ -382,6 +382,7 @@ class LLM:
             seed=request.sampler.seed,
             sample=request.sampler.sample,
             temperature=request.params.temperature,
+            weights=self.model.weights_label,
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.model.device),
             numerics=self.model.numerics,

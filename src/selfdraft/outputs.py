@@ -50,7 +50,10 @@ class Completion:
     """Keys the sampling noise, together with `sample`."""
     sample: int
     temperature: float
+    weights: str
+    """The format in which the weights ran, such as Q4_1 or bfloat16."""
     dtype: str
+    """Of the KV cache, and of the weights where transformers' forward ran."""
     device: str
     numerics: Numerics
     error: SelfdraftError | None = None

@@ -94,7 +94,7 @@ def about(result: Completion) -> str:
     facts = [
         result.model,
         "asked through its chat template" if result.chat else "prompt taken as it is",
-        f"{result.dtype} on {result.device}",
+        f"{result.weights} weights on {result.device}",
         f"{result.numerics} numerics",
         *([f"seed {result.seed}"] if result.temperature else []),
         ENDED[result.finish_reason],

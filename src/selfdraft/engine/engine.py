@@ -150,10 +150,11 @@ class Engine:
     def step(self) -> None:
         """One prefill call if a prompt waits, then one decode step of all requests that are ready."""
         try:
-            self._prefill()
-            live = [request for request in self.requests if request.ready]
-            if live:
-                self._decode(live)
+            with self.model.stepping():
+                self._prefill()
+                live = [request for request in self.requests if request.ready]
+                if live:
+                    self._decode(live)
         finally:
             self._sweep()
 

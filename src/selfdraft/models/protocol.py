@@ -4,6 +4,7 @@ sampling do not."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
 import torch
@@ -109,6 +110,9 @@ class Model(Protocol):
         stages: of a looped model, how many passes through its layers; rows that are not through all of them
         then may be read, and are not done. None: all rows get done.
         """
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """Around a step of the engine: what the model needs of its surroundings meanwhile."""
 
     def cost(self, rows: int) -> float:
         """What a step with so many rows takes, in units of one with a single row. Measured at first use."""

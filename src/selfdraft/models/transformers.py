@@ -17,7 +17,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -289,6 +289,9 @@ class TransformersModel:
                 **{self._cache_name: cache},
             )
         return cast(Tensor, output[0])
+
+    def stepping(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def cost(self, rows: int) -> float:
         if self.step_times is None:
