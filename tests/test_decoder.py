@@ -20,6 +20,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -35,7 +36,7 @@ from selfdraft.models.kernels import library as kernels
 from selfdraft.models.kernels.crowding import Crowding
 from selfdraft.models.kernels.library import Library
 from selfdraft.models.paged_cache import PagedCache
-from selfdraft.models.weights import FolderWeights, Stored, quantised, rounded
+from selfdraft.models.weights import FolderWeights, ModuleWeights, Stored, quantised, rounded
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from runs import greedy, random_prompt, run, sampled
@@ -88,31 +89,21 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 TREE = ((0, 7, 1, 9, 2, 7, 8), (-1, 0, 0, 2, 2, 1, 4))  # rows 0, 2 and 4 carry the text's own tokens
 
 
-class ModelWeights:
-    """The weights of a transformers model in memory, in one format."""
+class PackedWeights(ModuleWeights):
+    """The weights of a model in memory, in one format."""
 
-    label = "test"
-
-    def __init__(self, model: torch.nn.Module, kind: str = "f32") -> None:
-        self._state = {name: part.detach().float().numpy() for name, part in model.state_dict().items()}
-        if model.config.tie_word_embeddings:  # type: ignore[union-attr]
-            self._state.pop("lm_head.weight", None)
+    def __init__(self, model: PreTrainedModel, kind: str = "f32") -> None:
+        super().__init__(model)
         self._kind = kind
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._state
-
     def linear(self, name: str) -> Stored:
-        found = self._state[name]
+        found = super().linear(name)
         if self._kind == "f32":
-            return Stored("f32", found)
-        return rounded(found) if self._kind == "bf16" else quantised(found, self._kind)
-
-    def vector(self, name: str) -> Any:
-        return self._state[name]
+            return found
+        return rounded(found.values) if self._kind == "bf16" else quantised(found.values, self._kind)
 
 
-def made(config: PreTrainedConfig) -> torch.nn.Module:
+def made(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -131,7 +122,7 @@ def build(name: str | None = None) -> Library:
 
 def decoder(kind: str = "f32", library: Library | None = None, threads: int = 2, **changed: Any) -> Decoder:
     config = LlamaConfig(**{**BASE, **changed})
-    return Decoder(config, ModelWeights(made(config), kind), library or build(), threads=threads)
+    return Decoder(config, PackedWeights(made(config), kind), library or build(), threads=threads)
 
 
 def read(model: Decoder, cache: PagedCache, tree: Tree) -> Tensor:
@@ -158,7 +149,7 @@ def tree_at(ids: Sequence[int], at: int) -> Tree:
 def test_it_is_transformers_forward(name: str) -> None:
     """Whole, in chunks, as a tree, and behind a tree whose path was kept."""
     model = made(CONFIGS[name])
-    own = Decoder(CONFIGS[name], ModelWeights(model), build(), threads=2)
+    own = Decoder(CONFIGS[name], PackedWeights(model), build(), threads=2)
     ids = random_prompt(60, seed=1)
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0]
@@ -227,8 +218,8 @@ def test_formats_hold_what_was_stored(name: str, kind: str) -> None:
     inputs."""
     config = LlamaConfig(**BASE)
     model = made(config)
-    own = Decoder(config, ModelWeights(model, kind), build(name), threads=1)
-    stored = ModelWeights(model, kind)
+    own = Decoder(config, PackedWeights(model, kind), build(name), threads=1)
+    stored = PackedWeights(model, kind)
     with torch.no_grad():
         for part, module in model.named_modules():
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -247,8 +238,8 @@ def test_a_row_that_is_not_finite_ends_its_request_alone(kind: str) -> None:
     config = LlamaConfig(**BASE)
     model = made(config)
     with torch.no_grad():
-        model.get_input_embeddings().weight[300] = torch.nan  # type: ignore[operator]
-    own = Decoder(config, ModelWeights(model, "f32" if kind == "f32" else "bf16"), build(), threads=2)
+        model.get_input_embeddings().weight[300] = torch.nan
+    own = Decoder(config, PackedWeights(model, "f32" if kind == "f32" else "bf16"), build(), threads=2)
     sound = random_prompt(20, seed=5, vocabulary=290)
     plain = run(own, Plain(), sound, greedy(20))
     engine = Engine(own)
@@ -272,8 +263,8 @@ def test_configurations_that_it_does_not_know() -> None:
 
 def test_a_folder_gives_the_weights_of_the_model(tmp_path: Path) -> None:
     model = made(CONFIGS["llama"])
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
-    own, stored = ModelWeights(model), FolderWeights(tmp_path)
+    model.save_pretrained(tmp_path)
+    own, stored = PackedWeights(model), FolderWeights(tmp_path)
     name = "model.layers.1.self_attn.q_proj.weight"
     assert np.array_equal(stored.linear(name).values, own.linear(name).values)
     assert stored.label == "float32"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InvalidPrompt
+from ..errors import InvalidOption, InvalidPrompt
 from . import flags
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ def verify(
         typer.Option("--prompts", help='JSON lines, each {"prompt": "..."}; default: a built-in set.'),
     ] = None,
     raw: flags.Raw = False,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="transformers: where the model runs on the decoder, also compare its forward with "
+            "transformers' generate, in float32. Loads the model again."
+        ),
+    ] = None,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="More prompts, longer answers, more samples; takes minutes.")
     ] = False,
@@ -88,10 +95,14 @@ def verify(
       selfdraft verify --prompts mine.jsonl --numerics fast --json
     """
     from ..llm import read_reference
+    from ..models.decoder import Decoder
+    from ..models.loading import float32_pair
     from ..verify import prompts as built_in
     from ..verify.verify import QUICK, THOROUGH
     from ..verify.verify import verify as compare
 
+    if against not in (None, "transformers"):
+        raise InvalidOption(f"--against takes transformers; got {against!r}")
     texts: Sequence[str] = built_in.PROMPTS if thorough else built_in.PROMPTS[: built_in.QUICK]
     if prompts is not None:
         texts = _read(prompts)
@@ -106,11 +117,16 @@ def verify(
         report(f"loading {model}")
         llm = flags.load(model, method, option, adapter, weights, dtype, device, numerics)
         ids = [llm.prompt_ids(text, raw=raw) for text in texts]
-        result = compare(llm, ids, effort, seed, llm.references(quoted), report)
+        pair = None
+        if against is not None and isinstance(llm.model, Decoder):
+            report("loading the model in float32")
+            pair = float32_pair(model)
+        result = compare(llm, ids, effort, seed, llm.references(quoted), report, pair)
     about = {
         "model": model,
         "method": method,
         "grade": llm.model.grade,
+        "weights": llm.model.weights_label,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "device": str(llm.model.device),
         "numerics": llm.model.numerics,
@@ -163,7 +179,7 @@ def _show(result: Verification, about: Mapping[str, object]) -> None:
 
     screen = console()
     title = (
-        f"{about['model']}, {about['method']}, {about['dtype']} on {about['device']}, {about['numerics']} "
+        f"{about['model']}, {about['method']}, {about['weights']} weights on {about['device']}, {about['numerics']} "
         f"numerics{', chat template' if about['chat template'] else ''}; text of the {about['grade']} weights"
     )
     table = Table("compared with plain decoding", title=title, title_justify="left")

@@ -42,7 +42,7 @@ from .kernels.library import library
 from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
 from .looped.stages import StagedModel
 from .transformers import Numerics, TransformersModel, transformers_model
-from .weights import WEIGHTS, FolderWeights, GgufWeights, Weights
+from .weights import WEIGHTS, FolderWeights, GgufWeights, ModuleWeights, Weights
 
 LOG = logging.getLogger("selfdraft")
 AnyModel = Decoder | TransformersModel
@@ -138,6 +138,17 @@ def load_decoder(
         except Exception as error:  # whatever a damaged file can raise in the libraries that read it
             raise _named(name, source, error) from error
     return decoder, tokenizer
+
+
+def float32_pair(name: str = DEFAULT_MODEL) -> tuple[Decoder, TransformersModel]:
+    """The decoder and transformers' forward on the same weights in float32, to compare them. The decoder
+    packs those that transformers has loaded. Raises as `load_pretrained`, and ModelUnsupported without the
+    decoder."""
+    kernels = library()
+    if kernels is None:
+        raise ModelUnsupported(f"{name}: there is no build of the kernels for this machine")
+    loaded, _ = load_pretrained(name, "float32", "cpu")
+    return Decoder(loaded.config, ModuleWeights(loaded), kernels), TransformersModel(loaded, "fast")
 
 
 def _weights_kind(weights: str | None, dtype: str | None) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from ..errors import ModelCorrupt, ModelUnsupported
 from .gguf.architectures import halves_apart, read_architecture, weight, weight_name
@@ -114,6 +115,28 @@ class FolderWeights:
         if not tensor.is_floating_point():
             raise ModelUnsupported(f"{name} is stored as {tensor.dtype}")
         return tensor
+
+
+class ModuleWeights:
+    """The weights of a transformers model that is loaded, in float32."""
+
+    label = "float32"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._state = model.state_dict()
+        if model.config.tie_word_embeddings:
+            self._state.pop("lm_head.weight", None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._state
+
+    def linear(self, name: str) -> Stored:
+        return Stored("f32", self.vector(name))
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        if name not in self._state:
+            raise ModelCorrupt(f"the model lacks the weights {name}")
+        return np.ascontiguousarray(self._state[name].detach().float().numpy())
 
 
 class GgufWeights:

@@ -20,6 +20,7 @@ import torch
 from ..drafting import create
 from ..drafting.method import Method
 from ..llm import LLM
+from ..models.decoder import Decoder
 from ..models.loading import AnyModel
 from ..models.transformers import TransformersModel
 from ..params import SamplingParams
@@ -57,11 +58,13 @@ def verify(
     seed: int = 0,
     references: Sequence[Sequence[int]] = (),
     report: Callable[[str], None] = lambda line: None,
+    against: tuple[Decoder, TransformersModel] | None = None,
 ) -> Verification:
     """Compare a method with plain decoding on prompts of token ids.
 
     references: token ids that drafters may copy from. report: called with a line that says what is compared
-    next.
+    next. against: the decoder and transformers' forward on the same float32 weights, for a model that runs on
+    the decoder: plain decoding of the first is then compared with `generate` of the second.
     """
     model, method = llm.model, llm.method
     cases = _cases(prompts, llm.eos_ids, effort, seed, references)
@@ -82,6 +85,13 @@ def verify(
         moved = rounding(model, [[*case.prompt, *text] for case, text in zip(cases, plains, strict=True)])
         report("transformers' generate")
         theirs = [(case, generated(model, case, plain)) for case, plain in greedy]
+    elif against is not None:
+        report("transformers' generate, in float32")
+        decoder, other = against
+        texts = [answer(decoder, create("plain"), case) for case, _ in greedy]
+        both = [[*case.prompt, *text] for (case, _), text in zip(greedy, texts, strict=True)]
+        moved = rounding(other, both)
+        theirs = [(case, generated(other, case, text)) for (case, _), text in zip(greedy, texts, strict=True)]
     report("the distribution of sampled tokens")
     logits = torch.stack([logits_after(model, case, []) for case, _ in greedy[: effort.distributions]])
     drawn = fits(logits, seed, effort.picks)
@@ -94,7 +104,9 @@ def verify(
     ]
     results.append(judge("batch", together, bound, partial(float64.batch_differs, method, cases)))
     generate = None
-    if theirs is not None:
+    if against is not None and theirs is not None:
+        generate = judge("generate", theirs, 2 * moved, lambda: False)
+    elif theirs is not None:
         check = cast(Check, generated)
         generate = judge("generate", theirs, 2 * moved, partial(float64.check_differs, check, theirs))
     return Verification(results, generate, drawn, moved)
