@@ -28,13 +28,12 @@ import llama_cpp
 path, threads, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 llama = llama_cpp.Llama(path, n_ctx=context, n_batch=512, n_ubatch=512, n_threads=threads,
                         n_threads_batch=threads, logits_all=True, verbose=False,
-                        type_k=llama_cpp.GGML_TYPE_BF16 if sys.argv[4] == "bf16" else llama_cpp.GGML_TYPE_F16,
-                        type_v=llama_cpp.GGML_TYPE_BF16 if sys.argv[4] == "bf16" else llama_cpp.GGML_TYPE_F16)
+                        type_k=int(sys.argv[4]), type_v=int(sys.argv[4]))
 context = llama._ctx
 for line in sys.stdin:
     ids, keep, rows, repeats = json.loads(line)
     if keep == 0:
-        llama.reset()
+        context.kv_cache_clear()
         batch, start = llama._batch, time.perf_counter()
         for at in range(0, len(ids), 512):
             part = ids[at:at + 512]
@@ -99,7 +98,9 @@ def main() -> None:
 
     ours, about = own(asked.model, asked.weights)
     file = asked.file or str(gguf_source(asked.model))
-    kind = "bf16" if asked.weights == "bf16" else "f16"
+    kind = (
+        "30" if asked.weights == "bf16" else "1"
+    )  # ggml's numbers of bfloat16 and float16, for its KV cache
     words = [
         asked.llama_python,
         "-c",
