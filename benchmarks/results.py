@@ -27,6 +27,7 @@ README = HOME / "README.md"
 SECTIONS = {  # name -> what was measured
     "smollm2": "SmolLM2-135M-Instruct, the default model",
     "qwen-coder": "Qwen2.5-Coder, a model of code",
+    "smollm2-transformers": "SmolLM2-135M-Instruct on transformers' forward (SELFDRAFT_KERNELS=none)",
     "looped-tiny": "looped-tiny, the looped model in the package",
     "gpu": "On a GPU",
 }

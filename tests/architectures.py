@@ -15,6 +15,8 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+import selfdraft.models.looped.decoder  # noqa: F401  which makes looped models known to transformers
+
 WINDOW = 8
 SIZES = {
     "vocab_size": 320,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from selfdraft import LLM
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.tree import Tree
@@ -37,6 +41,7 @@ from selfdraft.models.kernels.crowding import Crowding
 from selfdraft.models.kernels.library import Library
 from selfdraft.models.paged_cache import PagedCache
 from selfdraft.models.weights import FolderWeights, ModuleWeights, Stored, quantised, rounded
+from selfdraft.sampling.gumbel import gumbel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
 from runs import greedy, random_prompt, run, sampled
@@ -333,3 +338,75 @@ def test_one_thread_is_given_up_where_it_does_not_help() -> None:
     for _ in range(500):
         crowding.run(1, lambda threads: setattr(machine, "now", machine.now + (9 if threads == 1 else 5)))
     assert machine.now < 1.05 * 500 * 5
+
+
+@pytest.mark.parametrize("name", kernels.builds())
+def test_noise_is_that_of_the_sampler(name: str) -> None:
+    positions = [0, 7, 1000]
+    ours = build(name).noise(2**63 + 5, 3, positions, 1003)
+    theirs = gumbel(2**63 + 5, 3, positions, 1003, torch.device("cpu"))
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=5e-6, rtol=5e-6)
+
+
+def test_two_threads_with_an_engine_each() -> None:
+    model = decoder("q4")
+    prompts = [random_prompt(40, seed) for seed in range(2)]
+    alone = [run(model, Plain(), prompt, greedy(60)).emitted for prompt in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            both = pool.map(lambda prompt: run(model, Plain(), prompt, greedy(60)).emitted, prompts)
+            assert list(both) == alone
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_child_of_a_fork_has_threads_of_its_own() -> None:
+    model = decoder("bf16", threads=3)
+    ids = random_prompt(40, seed=6)
+    expected, _ = chain(model, ids, 40)
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(chain(model, ids, 40)[0], expected)
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(chain(model, ids, 40)[0], expected)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that interrupt")
+def test_interrupts_leave_the_kernels_sound() -> None:
+    model = decoder("q4", threads=3)
+    prompt = random_prompt(40, seed=7)
+    expected = run(model, Plain(), prompt, greedy(60)).emitted
+    dice, interrupted = random.Random(0), 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-4, 6e-3))
+                run(model, Plain(), prompt, greedy(60))
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 50
+    assert run(model, Plain(), prompt, greedy(60)).emitted == expected
+
+
+def test_a_model_goes_the_way_that_its_config_allows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.CHOICE)
+    kernels.library.cache_clear()
+    try:
+        llm = LLM(str(folder), "plain")
+        assert llm.route.startswith("decoder")
+        assert llm.model.weights_label == "bfloat16"
+        text = llm.generate("def add(a, b):", max_new_tokens=8)
+        assert (text.weights, text.numerics) == ("bfloat16", "exact")
+        assert LLM(str(folder), "plain", weights="q4").model.weights_label == "q4"
+        with pytest.raises(InvalidOption, match="weights"):
+            LLM(str(folder), "plain", weights="q3")
+        with pytest.raises(InvalidOption, match="give one"):
+            LLM(str(folder), "plain", weights="q4", dtype="float32")
+        assert "dtype float64" in LLM(str(folder), "plain", dtype="float64").route
+    finally:
+        kernels.library.cache_clear()
