@@ -179,8 +179,9 @@ def _show(result: Verification, about: Mapping[str, object]) -> None:
 
     screen = console()
     title = (
-        f"{about['model']}, {about['method']}, {about['weights']} weights on {about['device']}, {about['numerics']} "
-        f"numerics{', chat template' if about['chat template'] else ''}; text of the {about['grade']} weights"
+        f"{about['model']}, {about['method']}, {about['weights']} weights on {about['device']}, "
+        f"{about['numerics']} numerics{', chat template' if about['chat template'] else ''}; text of the "
+        f"{about['grade']} weights"
     )
     table = Table("compared with plain decoding", title=title, title_justify="left")
     for heading in ("tokens", "differences", "verdict"):

@@ -94,7 +94,7 @@ def verify(
         theirs = [(case, generated(other, case, text)) for (case, _), text in zip(greedy, texts, strict=True)]
     report("the distribution of sampled tokens")
     logits = torch.stack([logits_after(model, case, []) for case, _ in greedy[: effort.distributions]])
-    drawn = fits(logits, seed, effort.picks)
+    drawn = fits(logits, seed, effort.picks, model.noise)
 
     float64 = Float64Copy(model)
     bound = 0.0 if model.numerics == "exact" else 2 * moved

@@ -49,7 +49,7 @@ def native() -> str | None:
 def compiler(target: str) -> list[str] | None:
     """The words that call a C compiler for a target; None where there is none."""
     own = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if own and target == native():
+    if own and target == native() and "SELFDRAFT_TARGET" not in os.environ:  # wheels: for older systems too
         return own.split()
     if find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc", "-target", TARGETS[target][1]]
@@ -73,7 +73,7 @@ def build(target: str, folder: Path) -> list[Path]:
             flags = flags.replace("-march=x86-64-v", "-mcpu=x86_64_v").replace(
                 "-march=x86-64", "-mcpu=x86_64"
             )
-            flags = flags.replace("-march=armv8.2-a+dotprod", "-mcpu=generic+v8.2a+dotprod")
+            flags = flags.replace("-march=armv8.2-a+dotprod", "-mcpu=generic+dotprod")
             flags = flags.replace("-march=armv8-a", "-mcpu=generic")
         more = os.environ.get("SELFDRAFT_CFLAGS", "").split()
         words = [*call, *FLAGS, *flags.split(), *more, *sources, "-o", str(part)]

@@ -74,6 +74,10 @@ INLINE vi dot_quad(vi acc, vi w, vi x) { /* |w| * (x with w's sign): at most 2 *
     return acc + (vi)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
 }
 INLINE vi quad_q8(const uint8_t *w) { return (vi)_mm256_loadu_si256((const void *)w); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define OFFSET 0
+INLINE vi dot_quad(vi acc, vi w, vi x) { return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x); }
+INLINE vi quad_q8(const uint8_t *w) { return (vi)vld1q_s8((const int8_t *)w); }
 #else
 #define OFFSET 0
 INLINE vi dot_quad(vi acc, vi w, vi x) {
