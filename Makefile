@@ -18,7 +18,7 @@ SOURCES := src tests benchmarks scripts hatch_build.py
 # Another build or version is another installation.
 INSTALLED := .venv/installed-$(subst =,-,$(TORCH)-$(TRANSFORMERS))
 
-.PHONY: demo test conformance models check format kernels sanitize wheels
+.PHONY: demo test conformance models check format kernels sanitize test-arm wheels
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -43,6 +43,18 @@ sanitize: $(INSTALLED)-dev
 		$(BIN)/python -m selfdraft.models.kernels.build "" .sanitize
 	SELFDRAFT_KERNELS_FOLDER=.sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
 		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_decoder.py
+
+KERNELS := src/selfdraft/models/kernels/cpu
+SELFTEST := -std=gnu11 -O2 -ffp-contract=off -I $(KERNELS) tests/selftest.c $(KERNELS)/pack.c $(KERNELS)/noise.c -lm
+
+test-arm: $(INSTALLED)
+	$(BIN)/python -m pip install -q ziglang
+	mkdir -p .sanitize
+	$(CC) -march=native $(SELFTEST) -o .sanitize/selftest && .sanitize/selftest
+	for cpu in generic generic+dotprod; do \
+		$(BIN)/python -m ziglang cc -target aarch64-linux-musl -static -mcpu=$$cpu $(SELFTEST) \
+			-o .sanitize/selftest-arm && qemu-aarch64 .sanitize/selftest-arm || exit 1; \
+	done
 
 wheels: $(INSTALLED)-dev
 	$(BIN)/python -m pip install -q ziglang build

@@ -306,6 +306,20 @@ def test_a_build_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch
     kernels.library.cache_clear()
 
 
+@pytest.mark.parametrize(("here", "says"), [([], "were not built"), (["portable"], "slowly")])
+def test_slow_ways_are_said_once(
+    here: list[str], says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(kernels.CHOICE)
+    monkeypatch.setattr(kernels, "builds", lambda: here)
+    kernels.library.cache_clear()
+    for _ in range(2):
+        kernels.library()
+    kernels.library.cache_clear()
+    assert len(caplog.records) == 1
+    assert says in caplog.text
+
+
 class Busy:
     """A clock for steps: on several threads they take longer while another process keeps a core busy."""
 

@@ -9,6 +9,7 @@ forward.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import sys
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..._common.machine import processor_flags
 from ...errors import InvalidOption
 from . import structures
 
+LOG = logging.getLogger("selfdraft")
 LIB = Path(os.environ.get("SELFDRAFT_KERNELS_FOLDER") or Path(__file__).parent / "lib")
 CHOICE = "SELFDRAFT_KERNELS"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -30,7 +33,7 @@ NEEDS = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
     "avx2": {"avx2", "fma", "f16c"},
     "neon": {"asimd", "asimddp"},
-    "portable": set(),
+    "portable": set[str](),
 }
 """Builds, the best first, with the processor's flags that they need."""
 FORMATS = {"bf16": 0, "f32": 1, "q8": 2, "q4": 3, "q6": 4}
@@ -128,8 +131,13 @@ class Library:
 
 def flags() -> set[str]:
     """The processor's instruction sets, as Linux names them; empty where the system does not report them."""
-    from ..._common.machine import processor_flags
-
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return NEEDS["neon"]  # which all of Apple's own processors have
+    if sys.platform == "win32":
+        has_avx2 = ctypes.windll.kernel32.IsProcessorFeaturePresent(
+            40
+        )  # whose processors have FMA and F16C too
+        return NEEDS["avx2"] if has_avx2 else set()
     return processor_flags()
 
 
@@ -152,4 +160,12 @@ def library() -> Library | None:
         listed = ", ".join([*found, "none"])
         raise InvalidOption(f"{CHOICE}={asked}: this machine ({platform.machine()}) can run: {listed}")
     name = asked or next(iter(found), None)
+    if name is None:
+        LOG.warning(
+            "the CPU kernels were not built, so models go through transformers' forward, which is slower; "
+            "install a C compiler and then this package again (%s=none is silent)",
+            CHOICE,
+        )
+    elif name == "portable" and not asked:
+        LOG.warning("this processor has neither AVX2 nor NEON's dot products: the portable kernels are slow")
     return Library(LIB / f"{name}{SUFFIX}", name) if name else None

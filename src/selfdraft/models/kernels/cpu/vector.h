@@ -85,7 +85,7 @@ INLINE vf min(vf a, vf b) { vf r; for (int i = 0; i < W; i++) r[i] = a[i] < b[i]
 INLINE vf nearest(vf a) { vf r; for (int i = 0; i < W; i++) r[i] = rintf(a[i]); return r; }
 INLINE vi to_int(vf a) { vi r; for (int i = 0; i < W; i++) r[i] = (int32_t)rintf(a[i]); return r; }
 INLINE vf widen_half(const uint16_t *p) { /* finite halves: shift into place, scale the exponent by 2^112 */
-    vi magnitude, sign;
+    vi magnitude = {0}, sign = {0};
     for (int i = 0; i < W; i++) {
         magnitude[i] = (int32_t)((uint32_t)(p[i] & 0x7fff) << 13);
         sign[i] = (int32_t)((uint32_t)(p[i] & 0x8000) << 16);
