@@ -21,6 +21,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
@@ -90,6 +91,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma2": Gemma2Config(**BASE, query_pre_attn_scalar=48, **WINDOW),
     "gemma3": Gemma3TextConfig(**BASE, **WINDOW),
     "phi3": Phi3Config(**BASE),
+    "olmo2": Olmo2Config(**BASE),
 }
 TREE = ((0, 7, 1, 9, 2, 7, 8), (-1, 0, 0, 2, 2, 1, 4))  # rows 0, 2 and 4 carry the text's own tokens
 
@@ -306,7 +308,7 @@ def test_a_build_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch
     kernels.library.cache_clear()
 
 
-@pytest.mark.parametrize(("here", "says"), [([], "were not built"), (["portable"], "slowly")])
+@pytest.mark.parametrize(("here", "says"), [([], "were not built"), (["portable"], "are slow")])
 def test_slow_ways_are_said_once(
     here: list[str], says: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,7 +40,7 @@ from .weights import GROUP, Stored, Weights, quantised, rounded
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
 ROTATIONS = ("default", "linear", "llama3", "yarn")
-TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma2", "gemma3_text", "phi3")
+TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
 """Model types whose forward the tests have found equal to transformers'."""
 PARTIAL_FLOATS = 1 << 22
 
@@ -353,6 +353,7 @@ class _Build:
             1.0 / getattr(config, "logits_scaling", 1.0),
             getattr(config, "final_logit_softcapping", None) or 0.0,
             self.wide,
+            config.model_type == "olmo2",
         )
 
     def _layer(self, config: PretrainedConfig, i: int, rotations: _Angles) -> structures.Layer:
@@ -368,8 +369,10 @@ class _Build:
                 [f"{part}.bias" for part in parts],
             )
             gate_up = [self._weights.linear(f"{at}mlp.{name}_proj.weight") for name in ("gate", "up")]
-        both = config.model_type.startswith("gemma")
-        names = ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        before_mlp, after = {
+            "gemma": ("pre_feedforward_layernorm", True),
+            "olmo2": ("none", True),
+        }.get(config.model_type[:5], ("post_attention_layernorm", False))
         windows = _windows(config)
         return structures.Layer(
             self._parts(qkv, biases, 3),
@@ -377,9 +380,9 @@ class _Build:
             self._parts(gate_up, [f"{at}mlp.{name}_proj.bias" for name in ("gate", "up")], 2),
             self._matrix([self._weights.linear(at + "mlp.down_proj.weight")], [at + "mlp.down_proj.bias"]),
             self._norm(at + "input_layernorm.weight"),
-            self._norm(at + names[1 if both else 0] + ".weight"),
-            self._norm(at + names[0] + ".weight") if both else None,
-            self._norm(at + names[2] + ".weight") if both else None,
+            self._norm(f"{at}{before_mlp}.weight"),
+            self._norm(at + "post_attention_layernorm.weight") if after else None,
+            self._norm(at + "post_feedforward_layernorm.weight") if after else None,
             self._norm(own + "q_norm.weight"),
             self._norm(own + "k_norm.weight"),
             self._pointer(rotations.of(config, i)),

@@ -60,7 +60,7 @@ class Model(Structure):
         ("logit_scale", c_float),
         ("logit_cap", c_float),
         ("wide", c_int32),
-        ("unused", c_int32),
+        ("joint_norms", c_int32),
     ]
 
 

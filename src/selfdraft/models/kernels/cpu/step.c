@@ -77,7 +77,9 @@ INLINE void add_change(const Step *s, int row, const float *norm) {
 /* Normalises a row of hidden states into the inputs of a product. */
 INLINE void enter(Step *s, const float *norm, const Matrix *m, int parts, int from, int to, float *scratch) {
     const Model *model = s->model;
-    rms_norm(s->work->hidden + (size_t)from * model->hidden, norm, model->hidden, model->eps, scratch);
+    const float *x = s->work->hidden + (size_t)from * model->hidden;
+    if (norm) rms_norm(x, norm, model->hidden, model->eps, scratch);
+    else memcpy(scratch, x, (size_t)model->hidden * 4);
     prepare(s, scratch, m, parts, to, from);
 }
 
@@ -88,10 +90,15 @@ static void place(Step *s, const Layer *layer, int index, int row) {
     const int size = m->head_size, kv = m->key_heads;
     float *qkv = s->work->qkv + (size_t)row * (m->heads + 2 * kv) * size;
     if (!is_finite(qkv, (m->heads + 2 * kv) * size)) s->work->finite[row] = 0;
+    if (m->joint_norms) {
+        float *keys = qkv + (size_t)m->heads * size;
+        rms_norm(qkv, layer->query_norm, m->heads * size, m->eps, qkv);
+        rms_norm(keys, layer->key_norm, kv * size, m->eps, keys);
+    }
     for (int h = 0; h < m->heads + kv; h++) {
         float *head = qkv + (size_t)h * size;
         const float *norm = h < m->heads ? layer->query_norm : layer->key_norm;
-        if (norm) rms_norm(head, norm, size, m->eps, head);
+        if (norm && !m->joint_norms) rms_norm(head, norm, size, m->eps, head);
         if (layer->angles) rotate(head, m->rotated, layer->angles + (size_t)b->position[row] * m->rotated);
     }
     const int slot = b->slot[row], lane = slot % PAGE;

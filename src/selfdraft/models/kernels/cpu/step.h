@@ -8,9 +8,9 @@
 
 typedef struct {
     Matrix qkv[3], out, gate_up[2], down; /* parts in formats of their own; one without outputs is not there */
-    const float *attention_norm, *mlp_norm;           /* [hidden], before each part */
+    const float *attention_norm, *mlp_norm;           /* [hidden], before each part; or none */
     const float *after_attention, *after_mlp;         /* [hidden], on its output; or none */
-    const float *query_norm, *key_norm;               /* [head size], or none */
+    const float *query_norm, *key_norm;               /* of each head or of all together, see Model; or none */
     const float *angles;                              /* [context][rotated]: cosines then sines; none: no rotation */
     int32_t window;                                   /* keys that a row sees, 0 for all */
     int32_t unused;
@@ -25,7 +25,7 @@ typedef struct {
     int32_t count, hidden, heads, key_heads, head_size, rotated, inner, vocabulary, activation;
     float eps, attention_scale, attention_cap, embedding_scale, residual_scale, logit_scale, logit_cap;
     int32_t wide;               /* bytes of a value in the KV cache */
-    int32_t unused;
+    int32_t joint_norms;        /* query and key norms are over all heads together */
 } Model;
 
 /* Keys and values: pages of all layers, [layers][pages][key heads][...]; see attention.h. */
