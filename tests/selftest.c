@@ -12,7 +12,7 @@ void selfdraft_pack(int, const void *, const uint16_t *, const uint16_t *, int64
 int64_t selfdraft_packed_bytes(int, int64_t, int);
 void selfdraft_noise(uint64_t, uint32_t, uint32_t, int, float *);
 
-enum { OUTS = 96, INS = 128, ROWS = 11 };
+enum { OUTS = 96, INS = 128, ROWS = 11, ROOM = 16 };
 
 static uint32_t state = 1;
 static uint32_t dice(void) { return state = state * 1664525u + 1013904223u; }
@@ -22,16 +22,16 @@ static float half_as_float(uint16_t h) { return ldexpf((float)((h & 1023) | 1024
 
 /* The inputs of a row as the product sees them. */
 static double input(const Inputs *x, int format, int row, int i) {
-    const size_t at = (size_t)row * x->stride + i;
+    const size_t group = group_at(x, row, i / GROUP), at = group * GROUP + i % GROUP;
     if (format == BF16 && PAIRS) return float_of_bf16(x->halves[at]);
     if (format == BF16 || format == F32) return x->floats[at];
-    return (double)x->bytes[at] * x->scales[at / GROUP * SCALES + SCALE];
+    return (double)x->bytes[at] * x->scales[group * SCALES + SCALE];
 }
 
 static int check(int format) {
-    static int8_t bytes[ROWS * INS];
-    static float scales[ROWS * INS / GROUP * SCALES], floats[ROWS * INS], y[ROWS][OUTS], alone[OUTS];
-    static uint16_t halves[ROWS * INS], scale[OUTS * INS / GROUP], other[OUTS * INS / GROUP];
+    static int8_t bytes[ROOM * INS];
+    static float scales[ROOM * INS / GROUP * SCALES], floats[ROOM * INS], y[ROWS][OUTS], alone[OUTS];
+    static uint16_t halves[ROOM * INS], scale[OUTS * INS / GROUP], other[OUTS * INS / GROUP];
     static float real[OUTS * INS];
     static uint16_t bf16[OUTS * INS];
     static int8_t q[OUTS * INS];
@@ -56,11 +56,11 @@ static int check(int format) {
     selfdraft_pack(format, values, format >= Q8 ? scale : NULL, format == Q4 || format == Q6 ? other : NULL, OUTS, INS,
                    0, 1, packed);
     const Matrix m = {packed, NULL, format, OUTS, INS, 0};
-    const Inputs x = {bytes, scales, floats, halves, INS, 0};
-    float in[INS], unpacked[INS];
+    const Inputs x = {bytes, scales, floats, halves, INS / GROUP, 0};
+    static float in[ROWS][INS], unpacked[INS];
     for (int r = 0; r < ROWS; r++) {
-        for (int i = 0; i < INS; i++) in[i] = uniform();
-        pack(in, INS, format, &x, r);
+        for (int i = 0; i < INS; i++) in[r][i] = uniform();
+        pack(in[r], INS, format, &x, r);
     }
     product(&m, 0, OUTS / W, &x, ROWS, y[0], OUTS);
     for (int r = 0; r < ROWS; r++)
@@ -76,8 +76,8 @@ static int check(int format) {
             }
         }
     for (int r = 0; r < ROWS; r++) { /* the same bits alone */
-        const Inputs one = {bytes + r * INS, scales + r * INS / GROUP * SCALES, floats + r * INS, halves + r * INS, INS, 0};
-        product(&m, 0, OUTS / W, &one, 1, alone, OUTS);
+        pack(in[r], INS, format, &x, 0);
+        product(&m, 0, OUTS / W, &x, 1, alone, OUTS);
         if (memcmp(alone, y[r], sizeof alone)) {
             printf("format %d: row %d has other bits alone\n", format, r);
             return 1;

@@ -43,6 +43,8 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
 """Model types whose forward the tests have found equal to transformers'."""
 PARTIAL_FLOATS = 1 << 22
+MAX_TILE = 8
+"""Rows that products take together, at most: inputs have room for whole tiles."""
 
 
 def unsupported(config: PretrainedConfig) -> str | None:
@@ -277,7 +279,7 @@ class Work:
             return
         built, padded = self._built, self._library.padded
         self._rows, self._wanted = max(self._rows, rows), max(self._wanted, wanted)
-        rows, most = max(self._rows, self._wanted), max(self._wanted, 1)
+        rows, most = max(self._rows, self._wanted) + MAX_TILE, max(self._wanted, 1)
         wide = padded((built.heads + 2 * built.key_heads) * built.head_size)
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "hidden": ((rows, built.hidden), np.float32),
@@ -303,7 +305,7 @@ class Work:
         for name in ("hidden", "qkv", "attended", "inner", "change", "logits", "pick", "finite"):
             setattr(self.structure, name, self._arrays[name].ctypes.data)
         inputs = (self._arrays[name].ctypes.data for name in ("bytes", "scales", "floats", "halves"))
-        self.structure.inputs = structures.Inputs(*inputs, built.widest)
+        self.structure.inputs = structures.Inputs(*inputs, built.widest // GROUP)
         self.structure.scratch = self._arrays["scratch"].ctypes.data
         self.structure.partials = self._arrays["partials"].ctypes.data
         self.structure.partial_floats = PARTIAL_FLOATS

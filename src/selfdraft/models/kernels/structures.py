@@ -94,7 +94,7 @@ class Inputs(Structure):
         ("scales", c_void_p),
         ("floats", c_void_p),
         ("halves", c_void_p),
-        ("stride", c_int32),
+        ("groups", c_int32),
         ("unused", c_int32),
     ]
 

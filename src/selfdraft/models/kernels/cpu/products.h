@@ -7,12 +7,6 @@
 
 #include "weights.h"
 
-#if W == 16
-enum { MAX_ROWS = 8 }; /* rows of one block: what the registers hold */
-#else
-enum { MAX_ROWS = 4 };
-#endif
-
 
 /* ---- bfloat16 and float32 weights: `PANELS` panels at a time, so that short blocks have several chains. */
 
@@ -26,16 +20,17 @@ INLINE vf dot_pair(vf acc, const uint8_t *w, const uint16_t *x) {
 
 INLINE void block_float(const int format, const int rows, const int panels, const uint8_t *w, size_t panel,
                         int groups, const Inputs *x, int row, float *y, size_t ldy) {
-    vf acc[MAX_ROWS][4];
+    vf acc[TILE][4];
     const size_t step = group_bytes(format);
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int p = 0; p < panels; p++) acc[r][p] = splat(0);
-    for (int g = 0; g < groups; g++, w += step) {
+    size_t at = group_at(x, row, 0);
+    for (int g = 0; g < groups; g++, w += step, at += TILE) {
 #if PAIRS
         if (format == BF16) {
             for (int i = 0; i < GROUP / 2; i++)
                 UNROLL for (int r = 0; r < rows; r++) {
-                    const uint16_t *in = x->halves + (size_t)(row + r) * x->stride + g * GROUP + 2 * i;
+                    const uint16_t *in = x->halves + (at + r) * GROUP + 2 * i;
                     UNROLL for (int p = 0; p < panels; p++)
                         acc[r][p] = dot_pair(acc[r][p], w + p * panel + (size_t)i * W * 4, in);
                 }
@@ -49,7 +44,7 @@ INLINE void block_float(const int format, const int rows, const int panels, cons
                 weight[p] = format == BF16 ? widen_bf16((const void *)at) : load((const void *)at);
             }
             UNROLL for (int r = 0; r < rows; r++) {
-                vf in = splat(x->floats[(size_t)(row + r) * x->stride + g * GROUP + i]);
+                vf in = splat(x->floats[(at + r) * GROUP + i]);
                 UNROLL for (int p = 0; p < panels; p++) acc[r][p] = muladd(weight[p], in, acc[r][p]);
             }
         }
@@ -98,23 +93,23 @@ INLINE vi splat_quad(const int8_t *x) {
 }
 
 /* The dot products of `quads` quads of a group, as whole numbers. */
-INLINE void group_q8(const int rows, const int quads, const uint8_t *w, const int8_t *x, int stride, vi *dot) {
+INLINE void group_q8(const int rows, const int quads, const uint8_t *w, const int8_t *x, vi *dot) {
     UNROLL for (int q = 0; q < quads; q++) {
         vi weight = quad_q8(w + (size_t)q * 4 * W);
         UNROLL for (int r = 0; r < rows; r++)
-            dot[r] = dot_quad(q ? dot[r] : splat_i(0), weight, splat_quad(x + (size_t)r * stride + 4 * q));
+            dot[r] = dot_quad(q ? dot[r] : splat_i(0), weight, splat_quad(x + r * GROUP + 4 * q));
     }
 }
 
-INLINE void group_q4(const int rows, const uint8_t *w, const int8_t *x, int stride, vi *dot) {
+INLINE void group_q4(const int rows, const uint8_t *w, const int8_t *x, vi *dot) {
 #if W == 8
     /* eight products of at most 15 * 127, two at a time, fit 16 bits: widen once a group */
-    __m256i small[MAX_ROWS];
+    __m256i small[TILE];
     UNROLL for (int q = 0; q < 4; q++) {
         __m256i both = _mm256_loadu_si256((const void *)(w + (size_t)q * 4 * W)), low = _mm256_set1_epi8(15);
         __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         UNROLL for (int r = 0; r < rows; r++) {
-            const int8_t *in = x + (size_t)r * stride + 8 * q;
+            const int8_t *in = x + r * GROUP + 8 * q;
             __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(first, (__m256i)splat_quad(in)),
                                                 _mm256_maddubs_epi16(second, (__m256i)splat_quad(in + 4)));
             small[r] = q ? _mm256_add_epi16(small[r], products) : products;
@@ -127,7 +122,7 @@ INLINE void group_q4(const int rows, const uint8_t *w, const int8_t *x, int stri
         memcpy(&both, w + (size_t)q * 4 * W, sizeof both);
         vi first = both & low, second = both >> 4 & low;
         UNROLL for (int r = 0; r < rows; r++) {
-            const int8_t *in = x + (size_t)r * stride + 8 * q;
+            const int8_t *in = x + r * GROUP + 8 * q;
             dot[r] = dot_quad(q ? dot[r] : splat_i(0), first, splat_quad(in));
             dot[r] = dot_quad(dot[r], second, splat_quad(in + 4));
         }
@@ -137,27 +132,27 @@ INLINE void group_q4(const int rows, const uint8_t *w, const int8_t *x, int stri
 
 INLINE void block_bytes(const int format, const int rows, const uint8_t *w, int groups, const Inputs *x, int row,
                         float *y, size_t ldy) {
-    vf acc[MAX_ROWS];
+    vf acc[TILE];
     const size_t step = group_bytes(format);
-    const int8_t *in = x->bytes + (size_t)row * x->stride;
-    const float *scales = x->scales + (size_t)row * x->stride / GROUP * SCALES;
+    const int8_t *in = x->bytes + group_at(x, row, 0) * GROUP;
+    const float *scales = x->scales + group_at(x, row, 0) * SCALES;
     UNROLL for (int r = 0; r < rows; r++) acc[r] = splat(0);
-    for (int g = 0; g < groups; g++, w += step, in += GROUP, scales += SCALES) {
-        vi dot[MAX_ROWS];
+    for (int g = 0; g < groups; g++, w += step, in += TILE * GROUP, scales += TILE * SCALES) {
+        vi dot[TILE];
         const uint16_t *end = (const void *)(w + (size_t)(format == Q4 ? 16 : 32) * W);
         vf scale = widen_half(end), other = widen_half(format == Q8 ? end : end + W);
-        if (format == Q4) group_q4(rows, w, in, x->stride, dot);
-        else group_q8(rows, format == Q6 ? 4 : 8, w, in, x->stride, dot);
+        if (format == Q4) group_q4(rows, w, in, dot);
+        else group_q8(rows, format == Q6 ? 4 : 8, w, in, dot);
         UNROLL for (int r = 0; r < rows; r++) {
-            const float *s = scales + (size_t)r * x->stride / GROUP * SCALES;
+            const float *s = scales + r * SCALES;
             acc[r] = muladd(float_of(dot[r]), scale * splat(s[SCALE]), acc[r]);
             if (format == Q4) acc[r] = muladd(other, splat(s[WHOLE]), acc[r]);
             else if (OFFSET) acc[r] = muladd(scale, splat(-OFFSET * s[format == Q6 ? FIRST : WHOLE]), acc[r]);
         }
         if (format != Q6) continue;
-        group_q8(rows, 4, w + 16 * W, in + GROUP / 2, x->stride, dot);
+        group_q8(rows, 4, w + 16 * W, in + GROUP / 2, dot);
         UNROLL for (int r = 0; r < rows; r++) {
-            const float *s = scales + (size_t)r * x->stride / GROUP * SCALES;
+            const float *s = scales + r * SCALES;
             acc[r] = muladd(float_of(dot[r]), other * splat(s[SCALE]), acc[r]);
             if (OFFSET) acc[r] = muladd(other, splat(-OFFSET * (s[WHOLE] - s[FIRST])), acc[r]);
         }
@@ -165,7 +160,7 @@ INLINE void block_bytes(const int format, const int rows, const uint8_t *w, int 
     UNROLL for (int r = 0; r < rows; r++) store(y + r * ldy, acc[r]);
 }
 
-/* ---- Rows in blocks of at most MAX_ROWS. Each size is compiled on its own, with its loops unrolled. */
+/* ---- Rows in blocks of at most TILE. Each size is compiled on its own, with its loops unrolled. */
 
 #define CASE(n) case n: BLOCK(n); break;
 #if W == 16
@@ -181,9 +176,9 @@ INLINE void block_bytes(const int format, const int rows, const uint8_t *w, int 
         const int groups = m->ins / GROUP;                                                                     \
         for (int p = first; p + together <= last; p += together) {                                             \
             const uint8_t *w = m->data + (size_t)p * panel;                                                    \
-            for (int row = 0; row < rows; row += MAX_ROWS) {                                                   \
+            for (int row = 0; row < rows; row += TILE) {                                                   \
                 float *out = y + row * ldy + (size_t)p * W;                                                    \
-                switch (rows - row < MAX_ROWS ? rows - row : MAX_ROWS) { CASES }                               \
+                switch (rows - row < TILE ? rows - row : TILE) { CASES }                               \
             }                                                                                                  \
         }                                                                                                      \
     }

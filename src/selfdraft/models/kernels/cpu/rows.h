@@ -13,17 +13,17 @@ INLINE int is_finite(const float *x, int n) {
 
 /* Stores a row as the inputs of a product in that format. x: [n], n a multiple of GROUP. */
 static void pack(const float *x, int n, int format, const Inputs *to, int row) {
-    const size_t at = (size_t)row * to->stride;
-    if (format == F32 || (format == BF16 && !PAIRS)) {
-        memcpy(to->floats + at, x, (size_t)n * 4);
-        return;
-    }
-    if (format == BF16) {
-        for (int i = 0; i < n; i++) to->halves[at + i] = narrow_bf16(x[i]);
-        return;
-    }
     for (int g = 0; g < n / GROUP; g++) {
         const float *in = x + g * GROUP;
+        const size_t at = group_at(to, row, g);
+        if (format == F32 || (format == BF16 && !PAIRS)) {
+            memcpy(to->floats + at * GROUP, in, GROUP * sizeof *in);
+            continue;
+        }
+        if (format == BF16) {
+            for (int i = 0; i < GROUP; i++) to->halves[at * GROUP + i] = narrow_bf16(in[i]);
+            continue;
+        }
         vf most = splat(0);
         for (int i = 0; i < GROUP; i += W) most = max(most, max(load(in + i), -load(in + i)));
         const float range = largest(most);
@@ -34,8 +34,8 @@ static void pack(const float *x, int n, int format, const Inputs *to, int row) {
             q[i] = to_int(load(in + i * W) * inverse);
             half[i * W / (GROUP / 2)] += float_of(q[i]);
         }
-        narrow_bytes(q, to->bytes + at + g * GROUP);
-        float *scale = to->scales + (at / GROUP + g) * SCALES;
+        narrow_bytes(q, to->bytes + at * GROUP);
+        float *scale = to->scales + at * SCALES;
         scale[SCALE] = range / 127.0f;
         scale[FIRST] = scale[SCALE] * sum(half[0]);
         scale[WHOLE] = scale[SCALE] * sum(half[0] + half[1]);

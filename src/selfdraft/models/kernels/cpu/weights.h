@@ -36,15 +36,27 @@ typedef struct {
 
 INLINE size_t panel_bytes(const Matrix *m) { return (size_t)(m->ins / GROUP) * group_bytes(m->format); }
 
-/* Inputs of a product, in the form that the format wants: for BF16 bfloat16 (with BF16 instructions) or float,
- * for F32 float, for Q8 and Q4 int8 with a scale and the scaled sum of each group. */
+#if W == 16
+enum { TILE = 8 }; /* rows that a product takes together: what the registers hold */
+#else
+enum { TILE = 4 };
+#endif
+
+/* Inputs of a product, in the form that the format wants: for BF16 bfloat16 (with BF16 instructions) or float, for F32
+ * float, for the others int8 with a scale and the scaled sum of each group. Rows lie in tiles, [rows / TILE][groups]
+ * [TILE][GROUP], so that one register and constants reach all rows of a tile. */
 enum { SCALE, WHOLE, FIRST, SCALES = 4 }; /* scale; scale * sum of the group's int8 values; of its first half's */
 typedef struct {
-    int8_t *bytes;   /* [rows, stride] int8 */
-    float *scales;   /* [rows, stride / GROUP, SCALES], see below */
-    float *floats;   /* [rows, stride] float */
-    uint16_t *halves; /* [rows, stride] bfloat16 */
-    int32_t stride, unused;
+    int8_t *bytes;
+    float *scales;    /* SCALES in place of GROUP values */
+    float *floats;
+    uint16_t *halves;
+    int32_t groups, unused; /* of a row that the memory holds, whether or not a product uses all */
 } Inputs;
+
+/* Which group of a row it is, counted as they lie in memory. */
+INLINE size_t group_at(const Inputs *x, int row, int group) {
+    return ((size_t)(row / TILE) * x->groups + group) * TILE + row % TILE;
+}
 
 #endif
