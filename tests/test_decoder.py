@@ -34,7 +34,7 @@ from selfdraft import LLM
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.tree import Tree
-from selfdraft.errors import InvalidOption, NotFinite
+from selfdraft.errors import InvalidOption, InvalidTree, NotFinite
 from selfdraft.models import weights
 from selfdraft.models.decoder import Decoder, unsupported
 from selfdraft.models.kernels import library as kernels
@@ -257,6 +257,21 @@ def test_a_row_that_is_not_finite_ends_its_request_alone(kind: str) -> None:
     assert isinstance(bad.error, NotFinite)
     assert bad.finish_reason == "error"
     assert good.emitted == plain.emitted
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (Tree.chain([320]), "from 0 to 319"),
+        (Tree.chain([-5]), "from 0 to 319"),
+        (Tree((1,) * 600, (-1, *([0] * 599))), "600 rows; the limit is 512"),
+        (Tree.chain([1] * 1025), "position 1024; the model's context is 1024"),
+    ],
+)
+def test_what_would_leave_the_arrays_is_refused(tree: Tree, says: str) -> None:
+    model = decoder("q8")
+    with pytest.raises(InvalidTree, match=says):
+        read(model, model.pool().open(), tree)
 
 
 def test_configurations_that_it_does_not_know() -> None:

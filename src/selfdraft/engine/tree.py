@@ -72,6 +72,11 @@ class Tree:
         return sum(token < vocabulary for token in self.tokens)
 
     @property
+    def is_chain(self) -> bool:
+        """True if each row hangs under the one before it."""
+        return is_chain(self.parents)
+
+    @property
     def depth(self) -> tuple[int, ...]:
         """Distance of each row from row 0: how many positions after the root it stands."""
         return _depth(self.parents)
@@ -104,6 +109,11 @@ def _line(rows: int) -> tuple[int, ...]:
     return tuple(range(-1, rows - 1))
 
 
+def is_chain(parents: tuple[int, ...]) -> bool:
+    """True for the parents of a chain."""
+    return parents == _line(len(parents))
+
+
 @lru_cache(maxsize=1024)
 def _rooted(parents: tuple[int, ...]) -> bool:
     return parents[:1] == (-1,) and all(0 <= p < row for row, p in enumerate(parents[1:], start=1))
@@ -120,7 +130,7 @@ def _depth(parents: tuple[int, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=128)
 def _visible(parents: tuple[int, ...]) -> Tensor:
     see = torch.eye(len(parents), dtype=torch.bool)
-    if parents == _line(len(parents)):
+    if is_chain(parents):
         return see.cumsum(0).bool()
     for row, parent in enumerate(parents[1:], start=1):
         see[row] |= see[parent]

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.tree import Tree
+from ..engine.tree import Tree, is_chain
 from .kernels import structures
 from .paged_cache import PagedCache
 
@@ -38,7 +38,7 @@ class Shape:
 def shape(parents: tuple[int, ...]) -> Shape:
     count = len(parents)
     own = np.arange(count, dtype=np.int32)
-    if parents == tuple(range(-1, count - 1)):
+    if is_chain(parents):
         return Shape(own, own + 1, own[:0], np.zeros(count, np.int32))
     paths: list[tuple[int, ...]] = []
     for row, parent in enumerate(parents):
@@ -81,12 +81,16 @@ class Batch:
         want = np.concatenate(
             [np.arange(a, a + n, dtype=np.int32) for a, n in zip(starts, wanted, strict=False)]
         )
+        positions = lengths + np.concatenate([one.depth for one in shapes])
+        self.last_position = int(positions.max())
+        self.outside = bool(tokens.min() < (-len(vectors) if vectors is not None else 0))
+        """True where a token is neither in the vocabulary nor one of `vectors`."""
         self.starts = starts[:-1].tolist()
         self.rows, self.wanted = int(starts[-1]), len(want)
         self._arrays = {
             "token": tokens,
             "vectors": vectors,
-            "position": lengths + np.concatenate([one.depth for one in shapes]),
+            "position": positions,
             "request": np.repeat(np.arange(len(trees), dtype=np.int32), counts),
             "slot": lengths + within,
             "seen": lengths + np.concatenate([one.seen for one in shapes]),

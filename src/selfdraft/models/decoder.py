@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..errors import ModelUnsupported
+from ..errors import InvalidTree, ModelUnsupported
 from .batch import Batch
 from .kernels import structures
 from .kernels.crowding import Crowding
@@ -137,6 +137,7 @@ class Decoder:
             cache.reserve(cache.length + len(tree))
         counts = list(wanted or [0] * len(trees))
         batch = Batch(trees, paged, counts, self.library.block_rows, self.vocab_size)
+        self._check(trees, batch)
         pool = paged[0].pool
         assert isinstance(pool, DecoderPool)
         work = pool.work
@@ -149,6 +150,19 @@ class Decoder:
         )
         work.steps += 1
         return DecoderRows(self, work, work.steps, batch.starts, [len(tree) for tree in trees], counts)
+
+    def _check(self, trees: Sequence[Tree], batch: Batch) -> None:
+        """Raises InvalidTree for what would make a kernel read or write outside of its arrays."""
+        if batch.last_position >= self.context:
+            raise InvalidTree(
+                f"a row stands at position {batch.last_position}; the model's context is {self.context}"
+            )
+        if batch.outside:
+            raise InvalidTree(f"token ids must be from 0 to {self.vocab_size - 1}")
+        most = self.library.tree_slots - 2 * self.library.page
+        wide = [len(tree) for tree in trees if len(tree) > most and not tree.is_chain]
+        if wide:
+            raise InvalidTree(f"a tree has {wide[0]} rows; the limit is {most}")
 
     def head(self, rows: Rows, index: Sequence[Sequence[int]]) -> list[Tensor]:
         assert isinstance(rows, DecoderRows)
