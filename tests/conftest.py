@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from selfdraft import cli
+from selfdraft._common import machine
+from selfdraft.bench import bound
 from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 
@@ -42,6 +44,15 @@ def _step_times() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("selfdraft.models.transformers.step_times", lambda *_: times)
         yield
+
+
+@pytest.fixture
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is measured with small copies and few rounds."""
+    monkeypatch.setattr(bound, "COPY", 2**16)
+    monkeypatch.setattr(bound, "ROUNDS", 2)
+    monkeypatch.setattr(bound, "SECONDS", 0.0)
+    monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, context: int = 256) -> LlamaForCausalLM:

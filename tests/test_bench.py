@@ -23,13 +23,15 @@ from selfdraft import LLM, SamplingParams
 from selfdraft._common import machine
 from selfdraft._common.machine import idle_load
 from selfdraft._common.repetition import fresh
-from selfdraft.bench import arm, bound, interval, journal, metrics, report, source, suite
+from selfdraft.bench import arm, interval, journal, metrics, report, source, suite
 from selfdraft.bench.arm import Answer, Arm, Generated
 from selfdraft.bench.journal import Journal, Key, Record
 from selfdraft.bench.measure import Bench, plan
 from selfdraft.errors import BenchError, InvalidOption, InvalidSuite, UnknownMethod
 
 from conftest import Run
+
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 ROWS: list[dict[str, Any]] = [
     {"id": "add", "prompt": "def add(a, b):\n", "reference": "    return a + b\n"},
@@ -48,15 +50,6 @@ def llm(folder: Path) -> LLM:
 def arms(llm: LLM, folder: Path) -> list[Arm]:
     """Methods and baselines, in float64, where all of them give one text."""
     return make_arms(llm, folder, llm.eos_ids)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine is measured with small copies and few rounds."""
-    monkeypatch.setattr(bound, "COPY", 2**16)
-    monkeypatch.setattr(bound, "ROUNDS", 2)
-    monkeypatch.setattr(bound, "SECONDS", 0.0)
-    monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
 def make_arms(llm: LLM, folder: Path, eos: frozenset[int]) -> list[Arm]:

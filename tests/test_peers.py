@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import selfdraft
 from selfdraft import LLM
 from selfdraft._common import machine
-from selfdraft.bench import arm, bound, measure, peer, source, stored, suite
+from selfdraft.bench import arm, measure, peer, source, stored, suite
 from selfdraft.bench.arm import Answer, External
 from selfdraft.bench.job import Job
 from selfdraft.bench.journal import Journal
@@ -35,6 +35,8 @@ from selfdraft.errors import BenchError, InvalidOption, PeerFailed, PeerUnavaila
 from selfdraft.models.loading import EMBEDDED
 
 from conftest import VOCABULARY, Run, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 PROMPT = [5, 6, 7, 8]
 SETTINGS = {"model": "none", "dtype": "float32", "threads": 1, "context": 64, "lookup": 2}
@@ -66,15 +68,6 @@ class Engine:
                 yield tokens[1:], 0
             rows = count = self.width
 '''
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine is measured with small copies and few rounds."""
-    monkeypatch.setattr(bound, "COPY", 2**16)
-    monkeypatch.setattr(bound, "ROUNDS", 2)
-    monkeypatch.setattr(bound, "SECONDS", 0.0)
-    monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
 def said(count: int, prompt: Sequence[int] = PROMPT) -> list[int]:

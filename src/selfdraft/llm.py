@@ -122,13 +122,13 @@ class LLM:
         """
         if numerics not in (None, "exact", "fast"):
             raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}", option="numerics")
-        drafting.resolve(method, options)  # a wrong name is reported before the weights are read
+        made, _ = drafting.resolve(method, options)  # a wrong name is reported before the weights are read
         self.route = "transformers' forward: the model was loaded already"
         self._asked: tuple[str, str | None, str | None, Numerics | None] | None = None
         if isinstance(model, str):
             self._asked = (model, dtype, device, numerics)
-            made = self._load(weights, method, adapter)
-            self._init(made[0], tokenizer or made[1], method, options, model, adapter)
+            loaded, own = self._load(weights, made, adapter)
+            self._init(loaded, tokenizer or own, method, options, model, adapter)
         elif not isinstance(model, torch.nn.Module):
             raise InvalidOption(
                 f"model: give a name or a transformers model; got {model!r:.100}", option="model"
@@ -144,14 +144,13 @@ class LLM:
         _note_sampling_config(self)
 
     def _load(
-        self, weights: str | None, method: str | Method, adapter: str | None
+        self, weights: str | None, method: Method, adapter: str | None
     ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
         """The model on the decoder, or where that cannot be, behind transformers' forward."""
         assert self._asked is not None
         name, dtype, device, numerics = self._asked
-        made, _ = drafting.resolve(method) if isinstance(method, str) else (method, "")
         reason = "the drafts of the method or an adapter need it"
-        if adapter is None and not getattr(made, "adapted", False) and not getattr(made, "early", False):
+        if not _needs_transformers(method, adapter):
             found = load_decoder(name, weights, dtype, device)
             if not isinstance(found, str):
                 self.route = f"decoder, kernels for {found[0].library.name}"
@@ -192,8 +191,7 @@ class LLM:
         start: AnyModel = self.model.base if adapter is None else self.model.loaded
         other = LLM.__new__(LLM)
         other.route, other._asked = self.route, self._asked
-        needs = adapter is not None or getattr(made, "adapted", False) or getattr(made, "early", False)
-        if needs and isinstance(start, Decoder):
+        if isinstance(start, Decoder) and _needs_transformers(made, adapter):
             start, _ = other._load(None, made, adapter)
         other._init(start, self.tokenizer, method, options, self.name, adapter)
         return other
@@ -406,6 +404,11 @@ class LLM:
         for sample in range(1, count):
             start = first if first in engine.requests else None
             yield self.submit(engine, ids, references, params, sample, start)
+
+
+def _needs_transformers(method: Method, adapter: str | None) -> bool:
+    """True where the decoder does not do: with an adapter, or with drafts from early picks."""
+    return adapter is not None or any(getattr(method, name, False) for name in ("adapted", "early"))
 
 
 def read_reference(path: Path) -> str:

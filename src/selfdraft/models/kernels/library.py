@@ -73,8 +73,7 @@ class Library:
         ]
         sizes = {name: int(self._lib.selfdraft_sizes(i)) for i, name in enumerate(SIZES)}
         self.lanes, self.page, self.block_rows = sizes["lanes"], sizes["page"], sizes["block_rows"]
-        self.queries, self.part, self.tree_slots = sizes["queries"], sizes["part"], sizes["tree_slots"]
-        self.scratch_bytes, self.max_layers = sizes["scratch_bytes"], sizes["layers"]
+        self.tree_slots, self.scratch_bytes = sizes["tree_slots"], sizes["scratch_bytes"]
 
     def padded(self, outs: int) -> int:
         """Outputs of a packed matrix: whole pairs of panels."""

@@ -113,7 +113,6 @@ class Work(Structure):
         ("scratch", c_void_p),
         ("partials", c_void_p),
         ("partial_floats", c_int64),
-        ("clock", c_void_p),
     ]
 
 

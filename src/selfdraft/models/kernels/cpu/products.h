@@ -8,7 +8,7 @@
 #include "weights.h"
 
 
-/* ---- bfloat16 and float32 weights: `PANELS` panels at a time, so that short blocks have several chains. */
+/* ---- bfloat16 and float32 weights: `panels` panels at a time, so that short blocks have several chains. */
 
 #if PAIRS
 INLINE vf dot_pair(vf acc, const uint8_t *w, const uint16_t *x) {

@@ -63,7 +63,6 @@ typedef struct {
     Scratch *scratch; /* [threads] */
     float *partials;  /* [partial_floats] for partitions that threads share */
     int64_t partial_floats;
-    int64_t *clock;   /* nanoseconds by kind of work, or none */
 } Work;
 
 #endif
