@@ -483,7 +483,7 @@ def stage(made: SpeedDrafter, picks: Sequence[int], path: Sequence[int] = (), su
     in_flight = tree.below(top) if top is not None else []
     scores = torch.zeros(len(tree), 10)
     scores[range(len(tree)), list(picks)] = sure
-    made.observe(Step(tree, scores, picks, path, in_flight))
+    made.observe(Step(tree, lambda: scores, picks, path, in_flight))
     return made.propose([tree.tokens[0] if not path else picks[path[-1]]])
 
 

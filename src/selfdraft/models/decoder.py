@@ -26,13 +26,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..errors import InvalidTree, ModelUnsupported
+from ..errors import InvalidTree, KVMemoryExhausted, ModelUnsupported
+from ..sampling.gumbel import Noise
 from .batch import Batch
 from .kernels import structures
 from .kernels.crowding import Crowding
 from .kernels.library import FORMATS, Library
 from .numerics import RowRange
-from .paged_cache import PagedCache, PagePool
+from .paged_cache import PagedCache, PagePool, page_limit
 from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
 from .transformers import Grade, Numerics
@@ -74,6 +75,7 @@ class Decoder:
 
     lookahead: Lookahead | None = None
     loops: Loops | None = None
+    ragged = True
     adapter = None
     numerics: Numerics = "exact"
     grade: Grade = "base"
@@ -96,6 +98,7 @@ class Decoder:
             raise ModelUnsupported(f"the decoder does not know {reason}")
         self.config, self.generation_config = config, generation_config
         self.library = library
+        self.noise = KernelNoise(library)
         self.threads = threads or torch.get_num_threads()
         self.name = str(config.model_type)
         self.vocab_size = int(config.vocab_size)
@@ -118,12 +121,12 @@ class Decoder:
             digest.update(array.data)
         return digest.hexdigest()
 
-    def pool(self) -> PagePool:
-        built = self._built
+    def pool(self, memory: int | None = None) -> PagePool:
+        built, page = self._built, self.library.page
+        wide = 2 * built.layers * page * built.key_heads * built.head_size * built.wide
+        pages = page_limit(memory, wide, -(-self.context // page))
         work = Work(built, self.library, self.threads)
-        return DecoderPool(
-            built.layers, built.key_heads, built.head_size, built.wide, self.library.page, work
-        )
+        return DecoderPool(built.layers, built.key_heads, built.head_size, built.wide, page, pages, work)
 
     def forward(
         self,
@@ -134,7 +137,10 @@ class Decoder:
     ) -> DecoderRows:
         paged = [cache for cache in caches if isinstance(cache, PagedCache)]
         for tree, cache in zip(trees, paged, strict=True):
-            cache.reserve(cache.length + len(tree))
+            if not cache.reserve(cache.length + len(tree)):
+                raise KVMemoryExhausted(
+                    f"no memory for the keys and values of {len(tree)} rows; raise kv_memory"
+                )
         counts = list(wanted or [0] * len(trees))
         batch = Batch(trees, paged, counts, self.library.block_rows, self.vocab_size)
         self._check(trees, batch)
@@ -173,13 +179,6 @@ class Decoder:
     ) -> list[Tensor]:
         return self.head(rows, index)
 
-    def noise(
-        self, seed: int, sample: int, positions: Sequence[int], vocabulary: int, device: torch.device
-    ) -> Tensor:
-        """Gumbel noise, float32 [positions, vocabulary]; see `sampling.gumbel`, from whose it differs by
-        rounding."""
-        return torch.from_numpy(self.library.noise(seed, sample, positions, vocabulary))
-
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """With one thread for torch: its workers spin after each parallel operation, on the cores that the
@@ -191,7 +190,7 @@ class Decoder:
         finally:
             torch.set_num_threads(before)
 
-    def cost(self, rows: int) -> float:
+    def cost(self, rows: int, history: int = 0) -> float:
         if self._times is None:
             identity = {
                 "decoder": self.library.name,
@@ -200,7 +199,26 @@ class Decoder:
                 "own_threads": self.threads,
             }
             self._times = step_times(self, self.rows, identity)
-        return self._times(rows)
+        return self._times(rows, history)
+
+
+@dataclass(frozen=True)
+class KernelNoise:
+    """See `sampling.gumbel.NoiseSource`. The noise differs from torch's by rounding."""
+
+    library: Library
+    block: int = 1
+
+    def noise(
+        self, seed: int, sample: int, positions: Sequence[int], vocabulary: int, device: torch.device
+    ) -> Tensor:
+        return torch.from_numpy(self.library.noise(seed, sample, positions, vocabulary))
+
+    def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
+        logits = logits.contiguous()
+        return self.library.draw(
+            logits.data_ptr(), temperature, noise.seed, noise.sample, position, len(logits)
+        )
 
 
 @dataclass(frozen=True)
@@ -232,8 +250,10 @@ class DecoderRows:
         ]
 
     def of(self, requests: Sequence[int]) -> DecoderRows:
-        assert list(requests) == list(range(len(self.counts))), "all rows are done"
-        return self
+        count = len(requests)
+        assert list(requests) == list(range(count)), "the trees come first, and all their rows are done"
+        parts = (self.starts[:count], self.counts[:count], self.wanted[:count])
+        return DecoderRows(self.decoder, self.work, self.step, *parts)
 
     def logits(self, index: Sequence[Sequence[int]]) -> list[Tensor]:
         """Per request [len(index), vocabulary] float32: those of the step where it was asked for them."""
@@ -255,8 +275,10 @@ class DecoderRows:
 class DecoderPool(PagePool):
     """The pages of one engine's requests, and the scratch memory and results of its steps."""
 
-    def __init__(self, layers: int, key_heads: int, head_size: int, wide: int, page: int, work: Work) -> None:
-        super().__init__(layers, key_heads, head_size, wide, page)
+    def __init__(
+        self, layers: int, key_heads: int, head_size: int, wide: int, page: int, capacity: int, work: Work
+    ) -> None:
+        super().__init__(layers, key_heads, head_size, wide, page, capacity)
         self.work = work
 
 

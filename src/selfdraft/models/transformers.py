@@ -29,8 +29,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from .._common.machine import weights_sha256
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..errors import ModelUnsupported
-from ..sampling.gumbel import Generate
+from ..errors import InvalidOption, ModelUnsupported
+from ..sampling.gumbel import NoiseSource
 from . import attention
 from .adapters.adapter import Adapter, Gate, attach, check_float, merge
 from .conformance import check_tree, context_length, naming_the_model
@@ -113,9 +113,8 @@ class TransformersModel:
     def name(self) -> str:
         return str(self.model.config.model_type)
 
-    @property
-    def noise(self) -> Generate | None:
-        return None
+    noise: NoiseSource | None = None
+    ragged = False
 
     @property
     def config(self) -> PretrainedConfig:
@@ -161,7 +160,13 @@ class TransformersModel:
         token = torch.zeros(1, dtype=torch.long, device=self.device)
         return int(self.model.get_input_embeddings()(token).shape[-1])
 
-    def pool(self) -> Lanes:
+    def pool(self, memory: int | None = None) -> Lanes:
+        if memory is not None:
+            raise InvalidOption(
+                f"kv_memory={memory}: this model runs through transformers' forward, "
+                "whose cache grows as it is needed",
+                option="kv_memory",
+            )
         return Lanes(*self._stored())
 
     def _stored(self) -> tuple[torch.dtype | None, Sequence[Pair | None]]:
@@ -293,10 +298,10 @@ class TransformersModel:
     def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def cost(self, rows: int) -> float:
+    def cost(self, rows: int, history: int = 0) -> float:
         if self.step_times is None:
             self.step_times = step_times(self, self.rows, self._shape())
-        return self.step_times(rows)
+        return self.step_times(rows, history)
 
     def _shape(self) -> Mapping[str, object]:
         """What the time of a step depends on: the shapes and dtypes of weights, and what else is computed."""

@@ -64,6 +64,13 @@ class Library:
             ctypes.c_int,
             ctypes.c_void_p,
         ]
+        self._lib.selfdraft_draw.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_float,
+            ctypes.c_uint64,
+            *[ctypes.c_uint32] * 2,
+            ctypes.c_int,
+        ]
         self._lib.selfdraft_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
         self._lib.selfdraft_logits.argtypes = [
             *[ctypes.c_void_p] * 2,
@@ -126,6 +133,12 @@ class Library:
         for row, position in zip(out, positions, strict=True):
             self._lib.selfdraft_noise(seed, sample, position, vocabulary, row.ctypes.data)
         return out
+
+    def draw(
+        self, logits: int, temperature: float, seed: int, sample: int, position: int, vocabulary: int
+    ) -> int:
+        """The token with the best score. logits: the address of float32 [vocabulary]."""
+        return int(self._lib.selfdraft_draw(logits, temperature, seed, sample, position, vocabulary))
 
 
 def flags() -> set[str]:
