@@ -55,11 +55,10 @@ class PagePool:
         """Twice the pages. The system gives memory to those that are written only."""
         had = self.keys.shape[1]
         more = max(FIRST_PAGES, 2 * had)
-        for name in ("keys", "values"):
-            grown = self._empty(more)
-            grown[:, :had] = getattr(self, name)
-            setattr(self, name, grown)
-        self._free = list(range(more - 1, had - 1, -1))
+        keys, values = self._empty(more), self._empty(more)
+        keys[:, :had], values[:, :had] = self.keys, self.values
+        free = list(range(more - 1, had - 1, -1))
+        self.keys, self.values, self._free = keys, values, free  # together, whatever interrupts
 
     def _empty(self, pages: int) -> NDArray[np.uint8]:
         return np.zeros((self._shape[0], pages, self._shape[1]), np.uint8)
@@ -88,8 +87,9 @@ class PagedCache:
     def cut(self, length: int) -> None:
         self.length = length
         needed = -(-length // self.pool.page)
-        self.pool.give_back(self.pages[needed:])
-        del self.pages[needed:]
+        unused = self.pages[needed:]
+        del self.pages[needed:]  # first: an interrupt may lose a page, but never give it to two requests
+        self.pool.give_back(unused)
 
     def copy(self, source: Self, length: int) -> None:
         self.reserve(length)
