@@ -29,10 +29,10 @@ def prompt_and_tree(model: Decoder, ids: list[int], chunk: int) -> Tensor:
 
 @pytest.mark.parametrize("name", kernels.builds())
 def test_any_number_of_threads_gives_the_same_bits(name: str) -> None:
-    ids, library = random_prompt(300, seed=1), build(name)
-    expected = prompt_and_tree(decoder("q4", library, 1), ids, 100)
+    ids, library = random_prompt(280, seed=1), build(name)  # more than a partition
+    expected = prompt_and_tree(decoder("q4", library, 1), ids, 280)
     for threads in range(2, 17):
-        assert torch.equal(prompt_and_tree(decoder("q4", library, threads), ids, 100), expected), threads
+        assert torch.equal(prompt_and_tree(decoder("q4", library, threads), ids, 280), expected), threads
 
 
 def test_callers_at_once_on_one_model_and_on_several() -> None:
