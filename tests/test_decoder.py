@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -377,51 +374,6 @@ def test_noise_is_that_of_the_sampler(name: str) -> None:
     ours = build(name).noise(2**63 + 5, 3, positions, 1003)
     theirs = gumbel(2**63 + 5, 3, positions, 1003, torch.device("cpu"))
     np.testing.assert_allclose(ours, theirs.numpy(), atol=5e-6, rtol=5e-6)
-
-
-def test_two_threads_with_an_engine_each() -> None:
-    model = decoder("q4")
-    prompts = [random_prompt(40, seed) for seed in range(2)]
-    alone = [run(model, Plain(), prompt, greedy(60)).emitted for prompt in prompts]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(3):
-            both = pool.map(lambda prompt: run(model, Plain(), prompt, greedy(60)).emitted, prompts)
-            assert list(both) == alone
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_child_of_a_fork_has_threads_of_its_own() -> None:
-    model = decoder("bf16", threads=3)
-    ids = random_prompt(40, seed=6)
-    expected, _ = chain(model, ids, 40)
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(chain(model, ids, 40)[0], expected)
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(chain(model, ids, 40)[0], expected)
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that interrupt")
-def test_interrupts_leave_the_kernels_sound() -> None:
-    model = decoder("q4", threads=3)
-    prompt = random_prompt(40, seed=7)
-    expected = run(model, Plain(), prompt, greedy(60)).emitted
-    dice, interrupted = random.Random(0), 0
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for _ in range(200):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-4, 6e-3))
-                run(model, Plain(), prompt, greedy(60))
-            except KeyboardInterrupt:
-                interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert interrupted > 50
-    assert run(model, Plain(), prompt, greedy(60)).emitted == expected
 
 
 def test_a_model_goes_the_way_that_its_config_allows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,9 @@ def replay(
         text += [picks[row] for row in path]
         masks = len(_group(Step(tree, lambda: torch.empty(0), picks, path, []), count))
         ahead = [(text[-1] + 1 + i + (0 if right(step) else 7)) % VOCABULARY for i in range(masks)]
-        drafter.observe(Step(tree, lambda: torch.empty(0), picks, path, [], sure(ahead, strength) if ahead else None))
+        drafter.observe(
+            Step(tree, lambda: torch.empty(0), picks, path, [], sure(ahead, strength) if ahead else None)
+        )
     return trees
 
 

@@ -64,15 +64,27 @@ def test_costs_count_the_rows_of_all_requests(
         engine.step()
     assert method.cost(4) == pytest.approx(4.0)
     monkeypatch.setattr(exact, "step_times", StepTimes({0: {1: 1.0, 3: 1.0, 12: 7.0}}))
+    engine = Engine(exact)
+    requests = [engine.submit(random_prompt(9, i), method, greedy(9)) for i in range(3)]
+    while not all(request.ready for request in requests):
+        engine.step()
+    engine.step()
     assert method.cost(4) == pytest.approx(7.0), "twelve rows in units of three"
     assert calls == [exact]
 
 
 def test_a_real_model_is_measured(exact: TransformersModel) -> None:
     times = step_cost.measure(exact, exact.rows)
-    assert times.costs[0] == 1.0
-    assert times.rows[0] == 1
+    assert times(1) == 1.0
     assert times(64) >= times(8) >= 1.0
+    assert times.histories == [192], "its cache cannot pretend to hold more"
+
+
+def test_a_longer_history_costs_more() -> None:
+    times = StepTimes({100: {1: 1.0, 8: 2.0, 64: 9.0}, 500: {1: 2.0, 8: 6.0}})
+    assert [times(1, history) for history in (0, 100, 200, 500, 900)] == [1.0, 1.0, 1.25, 2.0, 3.0]
+    assert [times(8, history) for history in (0, 300, 900)] == [2.0, 4.0, 10.0]
+    assert times(64, 100) == 9.0
 
 
 def test_given_times_are_not_measured(measurements: list[Any]) -> None:

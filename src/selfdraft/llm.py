@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import drafting
 from .drafting.method import Method
+from .drafting.references import is_ids
 from .encoding import Message, Prompt, PromptEncoder
 from .engine.engine import Engine, check_early
 from .engine.request import Request
@@ -453,8 +454,10 @@ def _each(given: Any, count: int, several: bool, kind: type) -> Sequence[Any]:
 def _references_of_each(given: Sequence[Any], count: int, several: bool) -> Sequence[Sequence[Prompt]]:
     """The references of each prompt. A list of lists of texts, or of lists of ids, is one list for each.
     Raises InvalidReference."""
-    nested = [not isinstance(one, str) and (not one or not isinstance(one[0], int)) for one in given]
-    if not several or not nested or not all(nested):
+    nested = several and isinstance(given, list | tuple) and bool(given)
+    if not nested or not all(
+        (isinstance(one, list | tuple) and not is_ids(one)) or one == [] for one in given
+    ):
         return [given] * count
     if len(given) != count:
         raise InvalidReference(f"references: there are {count} prompts and {len(given)} lists of references")

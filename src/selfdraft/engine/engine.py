@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 from torch import Tensor
@@ -136,7 +137,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Let a request leave before its end; what it has emitted stays readable."""
-        with self._lock:
+        with self._lock, self._whole():
             request.finish_reason = request.finish_reason or "cancelled"
             self.scheduler.sweep()
 
@@ -162,20 +163,31 @@ class Engine:
     def step(self) -> None:
         """One forward: the trees of the requests that decode, and parts of prompts that have to be read.
         Where rows would be padded the prompts run first, in a forward of their own."""
-        with self._lock:
-            try:
-                with self.model.stepping():
-                    self.scheduler.sweep()
-                    self.scheduler.admit()
-                    if not self.model.ragged:
-                        self._forward([], [], self.scheduler.chunks(0, self._cost), time.perf_counter())
-                    start = time.perf_counter()
-                    live, trees = self._propose()
-                    rows = sum(map(len, trees))
-                    parts = self.scheduler.chunks(rows, self._cost_of) if self.model.ragged else []
-                    self._forward(live, trees, parts, start)
-            finally:
-                self.scheduler.sweep()
+        with self._lock, self._whole(), self.model.stepping():
+            self.scheduler.sweep()
+            self.scheduler.admit()
+            if not self.model.ragged:
+                self._forward([], [], self.scheduler.chunks(0, self._cost), time.perf_counter())
+            start = time.perf_counter()
+            live, trees = self._propose()
+            rows = sum(map(len, trees))
+            parts = self.scheduler.chunks(rows, self._cost_of) if self.model.ragged else []
+            self._forward(live, trees, parts, start)
+            self.scheduler.sweep()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Where this is interrupted, or fails, nobody knows how far the requests and the memory have come: those
+        that run end, the memory is made anew, and those that wait go on."""
+        try:
+            yield
+        except BaseException:
+            for request in self.scheduler.running:
+                request.finish_reason = request.finish_reason or "cancelled"
+                request.cache = None
+            self.scheduler.running.clear()
+            self.pool = self.scheduler.pool = self.model.pool(self.limits.kv_memory)
+            raise
 
     def _cost(self, rows: int) -> float:
         """What a step takes in which each request that decodes has so many rows; of one row: 1."""

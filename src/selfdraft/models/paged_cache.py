@@ -177,8 +177,12 @@ class PagedCache:
             self.pages[at] = self._note(self.pool.remember(self.key(tokens), self.pages[at]))
 
     def close(self) -> None:
-        self.pool.give_back(self.pages)
-        self.pages, self.length = [], 0
+        pages, self.pages, self.length = (
+            self.pages,
+            [],
+            0,
+        )  # first, so that no interrupt gives them back twice
+        self.pool.give_back(pages)
 
     def key(self, tokens: Sequence[int]) -> tuple[Beginning, tuple[int, ...]]:
         """By which the first page that is not remembered yet would be."""

@@ -88,8 +88,11 @@ static void place(Step *s, const Layer *layer, int index, int row) {
     const Model *m = s->model;
     const Batch *b = s->batch;
     const int size = m->head_size, kv = m->key_heads;
-    float *qkv = s->work->qkv + (size_t)row * (m->heads + 2 * kv) * size;
-    if (!is_finite(qkv, (m->heads + 2 * kv) * size)) s->work->finite[row] = 0;
+    const int wide = (m->heads + 2 * kv) * size;
+    float *qkv = s->work->qkv + (size_t)row * wide;
+    if (!is_finite(qkv, wide)) s->work->finite[row] = 0;
+    if (!s->work->finite[row]) /* nor shall be a row that sees its key and value */
+        for (int i = 0; i < wide; i += W) store(qkv + i, splat(__builtin_nanf("")));
     if (m->joint_norms) {
         float *keys = qkv + (size_t)m->heads * size;
         rms_norm(qkv, layer->query_norm, m->heads * size, m->eps, qkv);
@@ -232,29 +235,25 @@ static void attend(Step *s, int stage, int thread, int threads, const Layer *lay
 
 /* ---- Logits. */
 
-INLINE void cap_logits(const Model *m, float *x, int n) {
-    if (m->logit_scale == 1 && m->logit_cap == 0) return;
+/* Scales and caps logits. False if one is not finite, which the cap would hide. */
+INLINE int cap_logits(const Model *m, float *x, int n) {
+    const int finite = is_finite(x, n);
+    if (m->logit_scale == 1 && m->logit_cap == 0) return finite;
     for (int i = 0; i < n; i += W) {
         vf y = load(x + i) * splat(m->logit_scale);
         if (m->logit_cap > 0) y = muladd(splat(2 * m->logit_cap), sigmoid(y * splat(2 / m->logit_cap)), splat(-m->logit_cap));
         store(x + i, y);
     }
+    return finite;
 }
 
-/* The first of the largest logits, or -1 where one is not finite. */
+/* The first of the largest logits. */
 static int32_t pick(const float *logits, int n) {
     const int whole = n / W * W;
-    vf most = splat(-__builtin_inff()), finite = splat(0);
-    for (int i = 0; i < whole; i += W) {
-        most = max(most, load(logits + i));
-        finite = muladd(load(logits + i), splat(0), finite);
-    }
-    float best = largest(most), bad = sum(finite);
-    for (int i = whole; i < n; i++) {
-        best = logits[i] > best ? logits[i] : best;
-        bad += logits[i] * 0.0f;
-    }
-    if (bad != 0.0f) return -1;
+    vf most = splat(-__builtin_inff());
+    for (int i = 0; i < whole; i += W) most = max(most, load(logits + i));
+    float best = largest(most);
+    for (int i = whole; i < n; i++) best = logits[i] > best ? logits[i] : best;
     int i = 0;
     for (vf target = splat(best); i < whole; i += W) {
         vi equal = load(logits + i) == target;
@@ -276,8 +275,9 @@ static void read_out(Step *s, int stage, int thread, int threads) {
     multiply(s, stage, threads, &m->head, b->wanted, w->logits, padded);
     barrier(&s->barrier);
     for (int k = thread; k < b->wanted; k += threads) {
-        cap_logits(m, w->logits + k * padded, (int)padded);
-        w->pick[k] = w->finite[b->want[k]] ? pick(w->logits + k * padded, m->vocabulary) : -1;
+        float *logits = w->logits + k * padded;
+        if (!cap_logits(m, logits, (int)padded)) w->finite[b->want[k]] = 0;
+        w->pick[k] = w->finite[b->want[k]] ? pick(logits, m->vocabulary) : -1;
     }
 }
 
