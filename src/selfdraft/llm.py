@@ -20,7 +20,7 @@ from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
 from .models.decoder import Decoder
 from .models.loading import DEFAULT_MODEL, AnyModel, drive, end_ids, load_decoder, load_pretrained
-from .models.transformers import Numerics, TransformersModel
+from .models.transformers import Numerics
 from .outputs import Chunk, Completion
 from .params import SamplingParams
 from .sampling.detokenizer import Detokenizer
@@ -115,8 +115,8 @@ class LLM:
         whatever the method, the batch or the step; "fast" does not promise that; None is exact on the CPU,
         where it is possible.
 
-        On a CPU the model runs on this package's own decoder where that knows it and no adapter is used,
-        else through transformers' forward; `route` says which, and why.
+        On a CPU the model runs on this package's own decoder where that knows it, with an adapter too, else
+        through transformers' forward; `route` says which, and why.
 
         Raises a SelfdraftError that says what was wrong.
         """
@@ -127,7 +127,7 @@ class LLM:
         self._asked: tuple[str, str | None, str | None, Numerics | None] | None = None
         if isinstance(model, str):
             self._asked = (model, dtype, device, numerics)
-            loaded, own = self._load(weights, made, adapter)
+            loaded, own = self._load(weights, made)
             self._init(loaded, tokenizer or own, method, options, model, adapter)
         elif not isinstance(model, torch.nn.Module):
             raise InvalidOption(
@@ -143,14 +143,12 @@ class LLM:
             self._init(drive(model, numerics), tokenizer, method, options, None, adapter)
         _note_sampling_config(self)
 
-    def _load(
-        self, weights: str | None, method: Method, adapter: str | None
-    ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
+    def _load(self, weights: str | None, method: Method) -> tuple[AnyModel, PreTrainedTokenizerBase]:
         """The model on the decoder, or where that cannot be, behind transformers' forward."""
         assert self._asked is not None
         name, dtype, device, numerics = self._asked
-        reason = "the drafts of the method or an adapter need it"
-        if not _needs_transformers(method, adapter):
+        reason = "the method drafts from early picks of a looped model"
+        if not getattr(method, "early", False):
             found = load_decoder(name, weights, dtype, device)
             if not isinstance(found, str):
                 self.route = f"decoder, kernels for {found[0].library.name}"
@@ -175,9 +173,7 @@ class LLM:
         self.name = name or model.name
         self.method, self.method_name = drafting.resolve(method, options)
         self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
-        self.model: AnyModel = model
-        if isinstance(model, TransformersModel):
-            self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
+        self.model: AnyModel = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
         self.eos_ids = end_ids(model.config, model.generation_config, tokenizer)
         check_early(self.method, self.model)
 
@@ -191,8 +187,8 @@ class LLM:
         start: AnyModel = self.model.base if adapter is None else self.model.loaded
         other = LLM.__new__(LLM)
         other.route, other._asked = self.route, self._asked
-        if isinstance(start, Decoder) and _needs_transformers(made, adapter):
-            start, _ = other._load(None, made, adapter)
+        if isinstance(start, Decoder) and getattr(made, "early", False):
+            start, _ = other._load(None, made)
         other._init(start, self.tokenizer, method, options, self.name, adapter)
         return other
 
@@ -404,11 +400,6 @@ class LLM:
         for sample in range(1, count):
             start = first if first in engine.requests else None
             yield self.submit(engine, ids, references, params, sample, start)
-
-
-def _needs_transformers(method: Method, adapter: str | None) -> bool:
-    """True where the decoder does not do: with an adapter, or with drafts from early picks."""
-    return adapter is not None or any(getattr(method, name, False) for name in ("adapted", "early"))
 
 
 def read_reference(path: Path) -> str:

@@ -42,12 +42,12 @@ static void pack(const float *x, int n, int format, const Inputs *to, int row) {
     }
 }
 
-/* RMS norm: out = x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich, arXiv 1910.07467. */
+/* RMS norm: out = x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich, arXiv 1910.07467. Without a weight: 1. */
 INLINE void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
     vf squares = splat(0);
     for (int i = 0; i < n; i += W) squares = muladd(load(x + i), load(x + i), squares);
     const vf scale = splat(1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps));
-    for (int i = 0; i < n; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+    for (int i = 0; i < n; i += W) store(out + i, weight ? load(x + i) * scale * load(weight + i) : load(x + i) * scale);
 }
 
 /* Rotates a head by its position; Su et al., RoFormer, arXiv 2104.09864. The first `rotated` values: value i goes
@@ -73,6 +73,43 @@ INLINE void gated(int activation, const float *gate, const float *up, int n, flo
                        ? x
                        : splat(1.5957691216057308f) * muladd(x * x * x, splat(0.044715f), x); /* tanh as a sigmoid */
         store(out + i, x * sigmoid(inner) * load(up + i));
+    }
+}
+
+/* Two products of low rank, y += b^T (a x), for the rows of mask tokens: LoRA, Hu et al., arXiv 2106.09685. */
+typedef struct {
+    const float *a;               /* [rank][ins] */
+    const float *b;               /* [rank][outs], scaled */
+    int32_t rank, ins, outs, at;  /* at: where its outputs begin among those of the layer; rank 0: there is none */
+} LowRank;
+
+/* low = a x */
+INLINE void project(const LowRank *m, const float *x, float *low) {
+    enum { TOGETHER = 4 };
+    for (int r = 0; r < m->rank; r += TOGETHER) {
+        const int n = m->rank - r < TOGETHER ? m->rank - r : TOGETHER;
+        vf acc[TOGETHER];
+        const float *a[TOGETHER]; /* rows beyond the last repeat it */
+        for (int k = 0; k < TOGETHER; k++) {
+            acc[k] = splat(0);
+            a[k] = m->a + (size_t)(r + (k < n ? k : n - 1)) * m->ins;
+        }
+        for (int i = 0; i < m->ins; i += W)
+            UNROLL for (int k = 0; k < TOGETHER; k++) acc[k] = muladd(load(a[k] + i), load(x + i), acc[k]);
+        for (int k = 0; k < n; k++) low[r + k] = sum(acc[k]);
+    }
+}
+
+/* y += b^T low */
+INLINE void add_projected(const LowRank *m, const float *low, float *y) {
+    enum { VECTORS = 32 / W };
+    for (int i = 0; i < m->outs; i += 32) {
+        vf acc[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; v++) acc[v] = load(y + i + v * W);
+        for (int r = 0; r < m->rank; r++)
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                acc[v] = muladd(load(m->b + (size_t)r * m->outs + i + v * W), splat(low[r]), acc[v]);
+        UNROLL for (int v = 0; v < VECTORS; v++) store(y + i + v * W, acc[v]);
     }
 }
 
