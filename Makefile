@@ -42,7 +42,7 @@ sanitize: $(INSTALLED)-dev
 	SELFDRAFT_CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 		$(BIN)/python -m selfdraft.models.kernels.build "" .sanitize
 	SELFDRAFT_KERNELS_FOLDER=.sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_decoder.py
+		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_decoder.py tests/test_decoder_adapters.py
 
 KERNELS := src/selfdraft/models/kernels/cpu
 SELFTEST := -std=gnu11 -O2 -ffp-contract=off -I $(KERNELS) tests/selftest.c $(KERNELS)/pack.c $(KERNELS)/noise.c -lm

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from selfdraft import LLM, Engine, Method, Request, SamplingParams, Tree
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
+from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError, InvalidTree
@@ -31,12 +33,14 @@ from selfdraft.models.decoder import Decoder
 from selfdraft.models.kernels import library as kernels
 from selfdraft.models.loading import load_pretrained
 from selfdraft.models.protocol import PickMask
+from selfdraft.models.transformers import MARK, TransformersModel
 from selfdraft.models.weights import ModuleWeights
 from test_decoder import BASE, CONFIGS, PackedWeights, build, made, tree_at
 from test_decoder import decoder as tiny
 
 from adapting import Helped, MaskOracle, adapter, defined
 from conftest import VOCABULARY, Run
+from gguf_files import write_gguf
 from runs import greedy, random_prompt, run, sampled
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -426,3 +430,33 @@ def test_a_fingerprint_needs_no_loading(folder: Path) -> None:
         changed = copy.deepcopy(model)
         changed.model.layers[1].mlp.down_proj.weight.data[5, 3] *= 1.01
         assert Decoder(model.config, ModuleWeights(changed), build()).fingerprint() != fingerprint(model)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_an_adapter_of_a_gguf_file_goes_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is bound to the weights that transformers loads of the file, whatever the decoder makes of them."""
+    monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
+    heads = {"attention.head_count": 2, "attention.head_count_kv": 1}
+    file = write_gguf(tmp_path / "a.gguf", metadata=heads, quantise=gguf.GGMLQuantizationType.Q4_1)
+    model = TransformersModel(load_pretrained(str(file))[0])
+    for name, gated in (("space", True), ("cllm", False)):
+        made = adapter(model, 3 * gated, 0, 4, gated=gated)
+        adapter_folder.save(tmp_path / name, made, model, name, "tiny", {})
+    plain = LLM(str(file), "plain")
+    space = plain.using("space", adapter=str(tmp_path / "space"))
+    tuned = plain.using("jacobi", adapter=str(tmp_path / "cllm"))
+    assert all(one.route.startswith("decoder") for one in (plain, space, tuned))
+    prompt = random_prompt(30, 1, vocabulary=260)
+    ids = [one.generate(prompt, max_new_tokens=12).ids for one in (plain, space, tuned, tuned.using("plain"))]
+    assert ids[0] == ids[1]
+    assert ids[2] == ids[3]
+    assert tuned.model.weights_label.endswith("tuned layers in 8 bits")
+    assert LLM(str(file), "plain", weights="q8").using("space", adapter=str(tmp_path / "space"))
+
+
+def test_weights_that_were_tuned_as_a_whole_are_told() -> None:
+    config = LlamaConfig(**BASE)
+    setattr(config, MARK, {"method": "cllm", "filler": 7, "odds": {"first": [[0.5]]}})
+    own = Decoder(config, PackedWeights(made(config)), build())
+    assert own.grade == "tuned"
+    assert own.lookahead == Lookahead((), {"first": [[0.5]]}, 7)

@@ -71,8 +71,12 @@ def _facts(
     if own.loops is not None:
         facts["passes through its layers"] = own.loops.count
     if adapter is not None:
-        gated = folder.load(adapter, own).config.gated
-        facts |= {"adapter": adapter, "text with the adapter of": f"{'base' if gated else 'tuned'} weights"}
+        adapted = own.adapted(folder.load(adapter, own))
+        facts |= {
+            "adapter": adapter,
+            "text with the adapter of": f"{adapted.grade} weights",
+            "weights with the adapter": adapted.weights_label,
+        }
     return facts
 
 

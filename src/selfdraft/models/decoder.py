@@ -87,9 +87,11 @@ class Decoder:
         *,
         kind: str = "as-stored",
         generation_config: GenerationConfig | None = None,
+        checkpoint: Weights | None = None,
         threads: int | None = None,
     ) -> None:
-        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. Raises
+        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. checkpoint: the
+        weights as transformers would load them, if that is another file; adapters are bound to them. Raises
         ModelUnsupported, ModelCorrupt."""
         reason = unsupported(config)
         if reason is not None:
@@ -112,7 +114,7 @@ class Decoder:
         self.grade: Grade = "tuned" if about else "base"
         self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
         self._packed: PackedAdapter | None = None
-        self._weights, self._kind = weights, kind
+        self._weights, self._kind, self._checkpoint = weights, kind, checkpoint or weights
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
         self._built = _Build(config, weights, library, kind)
@@ -130,7 +132,7 @@ class Decoder:
 
     def fingerprint(self) -> str:
         """That of the checkpoint; see `adapters.fingerprint`."""
-        return stored_fingerprint(self.config, self.loaded._weights.vector)
+        return stored_fingerprint(self.config, self.loaded._checkpoint.vector)
 
     def adapter_shape(
         self, targets: Sequence[str]

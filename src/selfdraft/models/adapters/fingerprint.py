@@ -35,7 +35,7 @@ def stored_fingerprint(config: PretrainedConfig, vector: Callable[[str], NDArray
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shapes = sorted((name, part.shape) for name, part in model.named_parameters())
-    return _hash(config, ((name, torch.from_numpy(vector(name)).view(shape)) for name, shape in shapes))
+    return _hash(config, ((name, torch.tensor(vector(name)).view(shape)) for name, shape in shapes))
 
 
 def _hash(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str:
