@@ -2,7 +2,8 @@
 (`PackedAdapter`; see `kernels/cpu/step.h`). LoRA for all rows is merged into the weights as they are loaded
 (`TunedWeights`).
 
-The products of LoRA and of the sampler head are float32; the prefix is held in the dtype of the KV cache.
+The prefix and the factors of LoRA and sampler head are held in the dtype of the KV cache. In the file of an
+adapter they are bfloat16. Their products are float32.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class PackedAdapter:
         there, or of another size, and for a sampler head that is too wide."""
         config = adapter.config
         self.masks, self.rank = config.masks, config.rank
+        self._wide = sizes.wide
         self._arrays: list[NDArray[Any]] = []
         self.structure = structures.Adapter()
         self.structure.embeddings = self._pointer(adapter.masks.expand(self.masks, -1) * sizes.mask_scale)
@@ -93,24 +95,28 @@ class PackedAdapter:
 
     def _products(self, a: Tensor, b: Tensor, scale: float, at: int) -> structures.LowRank:
         (rank, ins), outs = a.shape, len(b)
-        return structures.LowRank(self._pointer(a), self._pointer((scale * b).T), rank, ins, outs, at)
+        factors = self._pointer(a, self._dtype), self._pointer(b.T, self._dtype)
+        return structures.LowRank(*factors, rank, ins, outs, at, self._wide, scale)
 
     def _prefix(self, adapter: Adapter, sizes: Sizes, page: int) -> None:
         """Pages of keys, [layers][pages][key heads][size][page], and of values, [..][page][size]."""
         count = adapter.config.prefix
         pages = -(-count // page)
         shape = sizes.layers, sizes.key_heads, pages, page, sizes.head_size
-        dtype = torch.float32 if sizes.wide == 4 else torch.bfloat16
         for name, parts in (("keys", adapter.keys), ("values", adapter.values)):
             held = torch.zeros(sizes.layers, sizes.key_heads, pages * page, sizes.head_size)
             for layer, key in adapter.kept.items():
                 held[layer, :, :count] = parts[key].detach()
             paged = held.view(shape).transpose(1, 2)
             paged = paged.transpose(3, 4) if name == "keys" else paged
-            setattr(self.structure, f"prefix_{name}", self._pointer(paged, dtype))
-        self.structure.prefix_layer_bytes = held[0].numel() * sizes.wide
+            setattr(self.structure, f"prefix_{name}", self._pointer(paged, self._dtype))
+        self.structure.prefix_layer_bytes = held[0].numel() * self._wide
         self.structure.prefix_table = self._pointer(torch.arange(pages, dtype=torch.int32), torch.int32)
         self.structure.prefix = count
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if self._wide == 4 else torch.bfloat16
 
     def _pointer(self, part: Tensor, dtype: torch.dtype = torch.float32) -> int:
         held = part.detach().to(dtype, copy=True).contiguous()

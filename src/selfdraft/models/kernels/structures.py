@@ -76,6 +76,8 @@ class LowRank(Structure):
         ("ins", c_int32),
         ("outs", c_int32),
         ("at", c_int32),
+        ("wide", c_int32),
+        ("scale", c_float),
     ]
 
 

@@ -76,41 +76,58 @@ INLINE void gated(int activation, const float *gate, const float *up, int n, flo
     }
 }
 
-/* Two products of low rank, y += b^T (a x), for the rows of mask tokens: LoRA, Hu et al., arXiv 2106.09685. */
+/* Values [i, i + W) of an array of bfloat16 (wide is 2) or float (4). */
+INLINE vf load_wide(const void *p, size_t i, int wide) {
+    return wide == 2 ? widen_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+/* Two products of low rank, y += scale * b^T (a x), for the rows of mask tokens: LoRA, Hu et al., arXiv 2106.09685. */
 typedef struct {
-    const float *a;               /* [rank][ins] */
-    const float *b;               /* [rank][outs], scaled */
+    const void *a;                /* [rank][ins] */
+    const void *b;                /* [rank][outs] */
     int32_t rank, ins, outs, at;  /* at: where its outputs begin among those of the layer; rank 0: there is none */
+    int32_t wide;                 /* bytes of a value of a and b: 2 is bfloat16, 4 is float */
+    float scale;
 } LowRank;
 
-/* low = a x */
-INLINE void project(const LowRank *m, const float *x, float *low) {
+/* low = scale * a x */
+INLINE void project_wide(const int wide, const LowRank *m, const float *x, float *low) {
     enum { TOGETHER = 4 };
     for (int r = 0; r < m->rank; r += TOGETHER) {
         const int n = m->rank - r < TOGETHER ? m->rank - r : TOGETHER;
         vf acc[TOGETHER];
-        const float *a[TOGETHER]; /* rows beyond the last repeat it */
+        size_t a[TOGETHER]; /* rows beyond the last repeat it */
         for (int k = 0; k < TOGETHER; k++) {
             acc[k] = splat(0);
-            a[k] = m->a + (size_t)(r + (k < n ? k : n - 1)) * m->ins;
+            a[k] = (size_t)(r + (k < n ? k : n - 1)) * m->ins;
         }
         for (int i = 0; i < m->ins; i += W)
-            UNROLL for (int k = 0; k < TOGETHER; k++) acc[k] = muladd(load(a[k] + i), load(x + i), acc[k]);
-        for (int k = 0; k < n; k++) low[r + k] = sum(acc[k]);
+            UNROLL for (int k = 0; k < TOGETHER; k++) acc[k] = muladd(load_wide(m->a, a[k] + i, wide), load(x + i), acc[k]);
+        for (int k = 0; k < n; k++) low[r + k] = m->scale * sum(acc[k]);
     }
 }
 
 /* y += b^T low */
-INLINE void add_projected(const LowRank *m, const float *low, float *y) {
+INLINE void add_wide(const int wide, const LowRank *m, const float *low, float *y) {
     enum { VECTORS = 32 / W };
     for (int i = 0; i < m->outs; i += 32) {
         vf acc[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++) acc[v] = load(y + i + v * W);
         for (int r = 0; r < m->rank; r++)
             UNROLL for (int v = 0; v < VECTORS; v++)
-                acc[v] = muladd(load(m->b + (size_t)r * m->outs + i + v * W), splat(low[r]), acc[v]);
+                acc[v] = muladd(load_wide(m->b, (size_t)r * m->outs + i + v * W, wide), splat(low[r]), acc[v]);
         UNROLL for (int v = 0; v < VECTORS; v++) store(y + i + v * W, acc[v]);
     }
+}
+
+static void project(const LowRank *m, const float *x, float *low) {
+    if (m->wide == 2) project_wide(2, m, x, low);
+    else project_wide(4, m, x, low);
+}
+
+static void add_projected(const LowRank *m, const float *low, float *y) {
+    if (m->wide == 2) add_wide(2, m, low, y);
+    else add_wide(4, m, low, y);
 }
 
 #endif
