@@ -120,14 +120,4 @@ INLINE void add_wide(const int wide, const LowRank *m, const float *low, float *
     }
 }
 
-static void project(const LowRank *m, const float *x, float *low) {
-    if (m->wide == 2) project_wide(2, m, x, low);
-    else project_wide(4, m, x, low);
-}
-
-static void add_projected(const LowRank *m, const float *low, float *y) {
-    if (m->wide == 2) add_wide(2, m, low, y);
-    else add_wide(4, m, low, y);
-}
-
 #endif

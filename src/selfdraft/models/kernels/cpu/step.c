@@ -58,6 +58,16 @@ INLINE void prepare(Step *s, float *x, const Matrix *m, int parts, int row, int 
 
 enum { QKV, OUT = 3, GATE_UP, DOWN = 6 }; /* where a layer's products begin in `low_rank` */
 
+static void project(const LowRank *m, const float *x, float *low) {
+    if (m->wide == 2) project_wide(2, m, x, low);
+    else project_wide(4, m, x, low);
+}
+
+static void add_projected(const LowRank *m, const float *low, float *y) {
+    if (m->wide == 2) add_wide(2, m, low, y);
+    else add_wide(4, m, low, y);
+}
+
 INLINE const LowRank *low_rank_of(const Step *s, int layer, int first, int row) {
     if (!s->adapter || !s->adapter->low_rank || s->batch->token[row] >= 0) return NULL;
     return s->adapter->low_rank + (size_t)layer * PRODUCTS + first;
