@@ -37,7 +37,7 @@ models: $(INSTALLED)-dev
 kernels: $(INSTALLED)
 	$(BIN)/python -m selfdraft.models.kernels.build
 
-KERNEL_TESTS := $(addprefix tests/test_,decoder.py not_finite.py interrupts.py threads.py)
+KERNEL_TESTS := $(addprefix tests/test_,decoder.py decoder_adapters.py not_finite.py interrupts.py threads.py)
 
 sanitize: $(INSTALLED)-dev
 	rm -rf .sanitize && mkdir .sanitize

@@ -1,4 +1,5 @@
-"""Who runs: memory, rows, chunks of prompts beside decoding requests, the prefix cache. No text depends on it."""
+"""Who runs: memory, rows, chunks of prompts beside decoding requests, the prefix cache. No text depends on
+it."""
 
 from __future__ import annotations
 
@@ -91,8 +92,8 @@ def test_rows_of_a_step_keep_to_the_limit(model: Decoder, monkeypatch: pytest.Mo
 
 
 def test_what_two_prompts_share_is_read_once(model: Decoder) -> None:
-    """Also where they come together, and by a prompt that ends inside it. Texts of another salt share nothing, nor
-    do those that begin otherwise."""
+    """Also where they come together, and by a prompt that ends inside it. Texts of another salt share
+    nothing, nor do those that begin otherwise."""
     shared = random_prompt(100, 3)
     prompts = [[*shared, 5, 6, 7], [*shared, 8], shared, shared[:50]]
     prompts.append([*random_prompt(16, 4), *shared[16:]])

@@ -25,7 +25,7 @@ from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
 from .models.decoder import Decoder
 from .models.loading import DEFAULT_MODEL, AnyModel, drive, end_ids, load_decoder, load_pretrained
-from .models.transformers import Numerics, TransformersModel
+from .models.transformers import Numerics
 from .outputs import Chunk, Completion
 from .params import SamplingParams
 from .sampling.detokenizer import Detokenizer
@@ -123,8 +123,8 @@ class LLM(PromptEncoder):
         whatever the method, the batch or the step; "fast" does not promise that; None is exact on the CPU,
         where it is possible. limits: what the engine may use, such as `Limits(kv_memory=2**30)`.
 
-        On a CPU the model runs on this package's own decoder where that knows it and no adapter is used,
-        else through transformers' forward; `route` says which, and why.
+        On a CPU the model runs on this package's own decoder where that knows it, with an adapter too, else
+        through transformers' forward; `route` says which, and why.
 
         Raises a SelfdraftError that says what was wrong.
         """
@@ -136,7 +136,7 @@ class LLM(PromptEncoder):
         self._limits = limits
         if isinstance(model, str):
             self._asked = (model, dtype, device, numerics)
-            loaded, own = self._load(weights, made, adapter)
+            loaded, own = self._load(weights, made)
             self._init(loaded, tokenizer or own, method, options, model, adapter)
         elif not isinstance(model, torch.nn.Module):
             raise InvalidOption(
@@ -152,14 +152,12 @@ class LLM(PromptEncoder):
             self._init(drive(model, numerics), tokenizer, method, options, None, adapter)
         _note_sampling_config(self)
 
-    def _load(
-        self, weights: str | None, method: Method, adapter: str | None
-    ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
+    def _load(self, weights: str | None, method: Method) -> tuple[AnyModel, PreTrainedTokenizerBase]:
         """The model on the decoder, or where that cannot be, behind transformers' forward."""
         assert self._asked is not None
         name, dtype, device, numerics = self._asked
-        reason = "the drafts of the method or an adapter need it"
-        if not _needs_transformers(method, adapter):
+        reason = "the method drafts from early picks of a looped model"
+        if not getattr(method, "early", False):
             found = load_decoder(name, weights, dtype, device)
             if not isinstance(found, str):
                 self.route = f"decoder, kernels for {found[0].library.name}"
@@ -184,9 +182,7 @@ class LLM(PromptEncoder):
         self.name = name or model.name
         self.method, self.method_name = drafting.resolve(method, options)
         self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
-        self.model: AnyModel = model
-        if isinstance(model, TransformersModel):
-            self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
+        self.model: AnyModel = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
         self.eos_ids = end_ids(model.config, model.generation_config, tokenizer)
         check_early(self.method, self.model)
         self.engine = Engine(self.model, self._limits)
@@ -201,8 +197,8 @@ class LLM(PromptEncoder):
         start: AnyModel = self.model.base if adapter is None else self.model.loaded
         other = LLM.__new__(LLM)
         other.route, other._asked, other._limits = self.route, self._asked, self._limits
-        if isinstance(start, Decoder) and _needs_transformers(made, adapter):
-            start, _ = other._load(None, made, adapter)
+        if isinstance(start, Decoder) and getattr(made, "early", False):
+            start, _ = other._load(None, made)
         other._init(start, self.tokenizer, method, options, self.name, adapter)
         if other.model is self.model:
             other.engine = self.engine
@@ -432,11 +428,6 @@ class LLM(PromptEncoder):
             numerics=self.model.numerics,
             error=request.error,
         )
-
-
-def _needs_transformers(method: Method, adapter: str | None) -> bool:
-    """True where the decoder does not do: with an adapter, or with drafts from early picks."""
-    return adapter is not None or any(getattr(method, name, False) for name in ("adapted", "early"))
 
 
 def _each(given: Any, count: int, several: bool, kind: type) -> Sequence[Any]:

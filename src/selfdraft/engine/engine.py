@@ -177,8 +177,8 @@ class Engine:
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Where this is interrupted, or fails, nobody knows how far the requests and the memory have come: those
-        that run end, the memory is made anew, and those that wait go on."""
+        """Where this is interrupted, or fails, nobody knows how far the requests and the memory have come:
+        those that run end, the memory is made anew, and those that wait go on."""
         try:
             yield
         except BaseException:

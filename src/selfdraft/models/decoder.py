@@ -9,11 +9,12 @@ tree, the batch, the chunk of a prompt, the pages or the number of threads (see 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +29,9 @@ from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
 from ..errors import InvalidTree, KVMemoryExhausted, ModelUnsupported
 from ..sampling.gumbel import Noise
+from .adapters.adapter import Adapter, read_in_turn, targeted
+from .adapters.fingerprint import stored_fingerprint
+from .adapters.packed import PackedAdapter, Place, Sizes, TunedWeights
 from .batch import Batch
 from .kernels import structures
 from .kernels.crowding import Crowding
@@ -36,7 +40,7 @@ from .numerics import RowRange
 from .paged_cache import PagedCache, PagePool, page_limit
 from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
-from .transformers import Grade, Numerics
+from .transformers import MARK, Grade, Numerics
 from .weights import GROUP, Stored, Weights, quantised, rounded
 
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
@@ -73,13 +77,9 @@ def unsupported(config: PretrainedConfig) -> str | None:
 class Decoder:
     """A causal language model on the CPU kernels. See `protocol.Model`."""
 
-    lookahead: Lookahead | None = None
     loops: Loops | None = None
     ragged = True
-    adapter = None
     numerics: Numerics = "exact"
-    grade: Grade = "base"
-    tuning_cost: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -89,9 +89,11 @@ class Decoder:
         *,
         kind: str = "as-stored",
         generation_config: GenerationConfig | None = None,
+        checkpoint: Weights | None = None,
         threads: int | None = None,
     ) -> None:
-        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. Raises
+        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. checkpoint: the
+        weights as transformers would load them, if that is another file; adapters are bound to them. Raises
         ModelUnsupported, ModelCorrupt."""
         reason = unsupported(config)
         if reason is not None:
@@ -106,6 +108,16 @@ class Decoder:
         self.device = torch.device("cpu")
         self.rows = RowRange()
         self.base = self.loaded = self
+        """The model whose text is reproduced: this one, or that with merged adapter weights; and the one that
+        `adapted` started from."""
+        self.adapter: Adapter | None = None
+        about: Mapping[str, Any] = getattr(config, MARK, None) or {}
+        filler = about.get("filler")
+        self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
+        self.grade: Grade = "tuned" if about else "base"
+        self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
+        self._packed: PackedAdapter | None = None
+        self._weights, self._kind, self._checkpoint = weights, kind, checkpoint or weights
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
         self._built = _Build(config, weights, library, kind)
@@ -121,11 +133,57 @@ class Decoder:
             digest.update(array.data)
         return digest.hexdigest()
 
+    def fingerprint(self) -> str:
+        """That of the checkpoint; see `adapters.fingerprint`."""
+        return stored_fingerprint(self.config, self.loaded._checkpoint.vector)
+
+    def adapter_shape(
+        self, targets: Sequence[str]
+    ) -> tuple[int, list[tuple[Tensor, Tensor]], Mapping[str, tuple[int, int]]]:
+        """What `Adapter` is made for: the size of an embedding, keys and values like those of each layer, and
+        the linear layers with LoRA. Raises AdapterError for a target that it has not."""
+        built = self._built
+        like = torch.empty(built.key_heads, 1, built.head_size)
+        layers = {name: (place.ins, place.outs) for name, place in built.places.items()}
+        return built.hidden, [(like, like)] * built.layers, targeted(self.name, layers, targets)
+
+    def adapted(self, adapter: Adapter) -> Decoder:
+        """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
+        merged into the weights first, which are packed again. This object stays as it is. Raises AdapterError
+        where a part has no place in the model."""
+        if adapter.config.gated:
+            twin = copy.copy(self)
+            sizes = self._built.sizes(self.config)
+            twin._packed = PackedAdapter(adapter, sizes, self._built.places, self.library)
+            twin.adapter, twin.lookahead = adapter, adapter.lookahead(self.vocab_size)
+            twin._times, twin._crowding = None, Crowding(self.threads)
+            return twin
+        tuned = Decoder(
+            self.config,
+            TunedWeights(self._weights, adapter, self._built.places, self._kind),
+            self.library,
+            kind=self._kind,
+            generation_config=self.generation_config,
+            threads=self.threads,
+        )
+        tuned.loaded, tuned.grade, tuned.lookahead = self.loaded, "tuned", adapter.lookahead(self.vocab_size)
+        tuned.tuning_cost = adapter.tuning_cost
+        return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
+
+    @property
+    def _masks(self) -> int:
+        """Mask tokens of its adapter."""
+        return 0 if self._packed is None else self._packed.masks
+
+    @property
+    def _beside(self) -> structures.Adapter | None:
+        return None if self._packed is None else self._packed.structure
+
     def pool(self, memory: int | None = None) -> PagePool:
         built, page = self._built, self.library.page
         wide = 2 * built.layers * page * built.key_heads * built.head_size * built.wide
         pages = page_limit(memory, wide, -(-self.context // page))
-        work = Work(built, self.library, self.threads)
+        work = Work(built, self.library, self.threads, 0 if self._packed is None else self._packed.rank)
         return DecoderPool(built.layers, built.key_heads, built.head_size, built.wide, page, pages, work)
 
     def forward(
@@ -142,7 +200,7 @@ class Decoder:
                     f"no memory for the keys and values of {len(tree)} rows; raise kv_memory"
                 )
         counts = list(wanted or [0] * len(trees))
-        batch = Batch(trees, paged, counts, self.library.block_rows, self.vocab_size)
+        batch = Batch(trees, paged, counts, self.library.block_rows, self.vocab_size, self._masks)
         self._check(trees, batch)
         pool = paged[0].pool
         assert isinstance(pool, DecoderPool)
@@ -151,7 +209,7 @@ class Decoder:
         self._crowding.run(
             batch.rows,
             lambda threads: self.library.step(
-                self._built.model, pool.memory, batch.structure, work.structure, threads
+                self._built.model, pool.memory, batch.structure, work.structure, self._beside, threads
             ),
         )
         work.steps += 1
@@ -164,7 +222,9 @@ class Decoder:
                 f"a row stands at position {batch.last_position}; the model's context is {self.context}"
             )
         if batch.outside:
-            raise InvalidTree(f"token ids must be from 0 to {self.vocab_size - 1}")
+            most = self.vocab_size + self._masks - 1
+            masks = f", mask tokens included: {self._masks}" if self._masks else ""
+            raise InvalidTree(f"token ids must be from 0 to {most}{masks}")
         most = self.library.tree_slots - 2 * self.library.page
         wide = [len(tree) for tree in trees if len(tree) > most and not tree.is_chain]
         if wide:
@@ -177,7 +237,16 @@ class Decoder:
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
-        return self.head(rows, index)
+        assert isinstance(rows, DecoderRows)
+        if self.adapter is None or self.adapter.sampler is None:
+            return rows.logits(index)
+        made = read_in_turn(
+            index,
+            tokens,
+            pick,
+            lambda asked, before: [row for row in rows.logits(asked, before) if len(row)],
+        )
+        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -197,6 +266,7 @@ class Decoder:
                 "config": self.config.to_dict(),
                 "weights": self.weights_label,
                 "own_threads": self.threads,
+                "adapter": None if self.adapter is None else asdict(self.adapter.config),
             }
             self._times = step_times(self, self.rows, identity)
         return self._times(rows, history)
@@ -255,20 +325,24 @@ class DecoderRows:
         parts = (self.starts[:count], self.counts[:count], self.wanted[:count])
         return DecoderRows(self.decoder, self.work, self.step, *parts)
 
-    def logits(self, index: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Per request [len(index), vocabulary] float32: those of the step where it was asked for them."""
+    def logits(self, index: Sequence[Sequence[int]], previous: Sequence[int] | None = None) -> list[Tensor]:
+        """Per request [len(index), vocabulary] float32: those of the step where it was asked for them.
+
+        previous: per row the token that an adapter's sampler head sees; None: without that head."""
         work, decoder = self.work, self.decoder
         assert self.step == work.steps, "a later forward has taken the place of these rows"
-        if all(
+        if previous is None and all(
             list(mine) == list(range(len(mine))) and len(mine) == n
             for mine, n in zip(index, self.wanted, strict=True)
         ):
             found = torch.from_numpy(work.logits[: sum(self.wanted), : decoder.vocab_size])
             return list(found.split(list(self.wanted)))
         rows = [start + row for start, mine in zip(self.starts, index, strict=True) for row in mine]
-        work.grow(0, len(rows))
-        decoder.library.logits(decoder._built.model, work.structure, rows, decoder.threads)
-        found = torch.from_numpy(work.logits[: len(rows), : decoder.vocab_size].copy())
+        structure, logits = work.reading(len(rows))
+        decoder.library.logits(
+            decoder._built.model, structure, decoder._beside, rows, previous, decoder.threads
+        )
+        found = torch.from_numpy(logits[:, : decoder.vocab_size])
         return list(found.split([len(mine) for mine in index]))
 
 
@@ -285,8 +359,9 @@ class DecoderPool(PagePool):
 class Work:
     """Scratch memory and results of an engine's steps, which grow with the rows."""
 
-    def __init__(self, built: _Build, library: Library, threads: int) -> None:
-        self._built, self._library = built, library
+    def __init__(self, built: _Build, library: Library, threads: int, rank: int = 0) -> None:
+        """rank: of an adapter's LoRA."""
+        self._built, self._library, self._rank = built, library, rank
         self.steps = 0
         self._rows = self._wanted = 0
         self._arrays: dict[str, NDArray[Any]] = {
@@ -309,6 +384,14 @@ class Work:
     def finite(self) -> NDArray[np.uint8]:
         return self._arrays["finite"]
 
+    def reading(self, rows: int) -> tuple[structures.Work, NDArray[np.float32]]:
+        """The same with logits of their own, to read rows of the last step: others may still be looked at."""
+        self.grow(rows, 0)
+        logits = np.empty((rows, self.logits.shape[1]), np.float32)
+        structure = structures.Work.from_buffer_copy(self.structure)
+        structure.logits, structure.pick = logits.ctypes.data, None
+        return structure, logits
+
     def grow(self, rows: int, wanted: int) -> None:
         """Have room for so many rows, and for the logits of so many."""
         if rows <= self._rows and wanted <= self._wanted:
@@ -323,6 +406,7 @@ class Work:
             "attended": ((rows + 1, built.heads * built.head_size), np.float32),
             "inner": ((rows + 1, padded(2 * built.inner)), np.float32),
             "change": ((rows + 1, padded(built.hidden)), np.float32),
+            "low": ((rows, 3, self._rank), np.float32),
             "logits": ((most, padded(built.vocabulary)), np.float32),
             "pick": ((most,), np.int32),
             "finite": ((rows,), np.uint8),
@@ -338,8 +422,9 @@ class Work:
             self._arrays[name] = np.zeros(shape, dtype)
             if old is not None and name in ("hidden", "finite"):  # rows whose logits may still be asked for
                 self._arrays[name][: len(old)] = old
-        for name in ("hidden", "qkv", "attended", "inner", "change", "logits", "pick", "finite"):
+        for name in ("hidden", "qkv", "attended", "inner", "change", "low", "logits", "pick", "finite"):
             setattr(self.structure, name, self._arrays[name].ctypes.data)
+        self.structure.rank = self._rank
         inputs = (self._arrays[name].ctypes.data for name in ("bytes", "scales", "floats", "halves"))
         self.structure.inputs = structures.Inputs(*inputs, built.widest // GROUP)
         self.structure.scratch = self._arrays["scratch"].ctypes.data
@@ -352,6 +437,8 @@ class _Build:
 
     def __init__(self, config: PretrainedConfig, weights: Weights, library: Library, kind: str) -> None:
         self._library, self._weights, self._kind = library, weights, kind
+        self.places: dict[str, Place] = {}
+        """Linear layers by name."""
         self.arrays: list[NDArray[Any]] = []
         self.read_bytes = self.parameters = 0
         self.layers = int(config.num_hidden_layers)
@@ -394,29 +481,30 @@ class _Build:
             config.model_type == "olmo2",
         )
 
+    def sizes(self, config: PretrainedConfig) -> Sizes:
+        """What an adapter has to fit. Gemma scales embeddings within the table, Granite what comes out of
+        it."""
+        scale = self.model.embedding_scale
+        inside = config.model_type.startswith("gemma")
+        shape = self.hidden, self.layers, self.key_heads, self.head_size, self.wide
+        return Sizes(*shape, 1.0 if inside else scale, scale if inside else 1.0)
+
     def _layer(self, config: PretrainedConfig, i: int, rotations: _Angles) -> structures.Layer:
         at = f"model.layers.{i}."
         own = at + "self_attn."
-        if config.model_type == "phi3":
-            qkv, biases = [self._weights.linear(own + "qkv_proj.weight")], [own + "qkv_proj.bias"]
-            gate_up = [self._weights.linear(at + "mlp.gate_up_proj.weight")]
-        else:
-            parts = [own + f"{name}_proj" for name in "qkv"]
-            qkv, biases = (
-                [self._weights.linear(f"{part}.weight") for part in parts],
-                [f"{part}.bias" for part in parts],
-            )
-            gate_up = [self._weights.linear(f"{at}mlp.{name}_proj.weight") for name in ("gate", "up")]
+        fused = config.model_type == "phi3"
+        qkv = [f"{own}{name}_proj" for name in (["qkv"] if fused else "qkv")]
+        gate_up = [f"{at}mlp.{name}_proj" for name in (["gate_up"] if fused else ["gate", "up"])]
         before_mlp, after = {
             "gemma": ("pre_feedforward_layernorm", True),
             "olmo2": ("none", True),
         }.get(config.model_type[:5], ("post_attention_layernorm", False))
         windows = _windows(config)
         return structures.Layer(
-            self._parts(qkv, biases, 3),
-            self._matrix([self._weights.linear(own + "o_proj.weight")], [own + "o_proj.bias"]),
-            self._parts(gate_up, [f"{at}mlp.{name}_proj.bias" for name in ("gate", "up")], 2),
-            self._matrix([self._weights.linear(at + "mlp.down_proj.weight")], [at + "mlp.down_proj.bias"]),
+            self._parts(i, 0, qkv, 3),
+            self._parts(i, 3, [own + "o_proj"], 1)[0],
+            self._parts(i, 4, gate_up, 2),
+            self._parts(i, 6, [at + "mlp.down_proj"], 1)[0],
             self._norm(at + "input_layernorm.weight"),
             self._norm(f"{at}{before_mlp}.weight"),
             self._norm(at + "post_attention_layernorm.weight") if after else None,
@@ -427,14 +515,19 @@ class _Build:
             windows[i],
         )
 
-    def _parts(self, parts: Sequence[Stored], biases: Sequence[str], most: int) -> Any:
-        """Matrices that take the same inputs, side by side: neighbours of one format are one matrix."""
-        parts = [self._converted(part) for part in parts]
+    def _parts(self, layer: int, product: int, names: Sequence[str], most: int) -> Any:
+        """Linear layers that take the same inputs, side by side: neighbours of one format are one matrix.
+        product: the number of the first among those of the layer."""
+        parts = [self._converted(self._weights.linear(f"{name}.weight")) for name in names]
+        at = 0
+        for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+            outs, ins = part.values.shape
+            self.places[name] = Place(layer, product + i, ins, outs, at)
+            at += outs
         made, at = (structures.Matrix * most)(), 0
         runs = [list(run) for _, run in groupby(range(len(parts)), lambda i: parts[i].kind)]
         for i, run in enumerate(runs):
-            mine = [biases[k] for k in run] if len(biases) == len(parts) else biases
-            made[i] = self._matrix([parts[k] for k in run], mine)
+            made[i] = self._matrix([parts[k] for k in run], [f"{names[k]}.bias" for k in run])
             made[i].at = at
             at += made[i].outs
         return made

@@ -123,13 +123,19 @@ def load_decoder(
                 return reason
             folder = Path(source.path) if source.is_folder else hub.snapshot(source.path, source.download)
             tokenizer = _tokenizer(source, where)
+            checkpoint = FolderWeights(folder)
             stored: Weights = (
-                FolderWeights(folder)
+                checkpoint
                 if source.gguf is None
                 else GgufWeights(GgufFile(source.gguf, name), config.to_dict())
             )
             decoder = Decoder(
-                config, stored, kernels, kind=kind, generation_config=_generation_config(source.path, where)
+                config,
+                stored,
+                kernels,
+                kind=kind,
+                generation_config=_generation_config(source.path, where),
+                checkpoint=checkpoint,
             )
         except (InvalidOption, ModelUnsupported) as error:
             return str(error)

@@ -32,7 +32,8 @@ from ..engine.tree import Tree
 from ..errors import InvalidOption, ModelUnsupported
 from ..sampling.gumbel import NoiseSource
 from . import attention
-from .adapters.adapter import Adapter, Gate, attach, check_float, merge
+from .adapters.adapter import Adapter, Gate, attach, check_float, linear_layers, merge, read_in_turn
+from .adapters.fingerprint import fingerprint
 from .conformance import check_tree, context_length, naming_the_model
 from .head import Head, split
 from .kv_cache import Lane, Lanes, Pair
@@ -173,6 +174,17 @@ class TransformersModel:
         """What a cache holds: its dtype, and what stands before every history."""
         prefix = self.adapter.pairs() if self.adapter is not None else ()
         return torch.float64 if self.numerics == "exact" else None, prefix
+
+    def fingerprint(self) -> str:
+        """That of the weights; see `adapters.fingerprint`."""
+        return fingerprint(self.model)
+
+    def adapter_shape(
+        self, targets: Sequence[str]
+    ) -> tuple[int, list[Pair | None], Mapping[str, tuple[int, int]]]:
+        """What `Adapter` is made for: the size of an embedding, keys and values like those of each layer, and
+        the linear layers with LoRA. Raises AdapterError for a target that it has not."""
+        return self.width, self.read([0]), linear_layers(self.model, targets)
 
     def adapted(self, adapter: Adapter) -> TransformersModel:
         """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
@@ -323,18 +335,13 @@ class TransformersModel:
     ) -> list[Tensor]:
         if self.adapter is None or self.adapter.sampler is None:
             return self.head(rows, index)
-        previous = list(tokens)
-        made: list[list[Tensor]] = [[] for _ in index]
-        for offset in range(max(len(own) for own in index)):
-            live = [i for i, own in enumerate(index) if len(own) > offset]
-            asked = [own[offset : offset + 1] for own in index]
-            before = torch.tensor([previous[i] for i in live], device=self.device)
-            logits = self.logits(
-                self.apply_sampler_head(_chosen(cast(TransformersRows, rows), asked), before)
-            )
-            for i, row in zip(live, logits.split(1), strict=True):
-                made[i].append(row)
-                previous[i] = pick(i, offset, row) if offset + 1 < len(index[i]) else -1
+
+        def read(asked: Sequence[Sequence[int]], before: Sequence[int]) -> Sequence[Tensor]:
+            told = torch.tensor(list(before), device=self.device)
+            hidden = self.apply_sampler_head(_chosen(cast(TransformersRows, rows), asked), told)
+            return list(self.logits(hidden).split(1))
+
+        made = read_in_turn(index, tokens, pick, read)
         return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
 
     def apply_sampler_head(self, hidden: Tensor, previous: Tensor) -> Tensor:

@@ -41,10 +41,6 @@ typedef struct {
 /* What a partition contributes to one query: maximum, sum, and values' weighted sum [size]. */
 typedef struct { float most, total; float *values; } Partial;
 
-INLINE vf load_wide(const void *p, size_t i, int wide) {
-    return wide == 2 ? widen_bf16((const uint16_t *)p + i) : load((const float *)p + i);
-}
-
 INLINE const void *page_of(const void *memory, const Attention *a, int32_t page, int head) {
     return (const char *)memory + ((size_t)page * a->key_heads + head) * a->size * PAGE * a->wide;
 }
