@@ -266,6 +266,7 @@ class Decoder:
         if self._times is None:
             identity = {
                 "decoder": self.library.name,
+                "kernels": self.library.digest,
                 "config": self.config.to_dict(),
                 "weights": self.weights_label,
                 "own_threads": self.threads,

@@ -9,6 +9,7 @@ forward.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
@@ -56,6 +57,8 @@ class Library:
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        """Of the library's file."""
         self._lib = ctypes.CDLL(str(path))
         self._lib.selfdraft_packed_bytes.restype = ctypes.c_int64
         self._lib.selfdraft_packed_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
