@@ -35,12 +35,16 @@ LONGEST = 700
 WORKER = """
 import json, sys, time
 import numpy as np
-import llama_cpp
+import llama_cpp as raw
 path, threads, requests, tokens = sys.argv[1], *map(int, sys.argv[2:])
-llama = llama_cpp.Llama(path, n_ctx=requests * 1024, n_batch=512, n_ubatch=512, n_threads=threads,
-                        n_threads_batch=threads, type_k=1, type_v=1, n_seq_max=requests, verbose=False)
-raw, context = llama_cpp, llama._ctx.ctx
-size = llama.n_vocab()
+raw.llama_log_set(quiet := raw.llama_log_callback(lambda *_: None), None)
+model = raw.llama_model_load_from_file(path.encode(), raw.llama_model_default_params())
+params = raw.llama_context_default_params()
+params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = requests * 1024, requests, 512, 512
+params.n_threads = params.n_threads_batch = threads
+params.kv_unified = True
+context = raw.llama_init_from_model(model, params)
+size = raw.llama_vocab_n_tokens(raw.llama_model_get_vocab(model))
 batch = raw.llama_batch_init(512, 0, 1)
 
 def add(token, position, sequence, wanted):
