@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import DraftContext, Step, Tree
+from selfdraft.drafting import mask_tree
 from selfdraft.drafting.acceptance import Budget
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.mask_tree import HAZARDS, FixedDrafter, GroupDrafter, Node, Plan, candidates
@@ -69,6 +70,37 @@ def test_right_guesses_are_run_to_the_end_with_masks_behind_them() -> None:
     assert len(spine) >= 3
     deepest = max(row for row in spine if last.depth[row] == 3)
     assert sum(last.visible[row, deepest] for row in range(len(last))) == 4  # itself and three masks
+
+
+def stands_on_the_trunk() -> None:
+    """Candidates stand below the likeliest ones alone; and only there do their rates learn."""
+    drafter, trees = GroupDrafter(LOOK, lambda rows: 1.0, 64), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        scores = torch.randn(3, VOCABULARY) * 3
+        drafter.observe(Step(Tree.chain([1]), torch.empty(0), [2], [0], [], scores))
+        tree, first = drafter.propose([1, 2]), scores.argmax(-1).tolist()
+        for row in range(1, tree.ordinary(VOCABULARY)):
+            above = tree.visible[row].nonzero().flatten().tolist()[1:-1]
+            assert [tree.tokens[i] for i in above] == first[: len(above)]
+        trees += max(tree.depth[: tree.ordinary(VOCABULARY)]) > 1
+        counts = {kind: list(count) for kind, count in drafter.rates.counts.items()}
+        second = [2, scores[0].topk(2).indices[1].item(), first[1]]
+        drafter.observe(Step(Tree.chain(second[:1]), torch.empty(0), second[1:], [0, 0], []))
+        changed = {kind for kind, count in drafter.rates.counts.items() if count != counts[kind]}
+        assert changed
+        assert not any(kind[0] == 1 for kind in changed if isinstance(kind, tuple))
+    assert trees > 10
+
+
+def test_candidates_stand_below_the_likeliest_ones() -> None:
+    stands_on_the_trunk()
+
+
+def test_children_off_the_trunk_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_tree, "Node", lambda *given: Node(*given[:4]))
+    with pytest.raises(AssertionError):
+        stands_on_the_trunk()
 
 
 def test_wrong_guesses_end_in_silence_that_is_broken_now_and_then() -> None:

@@ -505,8 +505,8 @@ class Told:
                 for token, share in known.items():
                     row[token] = share
 
-    def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        return self.given.log().flatten(0, 1), self.given.log().flatten(0, 1)
+    def as_decoded(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        return self.given.log().flatten(0, 1)
 
 
 def test_calibration_counts_what_a_walk_comes_to() -> None:
@@ -528,12 +528,12 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
     odds(0, 0.55, 2, 4)
     odds(0, 0.35 / 0.45, 1, 2)  # the second guess, where the first was wrong
     odds(0, 0.065 / 0.1, 0, 1)
-    odds(1, 0.75, 1, 2)  # not where no guess told the first token
-    odds(1, 0.23 / 0.25, 1, 1)
+    odds(1, 0.75, 1, 1)  # not where the likeliest guess was not the first token
+    odds(1, 0.23 / 0.25, 0, 0)
     odds(1, 0.25, 0, 0)
     onward = [
         (3 + mask_tree.FIRST_ONWARD * least) / (4 + least),
-        (2 + mask_tree.FIRST_ONWARD * least) / (2 + least),
+        (1 + mask_tree.FIRST_ONWARD * least) / (2 + least),
     ]
     assert found.odds[mask_tree.ONWARD][0] == pytest.approx(onward)
 

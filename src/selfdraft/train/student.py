@@ -194,6 +194,18 @@ class Student(torch.nn.Module):
             own = self.model.output(text[lane, true].flatten(0, 2)).float()
         return self.model.output(states).float(), own
 
+    @torch.no_grad()
+    def as_decoded(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        """Logits of all masks as in decoding, where the sampler head sees the text's token at the first mask
+        of a group, and the prediction of the mask before at the others. As `scores`."""
+        _, masks = self.hidden(ids, anchors)
+        size = self.adapter.config.masks
+        before, made = self._told(ids, anchors)[::size], []
+        for states in masks.view(-1, size, masks.shape[-1]).unbind(1):
+            made.append(self.model.output(self.model.apply_sampler_head(states, before)).float())
+            before = made[-1].argmax(-1)
+        return torch.stack(made, 1).flatten(0, 1)
+
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the text, [lanes, length, hidden], without gradients, as far as masks aim, and of
         the mask rows, [lanes, groups * masks, hidden]."""
