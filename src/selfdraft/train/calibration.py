@@ -2,9 +2,9 @@
 
 The counts by offset and rank are for the card; those by offset and hazard are for the drafter (`mask_tree`),
 which uses the probabilities of the candidates at hand. Candidates are predicted as in decoding: a sampler
-head sees the model's own pick at the first mask, and at the others the likeliest candidate of the mask before.
-A candidate counts for the drafter only where it would stand in the tree and the walk would reach it: where the
-likeliest candidates before it were right.
+head sees the model's own pick at the first mask, and at the others the likeliest candidate of the mask
+before. A candidate counts for the drafter only where it would stand in the tree and the walk would reach it:
+where the likeliest candidates before it were right.
 """
 
 from __future__ import annotations
