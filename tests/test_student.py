@@ -287,6 +287,21 @@ def test_losses_and_gradients_are_those_of_all_masks_at_once(
     same_gradients(model, rows, kind)
 
 
+def test_the_prefix_is_left_out_in_part_while_it_learns(model: TransformersModel, rows: Any) -> None:
+    """Another part in each forward, and none of it when it is measured."""
+    adapter = adapting.adapter(model, 3, 4)
+    given = batch(rows, 3)
+
+    def losses(dropout: float, learns: bool) -> set[float]:
+        student = Student(model, adapter, Loss("tokens", 1.0, dropout)).train(learns)
+        return {student(**given)["loss"].item() for _ in range(4)}
+
+    whole = losses(0.0, learns=True)
+    assert len(whole) == 1
+    assert losses(0.5, learns=False) == whole
+    assert len(losses(0.5, learns=True) | whole) == 5
+
+
 def a_gradient_too_few(patch: pytest.MonkeyPatch) -> None:
     """The gradient of a piece of logits lacks the target."""
     vecdot, sub = torch.linalg.vecdot, Tensor.sub_

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, cast
 
 import torch
 import transformers
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from ..engine.tree import Tree
@@ -44,6 +44,8 @@ class Loss:
     kind: Literal["distill", "tokens"] = "distill"
     # Weight of each offset relative to the one before.
     decay: Annotated[float, Gt(0), Le(1)] = 0.9
+    # Share of the soft prefix's values that are left out at random in each forward.
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
 def fresh(model: TransformersModel, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -110,9 +112,10 @@ class Tape(transformers.Cache):
     """The KV cache of one training forward: the adapter's prefix, and the rows of the first call, which it
     keeps for later calls."""
 
-    def __init__(self, adapter: Adapter | None) -> None:
+    def __init__(self, adapter: Adapter | None, dropout: float = 0.0) -> None:
         super().__init__(layers=[])
         self.pairs = adapter.pairs() if adapter is not None else []
+        self.dropout = dropout  # of the prefix
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def behind(self, text: Tape, length: int) -> Tape:
@@ -127,7 +130,10 @@ class Tape(transformers.Cache):
         pair = self.pairs[layer_idx] if layer_idx < len(self.pairs) else None
         if pair is not None:
             lanes = key_states.shape[0]
-            fixed = [part.to(key_states.dtype).expand(lanes, -1, -1, -1) for part in pair]
+            fixed = [
+                torch.nn.functional.dropout(part.to(key_states.dtype), self.dropout).expand(lanes, -1, -1, -1)
+                for part in pair
+            ]
             before.insert(0, (fixed[0], fixed[1]))
         if layer_idx not in self.kept:
             self.kept[layer_idx] = key_states, value_states
@@ -240,7 +246,8 @@ class Student(torch.nn.Module):
         width = len(trees[0])
         laid = model.layout(trees, [start] * len(trees), width, fixed + start + width)
         made = transformers_inputs.kind_masks(model.kinds, laid.seen, laid.positions, fixed)
-        return model.call(laid, made, Tape(self.adapter).behind(text, stop), stop - start, width)
+        tape = Tape(self.adapter, self.loss.dropout if self.training else 0.0).behind(text, stop)
+        return model.call(laid, made, tape, stop - start, width)
 
     def _places(self, text: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Lane, and the row of the text whose pick a mask is to predict, [lanes, groups, masks]."""
