@@ -1,8 +1,13 @@
 """Prompts to train draft adapters on, as conversations: the mix that the adapters of `smollm2` learn from.
 
     python scripts/training_prompts.py --data DATA --out PROMPTS
+    selfdraft distill --prompts PROMPTS/openings.jsonl --raw --greedy-share 0 -t 1 -n 96 --out written
+    python scripts/training_prompts.py --data DATA --out PROMPTS --written written
     selfdraft distill --prompts PROMPTS/train.jsonl --out answers --max-new-tokens 192
 
+`openings.jsonl` is the chat template up to a user's words: what the model goes on with is a prompt like those
+that it was tuned on, which the second call of the script adds to the mix (the second and third line can be
+left out).
 DATA holds gzipped JSON lines: sets of questions (`prompt`), dialogues (`turns`), code and texts (`text`).
 Rows are in random order, so any first part of them is the same mix. `held_out.jsonl` has the kinds whose
 names begin with "held-out": whole domains, to measure on, that `train.jsonl` has nothing of.
@@ -146,6 +151,22 @@ def with_mistakes(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def written(folder: Path, llm: LLM) -> Iterator[Messages]:
+    """The user's words as the model wrote them, where it came to their end."""
+    for path in sorted(folder.glob("shard-*.jsonl")):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if row["finish_reason"] == "eos":
+                yield user(str(llm.tokenizer.decode(row["answer"], skip_special_tokens=True)).strip())
+
+
+def opening(llm: LLM) -> str:
+    """The chat template up to the words of a user."""
+    mark = "\x00"
+    turns: Any = user(mark)
+    text = llm.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return str(text).partition(mark)[0]
+
+
 def sources(data: Path, rng: random.Random) -> dict[str, tuple[float, Iterator[Messages]]]:
     """By kind its share of the prompts and where they come from."""
     texts = sorted((data / "text").glob("*.jsonl.gz"))
@@ -183,10 +204,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="whose tokens and chat template count")
     parser.add_argument("--count", type=int, default=12_000, help="prompts in all")
     parser.add_argument("--longest", type=int, default=500, help="tokens of a prompt")
+    parser.add_argument("--written", type=Path, help="answers of the model to openings.jsonl")
     args = parser.parse_args()
     rng, llm = random.Random(0), LLM(args.model, "plain", numerics="fast")
     made: dict[str, dict[str, Any]] = {}
-    for kind, (share, found) in sources(args.data, rng).items():
+    found_in = sources(args.data, rng)
+    if args.written is not None:
+        found_in["the model's own"] = (0.1, written(args.written, llm))
+    for kind, (share, found) in found_in.items():
         wanted = round(share * args.count)
         pool = list(islice(found, 12 * wanted))  # in random order, which does not follow the files
         short = (m for m in rng.sample(pool, len(pool)) if len(llm.prompt_ids(None, m)) <= args.longest)
@@ -194,6 +219,8 @@ def main() -> None:
             made.setdefault(json.dumps(messages), {"kind": kind, "messages": messages})
     mixed = rng.sample(list(made.values()), len(made))
     args.out.mkdir(parents=True, exist_ok=True)
+    begin = json.dumps({"prompt": opening(llm)}) + "\n"
+    (args.out / "openings.jsonl").write_text(begin * (args.count // 5), encoding="utf-8")
     for name, held_out in (("train", False), ("held_out", True)):
         kept = [row for row in mixed if row["kind"].startswith(HELD_OUT) == held_out]
         lines = (json.dumps(row) + "\n" for row in kept)

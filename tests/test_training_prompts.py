@@ -67,7 +67,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def made(script: ModuleType, data: Path, model: Path, out: Path) -> dict[str, list[dict[str, Any]]]:
+def made(
+    script: ModuleType, data: Path, model: Path, out: Path, *more: str
+) -> dict[str, list[dict[str, Any]]]:
     words = [
         "--data",
         str(data),
@@ -79,6 +81,7 @@ def made(script: ModuleType, data: Path, model: Path, out: Path) -> dict[str, li
         "200",
         "--longest",
         "900",
+        *more,
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["training_prompts.py", *words])
@@ -112,6 +115,23 @@ def test_prompts_are_mixed_and_domains_are_held_out(
     made(script, data, chat_folder, tmp_path / "two")
     for name in ("train.jsonl", "held_out.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_model_writes_prompts_of_its_own(
+    script: ModuleType, data: Path, chat_folder: Path, tmp_path: Path
+) -> None:
+    """It goes on from the template's opening; what it does not end is left out."""
+    made(script, data, chat_folder, tmp_path)
+    openings = [json.loads(line) for line in (tmp_path / "openings.jsonl").read_text().splitlines()]
+    assert openings == [{"prompt": "user: "}] * 40
+    llm, folder = LLM(str(chat_folder), "plain"), tmp_path / "written"
+    folder.mkdir()
+    texts = {"return a + b": "eos", "def push(self": "length"}
+    rows = [{"answer": llm.encode(text, special=False), "finish_reason": why} for text, why in texts.items()]
+    (folder / "shard-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = made(script, data, chat_folder, tmp_path, "--written", str(folder))["train"]
+    own = [row["messages"] for row in found if row["kind"] == "the model's own"]
+    assert own == [[{"role": "user", "content": "return a + b"}]]
 
 
 def test_a_text_that_is_not_held_out_is_seen(
