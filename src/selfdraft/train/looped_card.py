@@ -25,8 +25,8 @@ This is a transformers folder of model type `{kind}`; `import selfdraft.models.l
 
 ## Readouts
 
-On {tokens:,} held-out tokens. Agreement: how often the most likely token is that of the last pass; a token that
-starts after an earlier pass is revised in the other cases.
+On {tokens:,} held-out tokens. Agreement: how often the most likely token is that of the last pass; a token
+that starts after an earlier pass is revised in the other cases.
 
 | after pass | loss, nats per token | agreement | revised |
 |---|---|---|---|
