@@ -53,6 +53,53 @@ WAYS = {"greedy": greedy(16), "sampled": sampled(0.8, 3, 16)}
 PROMPT = random_prompt(30, seed=1)
 
 
+@pytest.fixture(autouse=True)
+def _whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler head corrects all tokens, as it is defined; a test asks what it does to a shortlist."""
+    monkeypatch.setattr(decoder, "SHORTLIST", VOCABULARY)
+
+
+def shortlisted(size: int, parts: str = "all") -> None:
+    """The likeliest tokens without the sampler head have the logits that they have with it; others none."""
+    own = tiny("f32")
+    part = adapter(own, 3, *PARTS[parts], targets=ALL)
+    adapted, ids = own.adapted(part), random_prompt(60, seed=1)
+    bare = own.adapted(without_sampler(part))
+    tree, group = Tree.chain(ids[40:41]).hang(0, MASKS), range(1, 4)
+    given = (tree, ids[:40], group, ids[41:44])
+    whole, raw = read_masks(adapted, *given), read_masks(bare, *given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "SHORTLIST", size)
+        found = read_masks(adapted, *given)
+    kept = raw.topk(size).indices
+    torch.testing.assert_close(found.gather(1, kept), whole.gather(1, kept))
+    assert (found.scatter(1, kept, -torch.inf) == -torch.inf).all()
+    assert (found > -torch.inf).sum() == 3 * size
+
+
+def without_sampler(part: Adapter) -> Adapter:
+    bare = copy.deepcopy(part)
+    bare.sampler, bare.config = None, replace(part.config, sampler=0)
+    return bare
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 64, 319])
+def test_a_sampler_head_corrects_the_likeliest_tokens(size: int) -> None:
+    shortlisted(size)
+
+
+def test_a_shortlist_of_other_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    shortlist = kernels.Library.shortlist
+
+    def of_the_least(self: kernels.Library, *given: Any) -> None:
+        given[-2][:] *= -1  # the logits
+        shortlist(self, *given)
+
+    monkeypatch.setattr(kernels.Library, "shortlist", of_the_least)
+    with pytest.raises(AssertionError):
+        shortlisted(17)
+
+
 def targets(model: Decoder) -> tuple[str, ...]:
     return FUSED if model.name == "phi3" else ALL
 
