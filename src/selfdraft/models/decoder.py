@@ -26,19 +26,21 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..errors import InvalidTree, ModelUnsupported
+from ..errors import InvalidTree, ModelCorrupt, ModelUnsupported
 from .batch import Batch
 from .kernels import structures
 from .kernels.crowding import Crowding
-from .kernels.library import FORMATS, Library
+from .kernels.library import FORMATS, WEIGHT_TYPES, Library
 from .numerics import RowRange
 from .paged_cache import PagedCache, PagePool
 from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
 from .transformers import Grade, Numerics
-from .weights import GROUP, Stored, Weights, quantised, rounded
+from .weights import GROUP, Stored, Weights
 
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+FUNCTIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+ACTIVATIONS = (8, 16)
+"""Bits of the inputs of products with quantised weights."""
 ROTATIONS = ("default", "linear", "llama3", "yarn")
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
 """Model types whose forward the tests have found equal to transformers'."""
@@ -56,7 +58,7 @@ def unsupported(config: PretrainedConfig) -> str | None:
         return f"hidden size {config.hidden_size}, inner size {config.intermediate_size}, head size {head}"
     if config.num_attention_heads * 8 > 64 * config.num_key_value_heads:
         return f"{config.num_attention_heads // config.num_key_value_heads} heads share a key head"
-    if _activation(config) not in ACTIVATIONS:
+    if _activation(config) not in FUNCTIONS:
         return f"activation {_activation(config)}"
     for name, parameters in _rotations(config).items():
         kind = parameters.get("rope_type", "default")
@@ -86,11 +88,12 @@ class Decoder:
         library: Library,
         *,
         kind: str = "as-stored",
+        activations: int = 8,
         generation_config: GenerationConfig | None = None,
         threads: int | None = None,
     ) -> None:
-        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. Raises
-        ModelUnsupported, ModelCorrupt."""
+        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. activations: bits of
+        the inputs of products with quantised weights, 8 or 16. Raises ModelUnsupported, ModelCorrupt."""
         reason = unsupported(config)
         if reason is not None:
             raise ModelUnsupported(f"the decoder does not know {reason}")
@@ -105,22 +108,26 @@ class Decoder:
         self.base = self.loaded = self
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
-        self._built = _Build(config, weights, library, kind)
+        self._built = _Build(config, weights, library, kind, self.threads)
+        self._activations = activations
         self.dtype = torch.float32 if self._built.wide == 4 else torch.bfloat16
+        self.quantised = self._built.quantised
         self.weights_label = weights.label if kind == "as-stored" else kind
+        if self.quantised:
+            self.weights_label += f", {activations}-bit activations"
         self.weight_bytes = self._built.read_bytes
         self.parameters = self._built.parameters
 
     def weights_sha256(self) -> str:
         """SHA-256 of the configuration and of all weights as they are packed."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
-        for array in self._built.arrays:
+        for array in self._built.arrays.values():
             digest.update(array.data)
         return digest.hexdigest()
 
     def pool(self) -> PagePool:
         built = self._built
-        work = Work(built, self.library, self.threads)
+        work = Work(built, self.library, self.threads, self._activations)
         return DecoderPool(
             built.layers, built.key_heads, built.head_size, built.wide, self.library.page, work
         )
@@ -263,8 +270,8 @@ class DecoderPool(PagePool):
 class Work:
     """Scratch memory and results of an engine's steps, which grow with the rows."""
 
-    def __init__(self, built: _Build, library: Library, threads: int) -> None:
-        self._built, self._library = built, library
+    def __init__(self, built: _Build, library: Library, threads: int, activations: int) -> None:
+        self._built, self._library, self._activations = built, library, activations
         self.steps = 0
         self._rows = self._wanted = 0
         self._arrays: dict[str, NDArray[Any]] = {
@@ -305,6 +312,7 @@ class Work:
             "pick": ((most,), np.int32),
             "finite": ((rows,), np.uint8),
             "bytes": ((rows, built.widest), np.int8),
+            "low": ((rows, built.widest if self._activations == 16 else 0), np.int8),
             "scales": ((rows, built.widest // GROUP, 4), np.float32),
             "floats": ((rows, built.widest), np.float32),
             "halves": ((rows, built.widest), np.uint16),
@@ -318,7 +326,8 @@ class Work:
                 self._arrays[name][: len(old)] = old
         for name in ("hidden", "qkv", "attended", "inner", "change", "logits", "pick", "finite"):
             setattr(self.structure, name, self._arrays[name].ctypes.data)
-        inputs = (self._arrays[name].ctypes.data for name in ("bytes", "scales", "floats", "halves"))
+        names = ("bytes", "low", "scales", "floats", "halves")
+        inputs = (self._arrays[name].ctypes.data if self._arrays[name].size else None for name in names)
         self.structure.inputs = structures.Inputs(*inputs, built.widest // GROUP)
         self.structure.scratch = self._arrays["scratch"].ctypes.data
         self.structure.partials = self._arrays["partials"].ctypes.data
@@ -328,9 +337,12 @@ class Work:
 class _Build:
     """A model's structures for the kernels, and the arrays that they point to."""
 
-    def __init__(self, config: PretrainedConfig, weights: Weights, library: Library, kind: str) -> None:
-        self._library, self._weights, self._kind = library, weights, kind
-        self.arrays: list[NDArray[Any]] = []
+    def __init__(
+        self, config: PretrainedConfig, weights: Weights, library: Library, kind: str, threads: int
+    ) -> None:
+        self._library, self._weights, self._kind, self._threads = library, weights, kind, threads
+        self.quantised = False
+        self.arrays: dict[int, NDArray[Any]] = {}
         self.read_bytes = self.parameters = 0
         self.layers = int(config.num_hidden_layers)
         self.hidden, self.inner = int(config.hidden_size), int(config.intermediate_size)
@@ -340,18 +352,22 @@ class _Build:
         offset = 1.0 if config.model_type.startswith("gemma") else 0.0
         self._offset = np.float32(offset)
         rotations = _angles(config, self.head_size)
+        table = self._linear("model.embed_tokens.weight", self.vocabulary, self.hidden)
+        tied = "lm_head.weight" not in weights
+        head = table if tied else self._linear("lm_head.weight", self.vocabulary, self.hidden)
+        self.wide = 4 if self._format(head) in ("f16", "f32") else 2
+        packed_head = self._matrix([head])  # first: nothing else is held while the largest matrix is read
+        weights.release()
         layers = (structures.Layer * self.layers)()
         for i in range(self.layers):
             layers[i] = self._layer(config, i, rotations)
-        tied = "lm_head.weight" not in weights
-        table = weights.linear("model.embed_tokens.weight")
-        head = table if tied else weights.linear("lm_head.weight")
-        self.wide = 4 if head.kind == "f32" and kind == "as-stored" else 2
+            weights.release()
         self.model = structures.Model(
             layers,
-            self._matrix([head]),
-            self._norm("model.norm.weight"),
-            *self._embedding(table, tied),
+            packed_head,
+            self._norm("model.norm.weight", self.hidden),
+            self._pointer(table.rows),
+            WEIGHT_TYPES[table.kind].number,
             self.layers,
             self.hidden,
             self.heads,
@@ -360,7 +376,7 @@ class _Build:
             rotations.rotated,
             self.inner,
             self.vocabulary,
-            ACTIVATIONS[_activation(config)],
+            FUNCTIONS[_activation(config)],
             config.rms_norm_eps,
             _attention_scale(config, self.head_size),
             getattr(config, "attn_logit_softcapping", None) or 0.0,
@@ -374,42 +390,43 @@ class _Build:
 
     def _layer(self, config: PretrainedConfig, i: int, rotations: _Angles) -> structures.Layer:
         at = f"model.layers.{i}."
-        own = at + "self_attn."
+        own, hidden, inner = at + "self_attn.", self.hidden, self.inner
+        heads, key_heads = self.heads * self.head_size, self.key_heads * self.head_size
         if config.model_type == "phi3":
-            qkv, biases = [self._weights.linear(own + "qkv_proj.weight")], [own + "qkv_proj.bias"]
-            gate_up = [self._weights.linear(at + "mlp.gate_up_proj.weight")]
+            qkv = [self._linear(own + "qkv_proj.weight", heads + 2 * key_heads, hidden)]
+            biases = [own + "qkv_proj.bias"]
+            gate_up = [self._linear(at + "mlp.gate_up_proj.weight", 2 * inner, hidden)]
         else:
-            parts = [own + f"{name}_proj" for name in "qkv"]
-            qkv, biases = (
-                [self._weights.linear(f"{part}.weight") for part in parts],
-                [f"{part}.bias" for part in parts],
-            )
-            gate_up = [self._weights.linear(f"{at}mlp.{name}_proj.weight") for name in ("gate", "up")]
+            outs = {"q": heads, "k": key_heads, "v": key_heads}
+            qkv = [self._linear(f"{own}{name}_proj.weight", outs[name], hidden) for name in outs]
+            biases = [f"{own}{name}_proj.bias" for name in outs]
+            gate_up = [self._linear(f"{at}mlp.{name}_proj.weight", inner, hidden) for name in ("gate", "up")]
+        out = self._linear(own + "o_proj.weight", hidden, heads)
+        down = self._linear(at + "mlp.down_proj.weight", hidden, inner)
         before_mlp, after = {
             "gemma": ("pre_feedforward_layernorm", True),
             "olmo2": ("none", True),
         }.get(config.model_type[:5], ("post_attention_layernorm", False))
-        windows = _windows(config)
+        windows, joint = _windows(config), config.model_type == "olmo2"
         return structures.Layer(
             self._parts(qkv, biases, 3),
-            self._matrix([self._weights.linear(own + "o_proj.weight")], [own + "o_proj.bias"]),
+            self._matrix([out], [own + "o_proj.bias"]),
             self._parts(gate_up, [f"{at}mlp.{name}_proj.bias" for name in ("gate", "up")], 2),
-            self._matrix([self._weights.linear(at + "mlp.down_proj.weight")], [at + "mlp.down_proj.bias"]),
-            self._norm(at + "input_layernorm.weight"),
-            self._norm(f"{at}{before_mlp}.weight"),
-            self._norm(at + "post_attention_layernorm.weight") if after else None,
-            self._norm(at + "post_feedforward_layernorm.weight") if after else None,
-            self._norm(own + "q_norm.weight"),
-            self._norm(own + "k_norm.weight"),
+            self._matrix([down], [at + "mlp.down_proj.bias"]),
+            self._norm(at + "input_layernorm.weight", hidden),
+            self._norm(f"{at}{before_mlp}.weight", hidden),
+            self._norm(at + "post_attention_layernorm.weight", hidden) if after else None,
+            self._norm(at + "post_feedforward_layernorm.weight", hidden) if after else None,
+            self._norm(own + "q_norm.weight", heads if joint else self.head_size),
+            self._norm(own + "k_norm.weight", key_heads if joint else self.head_size),
             self._pointer(rotations.of(config, i)),
             windows[i],
         )
 
     def _parts(self, parts: Sequence[Stored], biases: Sequence[str], most: int) -> Any:
         """Matrices that take the same inputs, side by side: neighbours of one format are one matrix."""
-        parts = [self._converted(part) for part in parts]
         made, at = (structures.Matrix * most)(), 0
-        runs = [list(run) for _, run in groupby(range(len(parts)), lambda i: parts[i].kind)]
+        runs = [list(run) for _, run in groupby(range(len(parts)), lambda i: self._format(parts[i]))]
         for i, run in enumerate(runs):
             mine = [biases[k] for k in run] if len(biases) == len(parts) else biases
             made[i] = self._matrix([parts[k] for k in run], mine)
@@ -419,53 +436,53 @@ class _Build:
 
     def _matrix(self, parts: Sequence[Stored], biases: Sequence[str] = ()) -> structures.Matrix:
         """One matrix of the outputs of several in one format."""
-        parts = [self._converted(part) for part in parts]
-        kind, ins = parts[0].kind, parts[0].values.shape[1]
-        outs = sum(len(part.values) for part in parts)
-        out = self._library.empty(kind, outs, ins)
+        format, ins = self._format(parts[0]), parts[0].ins
+        self.quantised |= format not in ("bf16", "f16", "f32")
+        outs = sum(len(part.rows) for part in parts)
+        out = self._library.empty(format, outs, ins)
         at = 0
         for part in parts:
-            self._library.pack(kind, part.values, part.scales, part.minima, at, out)
-            at += len(part.values)
+            self._library.pack(part.kind, part.rows, ins, format, at, out, self._threads)
+            at += len(part.rows)
         self.read_bytes += out.nbytes
         self.parameters += outs * ins
         bias = None
         if any(name in self._weights for name in biases):
             padded = np.zeros(self._library.padded(outs), np.float32)
-            given = [self._weights.vector(name) for name in biases]
-            padded[:outs] = np.concatenate(given)
+            given = np.concatenate([self._weights.vector(name) for name in biases])
+            if len(given) != outs:
+                raise ModelCorrupt(f"{biases[0]}: {len(given)} biases for {outs} outputs")
+            padded[:outs] = given
             bias = self._pointer(padded)
-        return structures.Matrix(self._pointer(out), bias, FORMATS[kind], outs, ins)
+        return structures.Matrix(self._pointer(out), bias, FORMATS[format], outs, ins)
 
-    def _converted(self, part: Stored) -> Stored:
-        if self._kind == "as-stored" or part.kind == self._kind:
-            return part
-        return _as(part, self._kind)
+    def _linear(self, name: str, outs: int, ins: int) -> Stored:
+        """Raises ModelCorrupt for a matrix of another shape than the configuration's."""
+        found = self._weights.linear(name)
+        if (len(found.rows), found.ins) != (outs, ins):
+            raise ModelCorrupt(
+                f"{name} is of the shape {[len(found.rows), found.ins]}; the config wants {[outs, ins]}"
+            )
+        return found
 
-    def _embedding(self, table: Stored, tied: bool) -> tuple[int | None, int]:
-        """The table of embeddings and the bytes of a value: none where the head is packed from it."""
-        if tied:
-            return None, 0
-        if table.kind == "bf16":
-            return self._pointer(np.ascontiguousarray(table.values)), 2
-        return self._pointer(np.ascontiguousarray(table.float32())), 4
+    def _format(self, part: Stored) -> str:
+        """The packed format in which a matrix runs."""
+        return part.format if self._kind == "as-stored" else self._kind
 
-    def _norm(self, name: str) -> int | None:
+    def _norm(self, name: str, size: int) -> int | None:
         if name not in self._weights:
             return None
-        return self._pointer(self._weights.vector(name) + self._offset)
+        found = self._weights.vector(name)
+        if found.shape != (size,):
+            raise ModelCorrupt(f"{name} is of the shape {list(found.shape)}; the config wants [{size}]")
+        return self._pointer(found + self._offset)
 
     def _pointer(self, array: NDArray[Any] | None) -> int | None:
         if array is None:
             return None
-        self.arrays.append(array)
-        return int(array.ctypes.data)
-
-
-def _as(part: Stored, kind: str) -> Stored:
-    if kind == "f32":
-        return Stored("f32", part.float32())
-    return rounded(part.float32()) if kind == "bf16" else quantised(part.float32(), kind)
+        address = int(array.ctypes.data)
+        self.arrays[address] = array
+        return address
 
 
 # ---- What configurations say.

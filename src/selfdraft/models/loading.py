@@ -6,7 +6,8 @@
     owner/name                a transformers model on the Hugging Face hub
     owner/name:file.gguf      a GGUF file on the hub
 
-A GGUF file is converted once into a transformers folder in the cache (`cache_folder`).
+Of a GGUF file the configuration and the tokenizer are converted once into a transformers folder in the cache
+(`cache_folder`), and the weights where transformers' forward needs them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from . import cache_folder, hub, smollm2
 from .decoder import Decoder, unsupported
-from .gguf.convert import convert
+from .gguf.convert import convert, convert_weights
 from .gguf.reader import GgufFile
 from .kernels.library import library
 from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
@@ -80,6 +81,8 @@ def load_pretrained(
     where = torch_device(device)
     kind = "auto" if dtype is None else getattr(torch, _one_of("dtype", dtype, DTYPES))
     with _source(name) as source, _quiet():
+        if source.gguf is not None:
+            _write_weights(name, source.gguf, Path(source.path))
         try:
             model, report, tokenizer = _load(source, kind)
         except (InvalidOption, ModelUnsupported) as error:  # raised by the config of a looped model
@@ -98,13 +101,18 @@ def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> Transform
 
 
 def load_decoder(
-    name: str = DEFAULT_MODEL, weights: str | None = None, dtype: str | None = None, device: str | None = None
+    name: str = DEFAULT_MODEL,
+    weights: str | None = None,
+    activations: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> tuple[Decoder, PreTrainedTokenizerBase] | str:
     """The model on the CPU kernels with its tokenizer; or why it goes through transformers' forward, in
     words.
 
     weights: the format in which linear layers run, as-stored (None), bf16, q8 or q4. dtype: bfloat16 or
-    float32 instead. Raises as `load_pretrained`.
+    float32 instead. activations: see `Decoder`. Raises as `load_pretrained`, and InvalidOption for
+    activations where no weights are quantised.
     """
     kind = _weights_kind(weights, dtype)
     kernels = library()
@@ -129,7 +137,12 @@ def load_decoder(
                 else GgufWeights(GgufFile(source.gguf, name), config.to_dict())
             )
             decoder = Decoder(
-                config, stored, kernels, kind=kind, generation_config=_generation_config(source.path, where)
+                config,
+                stored,
+                kernels,
+                kind=kind,
+                activations=activations or 8,
+                generation_config=_generation_config(source.path, where),
             )
         except (InvalidOption, ModelUnsupported) as error:
             return str(error)
@@ -137,6 +150,11 @@ def load_decoder(
             raise
         except Exception as error:  # whatever a damaged file can raise in the libraries that read it
             raise _named(name, source, error) from error
+    if activations is not None and not decoder.quantised:
+        raise InvalidOption(
+            f"activations={activations} goes with quantised weights; {name} runs in {decoder.weights_label}",
+            option="activations",
+        )
     return decoder, tokenizer
 
 
@@ -204,10 +222,7 @@ def _source(name: str) -> Iterator[Source]:
     """Finds what the name means. Raises ModelNotFound, ModelCorrupt or ModelUnsupported."""
     path = Path(EMBEDDED.get(name) or Path(name).expanduser())
     on_hub = HUB_FILE.fullmatch(name)
-    if name == DEFAULT_MODEL and cache_folder.is_converted(smollm2.SHA256):
-        folder = str(cache_folder.converted_folder(smollm2.SHA256))
-        yield Source(folder, is_folder=True, converted=True, gguf=smollm2.file_in_package())
-    elif name == DEFAULT_MODEL:
+    if name == DEFAULT_MODEL:
         with _converted(name, smollm2.gguf_file()) as source:
             yield source
     elif path.is_dir() and (path / "config.json").is_file():
@@ -281,6 +296,21 @@ def _converted(name: str, path: Path) -> Iterator[Source]:
             reason = error.strerror or error
             raise ModelError(f"{name}: the conversion to {temporary} cannot be written: {reason}") from error
         yield Source(temporary, is_folder=True, converted=True, gguf=path)
+
+
+def _write_weights(name: str, file: Path, folder: Path) -> None:
+    """Adds the weights to the folder that was converted from a GGUF file. Raises ModelError where it
+    cannot be written, and as `convert_weights`."""
+    try:
+        cache_folder.add(
+            folder, "model.safetensors", lambda path: convert_weights(GgufFile(file, name), path)
+        )
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(
+            f"{name}: its weights cannot be written into {folder}: {reason}; "
+            "set SELFDRAFT_CACHE to another folder"
+        ) from error
 
 
 def _load(source: Source, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase]:

@@ -2,7 +2,7 @@
  * take pieces of work from a counter. What a piece computes does not depend on who computes it. */
 #include "step.h"
 
-#include "pack.h"
+#include "blocks.h"
 #include "products.h"
 
 #include <time.h>
@@ -49,7 +49,7 @@ INLINE void prepare(Step *s, float *x, const Matrix *m, int parts, int row, int 
         memset(x, 0, (size_t)m->ins * 4);
     }
     for (int i = 0; i < parts && m[i].outs; i++)
-        if (i == 0 || m[i].format != m[i - 1].format) pack(x, m->ins, m[i].format, &s->work->inputs, row);
+        if (i == 0 || form_of(m[i].format) != form_of(m[i - 1].format)) pack(x, m->ins, m[i].format, &s->work->inputs, row);
 }
 
 INLINE void embed(const Step *s, int row) {
@@ -57,11 +57,10 @@ INLINE void embed(const Step *s, int row) {
     const int32_t token = s->batch->token[row];
     float *x = s->work->hidden + (size_t)row * m->hidden;
     if (token < 0) memcpy(x, s->batch->vectors + (size_t)(-1 - token) * m->hidden, (size_t)m->hidden * 4);
-    else if (m->embedding_wide == 4) memcpy(x, (const float *)m->embedding + (size_t)token * m->hidden, (size_t)m->hidden * 4);
-    else if (m->embedding_wide == 2) {
-        const uint16_t *from = (const uint16_t *)m->embedding + (size_t)token * m->hidden;
-        for (int i = 0; i < m->hidden; i++) x[i] = float_of_bf16(from[i]);
-    } else unpack_output(&m->head, token, x);
+    else {
+        const uint8_t *from = m->embedding + (size_t)token * row_bytes(m->embedding_type, m->hidden);
+        for (int g = 0; g < m->hidden / GROUP; g++) read_floats(m->embedding_type, from, g, x + g * GROUP);
+    }
     if (token >= 0 && m->embedding_scale != 1)
         for (int i = 0; i < m->hidden; i++) x[i] *= m->embedding_scale;
 }

@@ -84,13 +84,13 @@ INLINE vf max(vf a, vf b) { vf r; for (int i = 0; i < W; i++) r[i] = a[i] > b[i]
 INLINE vf min(vf a, vf b) { vf r; for (int i = 0; i < W; i++) r[i] = a[i] < b[i] ? a[i] : b[i]; return r; }
 INLINE vf nearest(vf a) { vf r; for (int i = 0; i < W; i++) r[i] = rintf(a[i]); return r; }
 INLINE vi to_int(vf a) { vi r; for (int i = 0; i < W; i++) r[i] = (int32_t)rintf(a[i]); return r; }
-INLINE vf widen_half(const uint16_t *p) { /* finite halves: shift into place, scale the exponent by 2^112 */
-    vi magnitude = {0}, sign = {0};
+INLINE vf widen_half(const uint16_t *p) { /* shift into place, scale the exponent by 2^112 */
+    vi magnitude = {0}, rest = {0}; /* the sign, and the exponent of what is not finite */
     for (int i = 0; i < W; i++) {
         magnitude[i] = (int32_t)((uint32_t)(p[i] & 0x7fff) << 13);
-        sign[i] = (int32_t)((uint32_t)(p[i] & 0x8000) << 16);
+        rest[i] = (int32_t)((uint32_t)(p[i] & 0x8000) << 16) | ((p[i] & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
     }
-    return as_float(as_int(as_float(magnitude) * splat(0x1p112f)) | sign);
+    return as_float(as_int(as_float(magnitude) * splat(0x1p112f)) | rest);
 }
 #endif
 #endif
