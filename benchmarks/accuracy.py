@@ -152,7 +152,7 @@ def llama(model: str, python: str, windows: list[list[int]], folder: Path) -> Fo
         str(torch.get_num_threads()),
     ]
     subprocess.run(words, check=True)
-    found = iter(np.load(out, mmap_mode="r"))
+    found = iter(np.load(out, mmap_mode="c"))
 
     def run(window: list[int]) -> Iterator[NDArray[np.float32]]:
         yield next(found)

@@ -497,9 +497,16 @@ def test_a_model_goes_the_way_that_its_config_allows(folder: Path, monkeypatch: 
         assert llm.model.weights_label == "bfloat16"
         text = llm.generate("def add(a, b):", max_new_tokens=8)
         assert (text.weights, text.numerics) == ("bfloat16", "exact")
-        assert LLM(str(folder), "plain", weights="q4").model.weights_label == "q4"
+        q4 = LLM(str(folder), "plain", weights="q4", activations=16)
+        assert q4.generate("def", max_new_tokens=1).weights == "q4, 16-bit activations"
         with pytest.raises(InvalidOption, match="weights"):
             LLM(str(folder), "plain", weights="q3")
+        with pytest.raises(InvalidOption, match="8 or 16"):
+            LLM(str(folder), "plain", weights="q4", activations=4)
+        with pytest.raises(InvalidOption, match="goes with quantised weights"):
+            LLM(str(folder), "plain", activations=16)
+        with pytest.raises(InvalidOption, match="activations=16 needs the decoder"):
+            LLM(str(folder), "plain", activations=16, dtype="float64")
         with pytest.raises(InvalidOption, match="give one"):
             LLM(str(folder), "plain", weights="q4", dtype="float32")
         assert "dtype float64" in LLM(str(folder), "plain", dtype="float64").route

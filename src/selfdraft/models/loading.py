@@ -50,6 +50,7 @@ AnyModel = Decoder | TransformersModel
 DEFAULT_MODEL = smollm2.NAME
 EMBEDDED = {"looped-tiny": Path(__file__).parent / "looped" / "looped-tiny"}
 KNOWN = (DEFAULT_MODEL, *EMBEDDED)
+WEIGHTS_FILE = "model.safetensors"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 HUB_FILE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<file>.+\.gguf)", re.IGNORECASE)
 
@@ -222,7 +223,10 @@ def _source(name: str) -> Iterator[Source]:
     """Finds what the name means. Raises ModelNotFound, ModelCorrupt or ModelUnsupported."""
     path = Path(EMBEDDED.get(name) or Path(name).expanduser())
     on_hub = HUB_FILE.fullmatch(name)
-    if name == DEFAULT_MODEL:
+    converted = cache_folder.converted_folder(smollm2.SHA256)
+    if name == DEFAULT_MODEL and smollm2.file_in_package() is None and (converted / WEIGHTS_FILE).is_file():
+        yield Source(str(converted), is_folder=True, converted=True)
+    elif name == DEFAULT_MODEL:
         with _converted(name, smollm2.gguf_file()) as source:
             yield source
     elif path.is_dir() and (path / "config.json").is_file():
@@ -302,9 +306,7 @@ def _write_weights(name: str, file: Path, folder: Path) -> None:
     """Adds the weights to the folder that was converted from a GGUF file. Raises ModelError where it
     cannot be written, and as `convert_weights`."""
     try:
-        cache_folder.add(
-            folder, "model.safetensors", lambda path: convert_weights(GgufFile(file, name), path)
-        )
+        cache_folder.add(folder, WEIGHTS_FILE, lambda path: convert_weights(GgufFile(file, name), path))
     except OSError as error:
         reason = error.strerror or error
         raise ModelError(
