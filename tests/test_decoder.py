@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from selfdraft import LLM
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.tree import Tree
-from selfdraft.errors import InvalidOption, InvalidTree, NotFinite
+from selfdraft.errors import InvalidOption, InvalidTree, ModelCorrupt, NotFinite
 from selfdraft.models.decoder import Decoder, unsupported
 from selfdraft.models.kernels import library as kernels
 from selfdraft.models.kernels.crowding import Crowding
@@ -359,6 +360,48 @@ def test_a_folder_gives_the_weights_of_the_model(tmp_path: Path) -> None:
     assert np.array_equal(stored.linear(name).rows, own.linear(name).rows)
     assert stored.label == "float32"
     assert "lm_head.bias" not in stored
+
+
+def with_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """A safetensors file with another header."""
+    contents = path.read_bytes()
+    length = int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8 : 8 + length])
+    change(header)
+    made = json.dumps(header).encode()
+    path.write_bytes(len(made).to_bytes(8, "little") + made + contents[8 + length :])
+
+
+def test_damaged_safetensors_are_named_errors(tmp_path: Path) -> None:
+    """Lengths and offsets beyond the file, sizes that are not the shape's, a header that is none."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    file = tmp_path / "model.safetensors"
+    made(CONFIGS["llama"]).save_pretrained(tmp_path)
+    whole = file.read_bytes()
+
+    def offsets(begin: int, end: int) -> Callable[[dict[str, Any]], None]:
+        return lambda header: header[name].update(data_offsets=[begin, end])
+
+    for change, says in (
+        (offsets(1 << 40, (1 << 40) + 128 * 64 * 4), "truncated or damaged"),
+        (offsets(0, 4), f"tensor {name} of .* has 4 bytes"),
+        (lambda header: header[name].pop("shape"), "header is damaged"),
+    ):
+        with_header(file, change)
+        with pytest.raises(ModelCorrupt, match=says):
+            FolderWeights(tmp_path)
+        file.write_bytes(whole)
+    file.write_bytes((1 << 50).to_bytes(8, "little") + whole[8:])
+    with pytest.raises(ModelCorrupt, match="truncated or damaged"):
+        FolderWeights(tmp_path)
+
+
+def test_weights_of_another_shape_than_the_config(tmp_path: Path) -> None:
+    """They would make a kernel read beyond them."""
+    made(CONFIGS["llama"]).save_pretrained(tmp_path)
+    wider = LlamaConfig(**{**BASE, "intermediate_size": 160})
+    with pytest.raises(ModelCorrupt, match=r"gate_proj\.weight is of the shape \[128, 64\]; .*\[160, 64\]"):
+        Decoder(wider, FolderWeights(tmp_path), build())
 
 
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)
