@@ -37,12 +37,14 @@ models: $(INSTALLED)-dev
 kernels: $(INSTALLED)
 	$(BIN)/python -m selfdraft.models.kernels.build
 
+KERNEL_TESTS := $(addprefix tests/test_,decoder.py decoder_adapters.py not_finite.py interrupts.py threads.py)
+
 sanitize: $(INSTALLED)-dev
 	rm -rf .sanitize && mkdir .sanitize
 	SELFDRAFT_CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 		$(BIN)/python -m selfdraft.models.kernels.build "" .sanitize
 	SELFDRAFT_KERNELS_FOLDER=.sanitize ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(cc -print-file-name=libasan.so)" \
-		$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_decoder.py
+		$(BIN)/python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 KERNELS := src/selfdraft/models/kernels/cpu
 SELFTEST := -std=gnu11 -O2 -ffp-contract=off -I $(KERNELS) tests/selftest.c $(KERNELS)/pack.c $(KERNELS)/noise.c \

@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from selfdraft import DraftContext, Drafter, Method, Step, Tree
 from selfdraft.drafting.method import free
-from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from selfdraft.models.transformers import TransformersModel
+from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank
+from selfdraft.models.adapters.folder import Base
 from selfdraft.models.transformers_inputs import CACHE
 from selfdraft.verify.adversaries import Oracle
 
@@ -24,19 +24,21 @@ LAYERS = ("q_proj", "down_proj")
 
 
 def adapter(
-    model: TransformersModel,
+    model: Base,
     masks: int = 3,
     prefix: int = 0,
     rank: int = 0,
     sampler: int = 0,
     seed: int = 0,
     distinct: bool = True,
+    targets: Sequence[str] = LAYERS,
+    gated: bool = True,
 ) -> Adapter:
     """A random adapter of a model, in the dtype in which one is loaded."""
-    alpha, targets = (1.5 * rank, LAYERS) if rank else (None, ())
-    config = AdapterConfig(masks, distinct, prefix, rank, alpha, targets, sampler)
+    alpha, targets = (1.5 * rank, tuple(targets)) if rank else (None, ())
+    config = AdapterConfig(masks, distinct, prefix, rank, alpha, targets, sampler, gated)
     torch.manual_seed(seed)
-    made = Adapter(config, model.width, model.read([0]), linear_layers(model.model, config.targets))
+    made = Adapter(config, *model.adapter_shape(config.targets))
     with torch.no_grad():
         for part in made.parameters():
             part.copy_(torch.randn_like(part) * 0.5)

@@ -40,9 +40,10 @@ def _quiet() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _step_times() -> Iterator[None]:
     """Step costs are given, not measured: the same drafts on every machine, however busy it is."""
-    times = StepTimes({1: 1.0, 8: 1.1, 64: 2.2})
+    times = StepTimes({0: {1: 1.0, 8: 1.1, 64: 2.2}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("selfdraft.models.transformers.step_times", lambda *_: times)
+        for module in ("transformers", "decoder"):
+            patch.setattr(f"selfdraft.models.{module}.step_times", lambda *_: times)
         yield
 
 

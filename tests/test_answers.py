@@ -15,8 +15,9 @@ import torch
 
 import selfdraft
 from selfdraft import LLM, Conversation, DraftContext, Engine, Step, Tree, errors
+from selfdraft.engine.scheduler import Limits
 
-from runs import greedy
+from runs import greedy, sampled
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
@@ -82,10 +83,12 @@ def test_ends(llm: LLM) -> None:
 
 
 def test_samples_of_one_prompt_read_it_once(llm: LLM) -> None:
-    samples = llm.generate("def add(a, b)", n=3, temperature=1.0, seed=5, max_new_tokens=20)
+    prompt = "def add(a, b): return a + b  # " * 4
+    llm.engine = Engine(llm.model)
+    samples = llm.generate(prompt, n=3, temperature=1.0, seed=5, max_new_tokens=20)
     assert [s.sample for s in samples] == [0, 1, 2]
     assert len({s.text for s in samples}) == 3
-    alone = llm.using("plain").generate("def add(a, b)", temperature=1.0, seed=5, n=1, max_new_tokens=20)
+    alone = llm.using("plain").generate(prompt, temperature=1.0, seed=5, n=1, max_new_tokens=20)
     assert alone[0].ids == samples[0].ids
     assert [s.reused for s in samples] == [0] + [samples[0].prompt_tokens - 1] * 2
     flat = llm.generate(["a", "class"], n=2, temperature=1.0, seed=5, max_new_tokens=4)
@@ -292,8 +295,9 @@ def test_a_turn_that_fails_or_is_left_spoils_nothing(chatty: LLM) -> None:
     again = talk.generate(prompt, max_new_tokens=30)
     assert again.reused == again.prompt_tokens - 1
     assert again.ids == chatty.generate(prompt, max_new_tokens=30).ids
+    talk.stream(prompt)
     talk.close()
-    assert talk.generate(prompt, max_new_tokens=3).reused == 0
+    assert not chatty.engine.requests
 
 
 def test_the_answer_goes_on_where_the_prompt_stops(llm: LLM) -> None:
@@ -393,29 +397,60 @@ def test_references_may_be_longer_than_the_context(llm: LLM, caplog: pytest.LogC
     assert caplog.records == []
 
 
-def test_requests_start_from_their_own_engine_only(llm: LLM) -> None:
-    one, other = Engine(llm.model), Engine(llm.model)
-    method = llm.method
-    kept = one.submit([5, 6, 7], method, greedy(3), keep=True)
-    gone = one.submit([5, 6, 7], method, greedy(3))
-    while one.requests:
-        one.step()
-    for engine, request in ((other, kept), (one, gone)):
-        with pytest.raises(errors.InvalidOption, match="start"):
-            engine.submit([5, 6, 7, 8], method, start=request)
-    again = one.submit([5, 6, 7, 8], method, greedy(3), start=kept)
-    assert again.reused == 3
-    with pytest.raises(errors.InvalidOption, match="start"):
-        one.submit([5, 6, 7, 8], method, start=kept)
+def test_a_list_of_prompts_takes_parameters_and_references_of_each(llm: LLM) -> None:
+    """As if each were asked alone; and what is wrong names the prompt."""
+    prompts = ["def add", "class Tree", "for i in"]
+    params = [greedy(9), sampled(0.8, seed=5, tokens=7), greedy(3)]
+    quoted = [["def add(a, b):"], [], [[5, 6, 7]]]
+    together = llm.generate(prompts, params, references=quoted)
+    alone = [
+        llm.generate(one, own, references=others)
+        for one, own, others in zip(prompts, params, quoted, strict=True)
+    ]
+    assert [one.ids for one in together] == [one.ids for one in alone]
+    with pytest.raises(errors.InvalidOption, match="one for each"):
+        llm.generate(prompts, params[:2])
+    with pytest.raises(errors.InvalidReference, match="3 prompts and 2 lists"):
+        llm.generate(prompts, references=quoted[:2])
+    with pytest.raises(errors.InvalidPrompt, match=r"prompt 1: .*context"):
+        llm.generate(["def add", "x " * 400], max_new_tokens=2)
 
 
-def test_a_closed_conversation_holds_no_memory(llm: LLM) -> None:
-    talk = Conversation(llm)
-    talk.generate("def", max_new_tokens=4)
-    pool = talk._engine.pool
-    assert pool._buffers()  # type: ignore[attr-defined]
-    talk.close()
-    assert not pool._buffers()  # type: ignore[attr-defined]
+def test_seeds_of_a_list(llm: LLM) -> None:
+    """Without a seed each prompt and each sample has its own; with one the same prompt says the same."""
+    asked: dict[str, Any] = {"temperature": 1.5, "max_new_tokens": 12}
+    free = llm.generate(["def add"] * 3, n=2, **asked)
+    assert len({tuple(one.ids) for one in free}) == 6
+    assert len({one.seed for one in free}) == 3
+    seeded = llm.generate(["def add"] * 3, seed=4, **asked)
+    assert {tuple(one.ids) for one in seeded} == {tuple(llm.generate("def add", seed=4, **asked).ids)}
+
+
+def test_many_prompts_stream_through_the_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only some requests exist at a time, and an interrupt leaves none behind."""
+    made = llm.using("plain")
+    made.engine, most = Engine(made.model, Limits(max_requests=2)), 0
+    step = Engine.step
+
+    def counted(self: Engine) -> None:
+        nonlocal most
+        most = max(most, len(self.requests))
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    prompts = [f"def f{i}" for i in range(12)]
+    found = made.generate(prompts, max_new_tokens=3)
+    assert [one.ids for one in found] == [llm.generate(one, max_new_tokens=3).ids for one in prompts]
+    assert most == 4
+
+    def interrupted(self: Engine) -> None:
+        step(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.generate(prompts, max_new_tokens=3)
+    assert not made.engine.requests
 
 
 def test_bad_conversations(llm: LLM, chatty: LLM) -> None:

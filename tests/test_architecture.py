@@ -30,9 +30,10 @@ LAYERS = (
     ("drafting",),
     ("models",),
     ("engine",),
-    ("outputs",),
+    ("outputs", "encoding"),
     ("llm",),
-    ("conversation", "integrations"),
+    ("engine_loop", "conversation", "integrations"),
+    ("async_llm",),
     ("verify", "bench", "train"),
     ("cli",),
 )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +97,16 @@ TREE = ((0, 7, 1, 9, 2, 7, 8), (-1, 0, 0, 2, 2, 1, 4))  # rows 0, 2 and 4 carry 
 
 
 class BlockWeights(ModuleWeights):
-    """The weights of a model in memory, in blocks of a type of ggml's. Only the head is in float32, so that
-    keys and values are, too, and products alone round."""
+    """The weights of a model in memory, in blocks of a type of ggml's. With a head in float32 keys and values
+    are, too, and products alone round."""
 
-    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+    def __init__(self, model: PreTrainedModel, kind: str, head: str = "F32") -> None:
         super().__init__(model)
-        self._kind = kind
+        self._kind, self._head = kind, head
 
     def linear(self, name: str) -> Stored:
-        if name == "lm_head.weight":
-            return super().linear(name)
-        rows = as_blocks(self.vector(name), self._kind)
-        return Stored(self._kind, rows, self.vector(name).shape[1], WEIGHT_TYPES[self._kind].format)
+        kind, values = self._head if name == "lm_head.weight" else self._kind, self.vector(name)
+        return Stored(kind, as_blocks(values, kind), values.shape[1], WEIGHT_TYPES[kind].format)
 
 
 def as_blocks(values: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
@@ -152,11 +147,12 @@ def decoder(
     threads: int = 2,
     activations: int = 8,
     run_as: str | None = None,
+    **changed: Any,
 ) -> Decoder:
     """A random model in a packed format (f32, bf16, q8, q4), or stored in a type of ggml's; that one runs as
-    stored, or in the format `run_as`."""
+    stored, or in the format `run_as`. changed: of its configuration."""
     shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind.endswith("_K") else {}
-    config = LlamaConfig(**{**BASE, **shape})
+    config = LlamaConfig(**{**BASE, **shape, **changed})
     packed = ModuleWeights(made(config)) if kind in FORMATS else BlockWeights(made(config), kind)
     run_as = run_as or (kind if kind in FORMATS else "as-stored")
     return Decoder(config, packed, library or build(), kind=run_as, activations=activations, threads=threads)
@@ -484,51 +480,6 @@ def test_noise_is_that_of_the_sampler(name: str) -> None:
     ours = build(name).noise(2**63 + 5, 3, positions, 1003)
     theirs = gumbel(2**63 + 5, 3, positions, 1003, torch.device("cpu"))
     np.testing.assert_allclose(ours, theirs.numpy(), atol=5e-6, rtol=5e-6)
-
-
-def test_two_threads_with_an_engine_each() -> None:
-    model = decoder("q4")
-    prompts = [random_prompt(40, seed) for seed in range(2)]
-    alone = [run(model, Plain(), prompt, greedy(60)).emitted for prompt in prompts]
-    with ThreadPoolExecutor(2) as pool:
-        for _ in range(3):
-            both = pool.map(lambda prompt: run(model, Plain(), prompt, greedy(60)).emitted, prompts)
-            assert list(both) == alone
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_child_of_a_fork_has_threads_of_its_own() -> None:
-    model = decoder("bf16", threads=3)
-    ids = random_prompt(40, seed=6)
-    expected, _ = chain(model, ids, 40)
-    child = os.fork()
-    if child == 0:
-        same = torch.equal(chain(model, ids, 40)[0], expected)
-        os._exit(0 if same else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(chain(model, ids, 40)[0], expected)
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that interrupt")
-def test_interrupts_leave_the_kernels_sound() -> None:
-    model = decoder("q4", threads=3)
-    prompt = random_prompt(40, seed=7)
-    expected = run(model, Plain(), prompt, greedy(60)).emitted
-    dice, interrupted = random.Random(0), 0
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        for _ in range(200):
-            try:
-                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-4, 6e-3))
-                run(model, Plain(), prompt, greedy(60))
-            except KeyboardInterrupt:
-                interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert interrupted > 50
-    assert run(model, Plain(), prompt, greedy(60)).emitted == expected
 
 
 def test_a_model_goes_the_way_that_its_config_allows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.request import MAX_DRAFT
+from selfdraft.engine.scheduler import Limits
 from selfdraft.errors import DraftError, InvalidPrompt, InvalidTree
 from selfdraft.models import attention
 from selfdraft.models.numerics import RowRange
@@ -186,7 +187,6 @@ def test_a_method_without_a_drafter_leaves_the_engine_alone(exact: TransformersM
 def test_what_a_drafter_does_to_a_step_changes_nothing(exact: TransformersModel) -> None:
     def scribble(step: Any) -> None:
         step.scores.zero_()
-        step.picks[:] = [5] * len(step.picks)
         step.path.clear()
 
     engine = Engine(exact)
@@ -226,7 +226,7 @@ def test_prefill_in_pieces_is_prefill_at_once(
 ) -> None:
     whole = run(exact32, Plain(), PROMPT)
     assert whole.prefills == 1
-    monkeypatch.setattr("selfdraft.engine.request.PREFILL", 7)
+    monkeypatch.setattr("selfdraft.engine.engine.Limits", lambda: Limits(max_rows=7))
     pieces = run(exact32, Plain(), PROMPT)
     assert pieces.prefills == 5
     assert pieces.emitted == whole.emitted
@@ -237,9 +237,8 @@ def test_root_rule(exact: TransformersModel) -> None:
     request = engine.submit(PROMPT, Garbage(), greedy(20))
     engine.step()
     while request.finish_reason is None:
-        assert request.cache.length == len(request.tokens) - 1
+        assert request.length == len(request.tokens) - 1
         engine.step()
-    assert request.cache.length == len(request.tokens) - 1
 
 
 def ends(

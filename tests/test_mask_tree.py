@@ -49,9 +49,11 @@ def replay(
         while (child := tree.child(path[-1], picks[path[-1]])) is not None:
             path.append(child)
         text += [picks[row] for row in path]
-        masks = len(_group(Step(tree, torch.empty(0), picks, path, []), count))
+        masks = len(_group(Step(tree, lambda: torch.empty(0), picks, path, []), count))
         ahead = [(text[-1] + 1 + i + (0 if right(step) else 7)) % VOCABULARY for i in range(masks)]
-        drafter.observe(Step(tree, torch.empty(0), picks, path, [], sure(ahead, strength) if ahead else None))
+        drafter.observe(
+            Step(tree, lambda: torch.empty(0), picks, path, [], sure(ahead, strength) if ahead else None)
+        )
     return trees
 
 
@@ -150,7 +152,7 @@ def test_layouts_have_the_published_size(method: Bita | Space, masks: int, nodes
     drafter = method.drafter(DraftContext([1], lookahead=look))
     first = drafter.propose([1])
     assert first.tokens == (1, *look.ids)  # nothing to verify yet
-    drafter.observe(Step(first, torch.empty(0), [2], [0], [], torch.rand(masks, VOCABULARY)))
+    drafter.observe(Step(first, lambda: torch.empty(0), [2], [0], [], torch.rand(masks, VOCABULARY)))
     tree = drafter.propose([1, 2])
     assert len(tree) == 1 + nodes + masks * (nodes + 1)
     for row in range(nodes + 1):
@@ -164,7 +166,7 @@ def test_layouts_have_the_published_size(method: Bita | Space, masks: int, nodes
 def test_the_trunk_holds_the_first_guesses() -> None:
     """Upper triangle: under the first guess of each offset stand the next offset's; the others are leaves."""
     drafter = Bita(faithful=True).drafter(DraftContext([1], lookahead=LOOK))
-    drafter.observe(Step(Tree.chain([1]), torch.empty(0), [2], [0], [], sure([10, 20, 30])))
+    drafter.observe(Step(Tree.chain([1]), lambda: torch.empty(0), [2], [0], [], sure([10, 20, 30])))
     tree = drafter.propose([1, 2])
     by_depth = {d: [i for i in range(13) if tree.depth[i] == d] for d in range(4)}
     assert [len(by_depth[d]) for d in range(4)] == [1, 5, 4, 3]

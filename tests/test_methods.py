@@ -100,7 +100,7 @@ def replay(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], right
         guessed = [on[row] or dice.random() < right for row in range(len(tree))]
         picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=True)]
         path, in_flight = accept(tree, picks, [True] * len(tree))
-        step = Step(tree, torch.empty(0), picks, path, in_flight)
+        step = Step(tree, lambda: torch.empty(0), picks, path, in_flight)
         drafter.observe(step)
         text += step.emitted
         out.runs.append(len(path))

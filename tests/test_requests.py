@@ -15,6 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from selfdraft import Engine, Method, Request, SamplingParams
 from selfdraft.drafting import create
+from selfdraft.engine.scheduler import Limits
+from selfdraft.models.decoder import Decoder
+from selfdraft.models.paged_cache import PagePool
+from selfdraft.models.protocol import Model
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.sampler import Sampler
 from selfdraft.sampling.stopping import StopStrings, StringWatch
@@ -22,8 +26,11 @@ from selfdraft.verify.adversaries import Garbage, Oracle
 
 from faults import Patch, penalties
 from runs import random_prompt
+from test_decoder import decoder
 
 EXAMPLES = 30  # of one to seven requests each, four on average: 120 requests
+PREEMPTIONS: list[int] = []
+"""Of each crowd that was run."""
 SEEN = 2  # times as many until a fault must be seen; what is drawn depends on all modules that are loaded
 
 
@@ -91,10 +98,11 @@ def asked(always: Collection[str] = (), methods: Sequence[str] = METHODS) -> st.
 @pytest.fixture(autouse=True)
 def _free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows cost nothing, whatever this machine is busy with: the same drafts each time, and large ones."""
-    monkeypatch.setattr(TransformersModel, "cost", lambda self, rows: 1.0)
+    for kind in (TransformersModel, Decoder):
+        monkeypatch.setattr(kind, "cost", lambda self, rows, history=0: 1.0)
 
 
-def alone(model: TransformersModel, one: Asked, tokenizer: PreTrainedTokenizerFast) -> Request:
+def alone(model: Model, one: Asked, tokenizer: PreTrainedTokenizerFast) -> Request:
     engine = Engine(model)
     request = one.submit(engine, create("plain"), tokenizer)
     for _ in engine.run(request):
@@ -109,12 +117,13 @@ def drafting(one: Asked, right: Request) -> Method:
 
 
 def together(
-    model: TransformersModel,
+    model: Model,
     crowd: Sequence[Asked],
     rights: Sequence[Request],
     tokenizer: PreTrainedTokenizerFast,
+    limits: Limits,
 ) -> list[Request]:
-    engine, joined, steps = Engine(model), dict[int, Request](), 0
+    engine, joined, steps = Engine(model, limits), dict[int, Request](), 0
     while len(joined) < len(crowd) or engine.requests:
         for i, one in enumerate(crowd):
             if i not in joined and one.joins <= steps:
@@ -123,15 +132,18 @@ def together(
                 engine.cancel(joined[i])
         engine.step()
         steps += 1
+    PREEMPTIONS.append(engine.scheduler.preemptions)
+    assert engine.pool.free == engine.pool.tokens, "all memory comes back"
     return [joined[i] for i in range(len(crowd))]
 
 
 def compare(
-    model: TransformersModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerFast,
     examples: int = EXAMPLES,
     always: Collection[str] = (),
     methods: Sequence[str] = METHODS,
+    limits: Limits | None = None,
 ) -> None:
     """Crowds of requests against each one alone; stops at the first difference."""
 
@@ -146,7 +158,7 @@ def compare(
     )
     def check(crowd: list[Asked]) -> None:
         rights = [alone(model, one, tokenizer) for one in crowd]
-        requests = together(model, crowd, rights, tokenizer)
+        requests = together(model, crowd, rights, tokenizer, limits or Limits())
         for right, request in zip(rights, requests, strict=True):
             count = len(request.emitted)
             assert request.emitted == right.emitted[:count]
@@ -164,6 +176,48 @@ def test_requests_do_not_depend_on_method_or_company(
     double: TransformersModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     compare(double, tokenizer)
+
+
+def page_bytes(model: Decoder) -> int:
+    pool = model.pool()
+    return pool.keys.nbytes // pool.capacity * 2
+
+
+def test_nor_on_memory_that_is_short(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Some 400 requests in bfloat16 on pages that hold two or three of them, few rows to a step."""
+    model = decoder("bf16", vocab_size=320, max_position_embeddings=256)
+    PREEMPTIONS.clear()
+    limits = Limits(kv_memory=8 * page_bytes(model), max_rows=24, max_requests=5)
+    compare(model, tokenizer, 100, limits=limits)
+    assert sum(PREEMPTIONS) > 10, "requests gave their memory back and went on"
+
+
+def forgets_to_read(patch: pytest.MonkeyPatch) -> None:
+    """After a preemption a request goes on as if its prompt were all its text."""
+    open_ = Request.open
+
+    def wrong(self: Request, pool: Any) -> None:
+        open_(self, pool)
+        if self.runs and self.cache is not None:
+            self.cache.pretend(len(self.tokens) - 1)  # type: ignore[attr-defined]
+
+    patch.setattr(Request, "open", wrong)
+
+
+def keeps_what_it_gave_back(patch: pytest.MonkeyPatch) -> None:
+    """A page that is taken from the idle ones is still found by its old text."""
+    patch.setattr(PagePool, "_forget", lambda self, page: None)
+
+
+@pytest.mark.parametrize("fault", [forgets_to_read, keeps_what_it_gave_back])
+def test_a_fault_of_the_memory_is_seen(
+    fault: Patch, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = decoder("bf16", vocab_size=320, max_position_embeddings=256)
+    limits = Limits(kv_memory=8 * page_bytes(model), max_rows=24, max_requests=5)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        compare(model, tokenizer, 60, limits=limits)
 
 
 def stop_late(patch: pytest.MonkeyPatch) -> None:

@@ -132,18 +132,18 @@ def test_requests_join_and_leave_while_others_are_in_flight(looped: Transformers
     second = engine.submit(random_prompt(12, 2), Speed(spawn=1), greedy(9))
     for _ in range(20):
         engine.step()
-    third = engine.submit(random_prompt(30, 1)[:25], Speed(spawn=1), greedy(20), start=first, keep=True)
+    third = engine.submit(random_prompt(30, 1)[:25], Speed(spawn=1), greedy(20))
     while not third.finish_reason:
         engine.step()
     told = [*third.prompt, *third.emitted, 9]
-    fourth = engine.submit(told, Speed(spawn=1), greedy(20), start=third)
+    fourth = engine.submit(told, Speed(spawn=1), greedy(20))
     while engine.requests:
         engine.step()
     for request in (first, second, third, fourth):
         params = greedy(len(request.emitted))
         assert request.emitted == run(looped, Plain(), request.prompt, params).emitted
     assert third.reused == 24
-    assert fourth.reused == len(told) - 2
+    assert fourth.reused >= 25, "of the first, which is in flight still"
 
 
 @given(seed=st.integers(0, 2**32), temperature=st.sampled_from(TEMPERATURES), length=st.integers(1, 24))
@@ -312,14 +312,15 @@ def test_requests_ask_of_early_drafts_what_they_ask_of_others(
             same = ("text", "ids", "logprobs", "finish_reason")
             assert [getattr(one, name) for name in same] == [getattr(other, name) for name in same]
     engine = Engine(looped)
-    begun = engine.submit(random_prompt(20, 3), Speed(spawn=1), greedy(40), keep=True)
+    begun = engine.submit(random_prompt(20, 3), Speed(spawn=1), greedy(40))
     for _ in range(15):
         engine.step()
     engine.cancel(begun)
-    again = engine.submit([*begun.tokens[:22], 7], Speed(spawn=1), greedy(9), start=begun)
+    again = engine.submit([*begun.tokens[:22], 7], Speed(spawn=1), greedy(9))
     while engine.requests:
         engine.step()
     assert again.emitted == run(looped, Plain(), again.prompt, greedy(9)).emitted
+    assert again.reused == 22, "what the cancelled one had read and written"
 
 
 def test_verify_asks_for_flights_where_there_are_any(
@@ -483,7 +484,7 @@ def stage(made: SpeedDrafter, picks: Sequence[int], path: Sequence[int] = (), su
     in_flight = tree.below(top) if top is not None else []
     scores = torch.zeros(len(tree), 10)
     scores[range(len(tree)), list(picks)] = sure
-    made.observe(Step(tree, scores, picks, path, in_flight))
+    made.observe(Step(tree, lambda: scores, picks, path, in_flight))
     return made.propose([tree.tokens[0] if not path else picks[path[-1]]])
 
 

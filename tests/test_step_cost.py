@@ -25,13 +25,13 @@ from runs import greedy, random_prompt
 
 
 def test_between_and_beyond_what_was_measured() -> None:
-    times = StepTimes({1: 2.0, 5: 4.0, 9: 12.0})
+    times = StepTimes({0: {1: 2.0, 5: 4.0, 9: 12.0}})
     assert [times(rows) for rows in (1, 3, 5, 7, 9, 11)] == [1.0, 1.5, 2.0, 4.0, 6.0, 8.0]
 
 
 @given(st.dictionaries(st.integers(2, 50), st.floats(0.1, 9), min_size=1), st.floats(0.1, 9))
 def test_more_rows_never_cost_less(seconds: dict[int, float], one: float) -> None:
-    times = StepTimes({1: one, **seconds})
+    times = StepTimes({0: {1: one, **seconds}})
     costs = [times(rows) for rows in range(1, 80)]
     assert costs[0] == 1.0
     assert all(b > a - 1e-9 for a, b in pairwise(costs))
@@ -53,7 +53,7 @@ def test_costs_count_the_rows_of_all_requests(
 
     def measured(model: TransformersModel, *_: object) -> StepTimes:
         calls.append(model)
-        return StepTimes({1: 1.0, 2: 2.0, 100: 100.0})
+        return StepTimes({0: {1: 1.0, 2: 2.0, 100: 100.0}})
 
     monkeypatch.setattr("selfdraft.models.transformers.step_times", measured)
     monkeypatch.setattr(exact, "step_times", None)
@@ -63,20 +63,32 @@ def test_costs_count_the_rows_of_all_requests(
     while not all(request.ready for request in requests):
         engine.step()
     assert method.cost(4) == pytest.approx(4.0)
-    monkeypatch.setattr(exact, "step_times", StepTimes({1: 1.0, 3: 1.0, 12: 7.0}))
+    monkeypatch.setattr(exact, "step_times", StepTimes({0: {1: 1.0, 3: 1.0, 12: 7.0}}))
+    engine = Engine(exact)
+    requests = [engine.submit(random_prompt(9, i), method, greedy(9)) for i in range(3)]
+    while not all(request.ready for request in requests):
+        engine.step()
+    engine.step()
     assert method.cost(4) == pytest.approx(7.0), "twelve rows in units of three"
     assert calls == [exact]
 
 
 def test_a_real_model_is_measured(exact: TransformersModel) -> None:
     times = step_cost.measure(exact, exact.rows)
-    assert times.costs[0] == 1.0
-    assert times.rows[0] == 1
+    assert times(1) == 1.0
     assert times(64) >= times(8) >= 1.0
+    assert times.histories == [192], "its cache cannot pretend to hold more"
+
+
+def test_a_longer_history_costs_more() -> None:
+    times = StepTimes({100: {1: 1.0, 8: 2.0, 64: 9.0}, 500: {1: 2.0, 8: 6.0}})
+    assert [times(1, history) for history in (0, 100, 200, 500, 900)] == [1.0, 1.0, 1.25, 2.0, 3.0]
+    assert [times(8, history) for history in (0, 300, 900)] == [2.0, 4.0, 10.0]
+    assert times(64, 100) == 9.0
 
 
 def test_given_times_are_not_measured(measurements: list[Any]) -> None:
-    model = TransformersModel(tiny_llama(torch.float64), "fast", StepTimes({1: 1.0, 2: 1.5}))
+    model = TransformersModel(tiny_llama(torch.float64), "fast", StepTimes({0: {1: 1.0, 2: 1.5}}))
     assert model.cost(3) == pytest.approx(2.0)
     assert not measurements
 
@@ -88,7 +100,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     def measure(model: Any, rows: object) -> StepTimes:
         seen.append(model)
-        return StepTimes({1: 1.0, 2: 1.0 + len(seen)})
+        return StepTimes({0: {1: 1.0, 2: 1.0 + len(seen)}})
 
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(step_cost, "measure", measure)

@@ -67,7 +67,7 @@ def test_a_row_in_flight_has_no_pick() -> None:
 def test_hang() -> None:
     tree = Tree.chain([1, 2]).hang(0, [3, 4])
     assert tree == Tree((1, 2, 3, 4), (-1, 0, 0, 2))
-    assert Step(tree, torch.zeros(4, 1), [2, 6, 7, 8], [0, 1], []).emitted == [2, 6]
+    assert Step(tree, lambda: torch.zeros(4, 1), [2, 6, 7, 8], [0, 1], []).emitted == [2, 6]
 
 
 @pytest.mark.parametrize("parents", [(), (0,), (-1, 1), (-1, -1), (-1, 0, 3)])

@@ -14,10 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .async_llm import AsyncLLM
     from .conversation import Conversation
     from .drafting.method import DraftContext, Drafter, Method
     from .engine.engine import Engine
     from .engine.request import Request, TokenLogprob
+    from .engine.scheduler import Limits
     from .engine.step import Step
     from .engine.tree import Tree
     from .errors import SelfdraftError
@@ -30,12 +32,14 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "Chunk",
     "Completion",
     "Conversation",
     "DraftContext",
     "Drafter",
     "Engine",
+    "Limits",
     "Method",
     "Request",
     "SamplingParams",
@@ -48,10 +52,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "async_llm": ("AsyncLLM",),
     "conversation": ("Conversation",),
     "drafting.method": ("Drafter", "Method", "DraftContext"),
     "engine.engine": ("Engine",),
     "engine.request": ("Request", "TokenLogprob"),
+    "engine.scheduler": ("Limits",),
     "engine.step": ("Step",),
     "engine.tree": ("Tree",),
     "errors": ("SelfdraftError",),

@@ -1,7 +1,7 @@
-"""A conversation: each turn goes on from the cache of the one before.
+"""A conversation: each turn goes on from what the engine remembers of the one before.
 
-What a turn's prompt shares with the text that was read and written so far is not read again. The text is
-the same as without: a kept cache holds what a fresh one would.
+What a turn's prompt shares with the text that was read and written so far is not read again, as far as the
+memory still holds it. The text is the same as without.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .engine.engine import Engine
+from .encoding import Message, Prompt
 from .engine.request import Request
-from .llm import LLM, Message, Prompt, Stream
+from .llm import LLM, Stream
 from .outputs import Completion
 from .params import SamplingParams
 
@@ -20,14 +20,12 @@ class Conversation:
     """Turns of one text.
 
     messages: what has been said with `send`, to read or to begin with. `generate` and `stream` take any
-    prompt; the part of it that the last turn had is reused. Closing it, or the end of a `with` block, frees
-    the cache.
-    """
+    prompt; the part of it that the last turn had is reused. Closing it, or the end of a `with` block, ends a
+    turn that is under way."""
 
     def __init__(self, llm: LLM, messages: Sequence[Message] = ()) -> None:
         self.messages = list(messages)
         self._llm = llm
-        self._engine = Engine(llm.model)
         self._last: Request | None = None
 
     def send(self, text: str, params: SamplingParams | None = None, **options: Any) -> Completion:
@@ -66,17 +64,14 @@ class Conversation:
     ) -> Stream:
         """The same, chunk by chunk. A turn under way is cancelled by the next one."""
         ids, asked = self._llm.prompt_ids(prompt, messages, raw), SamplingParams.read(options, params)
-        if self._last is not None:
-            self._engine.cancel(self._last)
-        self._last = self._llm.submit(self._engine, ids, references, asked, start=self._last, keep=True)
-        chat = messages is not None or self._llm.chats(prompt, raw)
-        return Stream(self._llm, self._engine, self._last, chat)
+        self.close()
+        self._last = self._llm.submit(ids, references, asked)
+        return Stream(self._llm, self._last, messages is not None or self._llm.chats(prompt, raw))
 
     def close(self) -> None:
-        """Free the cache. The next turn reads its whole prompt."""
+        """Cancel a turn that is under way."""
         if self._last is not None:
-            self._engine.cancel(self._last)
-            self._engine.release(self._last)
+            self._llm.engine.cancel(self._last)
             self._last = None
 
     def __enter__(self) -> Conversation:

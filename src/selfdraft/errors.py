@@ -6,7 +6,11 @@ SelfdraftError
 ├── InvalidReference     a reference that cannot be read
 ├── DraftError           a drafter raised an error; it is the cause
 │   └── InvalidTree      a drafter proposed something that is not a tree of this text
+├── StopError            what watches for the end of a text raised an error; it is the cause
 ├── NotFinite            NaN or infinity in the model's weights or in what it computed
+├── KVMemoryExhausted    a text that the memory for keys and values does not hold
+├── QueueFull            as many requests wait as may
+├── EngineClosed         a request to an engine that has been closed, or whose process died
 ├── UnknownMethod        no drafting method of that name
 ├── ModelError
 │   ├── ModelNotFound    no such folder or hub id
@@ -54,6 +58,22 @@ class InvalidTree(DraftError, ValueError):
 
 class NotFinite(SelfdraftError, ArithmeticError):
     """The model computed NaN or infinity for a token of the text, so there is no next one."""
+
+
+class StopError(SelfdraftError):
+    """A stopping criterion failed. Only its own request ends."""
+
+
+class KVMemoryExhausted(SelfdraftError, MemoryError):
+    """The memory for keys and values does not hold a text, even alone."""
+
+
+class QueueFull(SelfdraftError):
+    """As many requests wait as may; try again later."""
+
+
+class EngineClosed(SelfdraftError):
+    """The engine takes no requests any more: it was closed, or its process died."""
 
 
 class UnknownMethod(SelfdraftError, LookupError):

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from . import drafting
 from .drafting.method import Method
-from .drafting.references import encode_text, is_ids, spellings
+from .drafting.references import is_ids
+from .encoding import Message, Prompt, PromptEncoder
 from .engine.engine import Engine, check_early
 from .engine.request import Request
+from .engine.scheduler import Limits
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
 from .models.decoder import ACTIVATIONS, Decoder
 from .models.loading import DEFAULT_MODEL, AnyModel, drive, end_ids, load_decoder, load_pretrained
-from .models.transformers import Numerics, TransformersModel
+from .models.transformers import Numerics
 from .outputs import Chunk, Completion
 from .params import SamplingParams
 from .sampling.detokenizer import Detokenizer
-from .sampling.stopping import StopStrings
+from .sampling.stopping import StopStrings, TextStream
 
 LOG = logging.getLogger("selfdraft")
-Prompt = str | Sequence[int]
-"""Text, or token ids, which are used as they are."""
-Message = Mapping[str, Any]
-"""`{"role": ..., "content": ...}`; the content is text or a list of `{"type": "text", "text": ...}`."""
 DEFAULT_METHOD = "llma"
+AHEAD = 2
+"""Times as many requests as can run that are made from a list of prompts."""
 SAMPLING_CONFIG = {
     "do_sample": False,
     "temperature": 1.0,
@@ -55,39 +58,43 @@ class Stream:
     Iterating raises the error that ends the answer, if one does, after the chunks before it.
     """
 
-    def __init__(self, llm: LLM, engine: Engine, request: Request, chat: bool) -> None:
+    def __init__(self, llm: LLM, request: Request, chat: bool) -> None:
         self._llm = llm
-        self._engine = engine
         self._request = request
         self._chat = chat
 
     def __iter__(self) -> Iterator[Chunk]:
-        text = Detokenizer(self._llm.tokenizer, self._request.prompt)
-        stop = self._request.stop
-        pending, shown = "", 0  # text that may begin a stop string, and how much was shown before it
-        for ids in self._engine.run(self._request):
-            pending += text.add(ids)
-            if self._request.finish_reason is not None:
-                pending = self.result.text[shown:]
-                safe = len(pending)
-            else:
-                safe = stop.safe(pending) if isinstance(stop, StopStrings) else len(pending)
-            yield Chunk(ids, pending[:safe])
-            pending, shown = pending[safe:], shown + safe
+        text = TextStream(self._llm.tokenizer, self._request.prompt, self._request.stop)
+        for ids in self._llm.engine.run(self._request):
+            ended = self._request.finish_reason is not None
+            yield Chunk(ids, text.finish(self.result.text) if ended else text.add(ids))
 
     @property
     def result(self) -> Completion:
         return self._llm.completion(self._request, self._chat)
 
 
-class LLM:
+@dataclass
+class Job:
+    """What is asked for one prompt."""
+
+    ids: Sequence[int]
+    references: Sequence[Sequence[int]]
+    params: SamplingParams
+    chat: bool
+    """The prompt went through the chat template."""
+    seed: int | None = None
+    """That of its samples, once the first one has it."""
+
+
+class LLM(PromptEncoder):
     """A model, its tokenizer and the method it drafts with.
 
         llm = LLM("smollm2")
         print(llm.generate("Why is the sky blue?").text)
 
     Attributes: model (the engine's), tokenizer, name, method, method_name, adapter, eos_ids (token ids that
-    end a text).
+    end a text), engine (which runs all requests; threads may share it).
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class LLM:
         dtype: str | None = None,
         device: str | None = None,
         numerics: Numerics | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Load a model to generate with.
 
@@ -115,10 +123,11 @@ class LLM:
         inputs of products with 4- to 8-bit weights are rounded, 8 (None) or 16. dtype: "float32" or
         "bfloat16" instead of weights. device: None is CUDA if there is one. numerics: "exact" gives every
         token the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
-        exact on the CPU, where it is possible.
+        exact on the CPU, where it is possible. limits: what the engine may use, such as
+        `Limits(kv_memory=2**30)`.
 
-        On a CPU the model runs on this package's own decoder where that knows it and no adapter is used,
-        else through transformers' forward; `route` says which, and why.
+        On a CPU the model runs on this package's own decoder where that knows it, with an adapter too, else
+        through transformers' forward; `route` says which, and why.
 
         Raises a SelfdraftError that says what was wrong.
         """
@@ -131,9 +140,10 @@ class LLM:
         made, _ = drafting.resolve(method, options)  # a wrong name is reported before the weights are read
         self.route = "transformers' forward: the model was loaded already"
         self._asked: tuple[str, int | None, str | None, str | None, Numerics | None] | None = None
+        self._limits = limits
         if isinstance(model, str):
             self._asked = (model, activations, dtype, device, numerics)
-            loaded, own = self._load(weights, made, adapter)
+            loaded, own = self._load(weights, made)
             self._init(loaded, tokenizer or own, method, options, model, adapter)
         elif not isinstance(model, torch.nn.Module):
             raise InvalidOption(
@@ -151,14 +161,12 @@ class LLM:
             self._init(drive(model, numerics), tokenizer, method, options, None, adapter)
         _note_sampling_config(self)
 
-    def _load(
-        self, weights: str | None, method: Method, adapter: str | None
-    ) -> tuple[AnyModel, PreTrainedTokenizerBase]:
+    def _load(self, weights: str | None, method: Method) -> tuple[AnyModel, PreTrainedTokenizerBase]:
         """The model on the decoder, or where that cannot be, behind transformers' forward."""
         assert self._asked is not None
         name, activations, dtype, device, numerics = self._asked
-        reason = "the drafts of the method or an adapter need it"
-        if not _needs_transformers(method, adapter):
+        reason = "the method drafts from early picks of a looped model"
+        if not getattr(method, "early", False):
             found = load_decoder(name, weights, activations, dtype, device)
             if not isinstance(found, str):
                 self.route = f"decoder, kernels for {found[0].library.name}"
@@ -187,11 +195,10 @@ class LLM:
         self.name = name or model.name
         self.method, self.method_name = drafting.resolve(method, options)
         self.adapter = adapter_folder.chosen(self.method, self.method_name, self.name, adapter)
-        self.model: AnyModel = model
-        if isinstance(model, TransformersModel):
-            self.model = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
+        self.model: AnyModel = adapter_folder.fit(model, self.method, self.method_name, self.adapter)
         self.eos_ids = end_ids(model.config, model.generation_config, tokenizer)
         check_early(self.method, self.model)
+        self.engine = Engine(self.model, self._limits)
 
     def using(
         self, method: str | Method, options: Mapping[str, object] | None = None, adapter: str | None = None
@@ -202,10 +209,12 @@ class LLM:
             adapter = self.adapter
         start: AnyModel = self.model.base if adapter is None else self.model.loaded
         other = LLM.__new__(LLM)
-        other.route, other._asked = self.route, self._asked
-        if isinstance(start, Decoder) and _needs_transformers(made, adapter):
-            start, _ = other._load(None, made, adapter)
+        other.route, other._asked, other._limits = self.route, self._asked, self._limits
+        if isinstance(start, Decoder) and getattr(made, "early", False):
+            start, _ = other._load(None, made)
         other._init(start, self.tokenizer, method, options, self.name, adapter)
+        if other.model is self.model:
+            other.engine = self.engine
         return other
 
     @overload
@@ -218,60 +227,75 @@ class LLM:
         references: Sequence[Prompt] = (),
         raw: bool = False,
         n: None = None,
+        progress: bool = False,
         **options: object,
     ) -> Completion: ...
+
     @overload
     def generate(
         self,
-        prompt: list[str] | Prompt | None = None,
-        params: SamplingParams | None = None,
+        prompt: list[str],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        messages: Sequence[Message] | None = None,
-        references: Sequence[Prompt] = (),
+        messages: None = None,
+        references: Sequence[Prompt] | Sequence[Sequence[Prompt]] = (),
         raw: bool = False,
         n: int | None = None,
+        progress: bool = False,
         **options: object,
     ) -> list[Completion]: ...
+
+    @overload
     def generate(
         self,
-        prompt: list[str] | Prompt | None = None,
+        prompt: Prompt | None = None,
         params: SamplingParams | None = None,
         *,
+        n: int,
         messages: Sequence[Message] | None = None,
         references: Sequence[Prompt] = (),
         raw: bool = False,
+        progress: bool = False,
+        **options: object,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | list[str] | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        references: Sequence[Prompt] | Sequence[Sequence[Prompt]] = (),
+        raw: bool = False,
         n: int | None = None,
+        progress: bool = False,
         **options: object,
     ) -> Completion | list[Completion]:
-        """The answer to a prompt, or to a list of texts, which then run as one batch.
+        """The answer to a prompt, or to a list of texts, as many of which run together as the limits allow.
 
         prompt: text, which goes through the chat template as one message of a user if the tokenizer has a
         template and `raw` is not set; or token ids, used as they are. messages: instead of a prompt, a
-        conversation. references: texts or token ids that the answer may quote. n: number of samples of each
-        prompt; the result is then a list. params, options: the sampling parameters, as an object, or by name
-        (`temperature=0.8`); those by name win.
+        conversation. references: texts or token ids that the answer may quote; for a list of prompts also a
+        list of such lists, one for each. n: number of samples of each prompt; the result is then a list.
+        params, options: the sampling parameters, as an object (of a list of prompts also one for each), or by
+        name (`temperature=0.8`); those by name win. progress: show a progress bar.
 
-        Without a seed every prompt of a list, and every call, draws its own. Raises InvalidPrompt,
-        InvalidReference and InvalidOption, and DraftError if the drafter of a single prompt fails; in a list
-        only that completion has `finish_reason="error"`.
+        Without a seed every prompt of a list, every sample and every call draws its own; with one the same
+        prompt gives the same text, alone or in a list. Raises InvalidPrompt, InvalidReference and
+        InvalidOption, and what ended the answer to a single prompt, if an error did; in a list only that
+        completion has `finish_reason="error"`.
         """
         several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str)
         prompts = cast(list[Prompt | None], prompt if several else [prompt])
-        asked = SamplingParams.read(options, params)
-        if n is not None and (not isinstance(n, int) or n < 1):
-            raise InvalidOption(f"n must be at least 1; got {n!r}", option="n")
-        if n is not None and n > 1 and asked.temperature == 0:
-            raise InvalidOption(
-                f"n={n} needs a temperature above 0: greedy samples are all equal", option="n"
+        asked = _each(params, len(prompts), several, SamplingParams)
+        quoted = _references_of_each(references, len(prompts), several)
+        jobs = [
+            self._job(
+                i if several else None, one, messages, raw, SamplingParams.read(options, own), others, n
             )
-        engine = Engine(self.model)
-        ids = [self.prompt_ids(one, messages, raw) for one in prompts]
-        quoted = self.references(references)
-        requests = [s for one in ids for s in self._samples(engine, one, quoted, asked, n or 1)]
-        while engine.requests:
-            engine.step()
-        chats = [messages is not None or self.chats(one, raw) for one in prompts for _ in range(n or 1)]
-        completions = [self.completion(*pair) for pair in zip(requests, chats, strict=True)]
+            for i, (one, own, others) in enumerate(zip(prompts, asked, quoted, strict=True))
+        ]
+        completions = self._answers(jobs, n or 1, progress)
         if several or n is not None:
             return completions
         if completions[0].error is not None:
@@ -289,71 +313,90 @@ class LLM:
         **options: object,
     ) -> Stream:
         """The answer to one prompt, chunk by chunk. Arguments as in `generate`."""
-        engine = Engine(self.model)
         ids, asked = self.prompt_ids(prompt, messages, raw), SamplingParams.read(options, params)
-        request = self.submit(engine, ids, references, asked)
-        return Stream(self, engine, request, messages is not None or self.chats(prompt, raw))
+        request = self.submit(ids, references, asked)
+        return Stream(self, request, messages is not None or self.chats(prompt, raw))
 
-    def chats(self, prompt: Prompt | None = "", raw: bool = False) -> bool:
-        """True if such a prompt goes through the chat template."""
-        return isinstance(prompt, str) and bool(self.tokenizer.chat_template) and not raw
-
-    def encode(self, text: Prompt, special: bool = True) -> Sequence[int]:
-        """Token ids of a text as it is; ids pass unchanged. Raises InvalidPrompt for what is neither.
-
-        special: add the tokens that the tokenizer puts around a text, such as BOS, unless the text begins
-        with that one.
-        """
-        if isinstance(text, str):
-            bos = self.tokenizer.bos_token
-            ids = encode_text(self.tokenizer, text, special)
-            return ids[1:] if special and bos and text.startswith(bos) and ids[:1] * 2 == ids[:2] else ids
-        if not is_ids(text):
-            raise InvalidPrompt(f"give text or a list of token ids; got {text!r:.100}")
-        return list(text)
-
-    def prompt_ids(
-        self, prompt: Prompt | None, messages: Sequence[Message] | None = None, raw: bool = False
-    ) -> Sequence[int]:
-        """Token ids of a prompt or of messages; see `generate`.
-
-        Raises InvalidPrompt, and InvalidOption for messages without a chat template.
-        """
-        if (prompt is None) == (messages is None):
-            raise InvalidPrompt("give one of prompt and messages")
-        if prompt is not None:
-            if isinstance(prompt, str) and not prompt:
-                raise InvalidPrompt("the prompt is empty; give some text")
-            if not self.chats(prompt, raw):
-                return self.encode(prompt)
-            messages = [{"role": "user", "content": prompt}]
-        if not self.tokenizer.chat_template:
-            raise InvalidOption(f"{self.name}: its tokenizer has no chat template; give a prompt instead")
-        turns = _turns(messages)
+    def _job(
+        self,
+        index: int | None,
+        prompt: Prompt | None,
+        messages: Sequence[Message] | None,
+        raw: bool,
+        params: SamplingParams,
+        references: Sequence[Prompt],
+        n: int | None,
+    ) -> Job:
+        """What is asked for one prompt, checked. index: in a list."""
+        if n is not None and (not isinstance(n, int) or n < 1):
+            raise InvalidOption(f"n must be at least 1; got {n!r}", option="n")
+        if n is not None and n > 1 and params.temperature == 0:
+            raise InvalidOption(
+                f"n={n} needs a temperature above 0: greedy samples are all equal", option="n"
+            )
         try:
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # whatever a template raises about messages it does not take
-            raise InvalidPrompt(f"the chat template does not take these messages: {error}") from error
-        return self.encode(cast(str, text), special=False)
+            ids = self.prompt_ids(prompt, messages, raw)
+            quoted = self.references(references)
+            self.engine.check(ids, quoted)
+        except (InvalidPrompt, InvalidReference) as error:
+            raise error if index is None else type(error)(f"prompt {index}: {error}") from error
+        return Job(ids, quoted, params, messages is not None or self.chats(prompt, raw))
 
-    def references(self, given: Sequence[Prompt]) -> list[Sequence[int]]:
-        """Token ids of reference texts, in the spellings that another text may give them; ids pass unchanged.
-        Raises InvalidReference."""
-        return spellings(lambda text: encode_text(self.tokenizer, text, special=False), given)
+    def _answers(self, jobs: Sequence[Job], n: int, progress: bool) -> list[Completion]:
+        """The completions of all jobs, in order. Only so many requests are made at a time as can run, and
+        some more: each has the state of a drafter."""
+        found: list[Completion | None] = [None] * (len(jobs) * n)
+        waiting = iter([(job, sample) for job in jobs for sample in range(n)])
+        live: dict[Request, int] = {}
+        with _bar(len(found), progress) as advance:
+            try:
+                for index, (job, sample) in enumerate(waiting):
+                    live[self._sample(job, sample, live)] = index
+                    self._collect(jobs, n, live, found, advance, AHEAD * self.engine.limits.max_requests)
+                self._collect(jobs, n, live, found, advance, 1)
+            finally:
+                for request in live:
+                    self.engine.cancel(request)
+        return cast(list[Completion], found)
+
+    def _sample(self, job: Job, sample: int, live: Mapping[Request, int]) -> Request:
+        """A request for a sample of a prompt. Samples share a seed, and differ in `sample`."""
+        if sample == 0:
+            request = self.submit(job.ids, job.references, job.params)
+            job.seed = request.sampler.seed
+            return request
+        return self.submit(job.ids, job.references, replace(job.params, seed=job.seed), sample=sample)
+
+    def _collect(
+        self,
+        jobs: Sequence[Job],
+        n: int,
+        live: dict[Request, int],
+        found: list[Completion | None],
+        advance: Callable[[], None],
+        most: int,
+    ) -> None:
+        """Step until fewer requests than `most` are live."""
+        while len(live) >= most:
+            self.engine.step()
+            for request in [request for request in live if request.finish_reason is not None]:
+                index = live.pop(request)
+                found[index] = self.completion(request, jobs[index // n].chat)
+                advance()
 
     def submit(
         self,
-        engine: Engine,
         ids: Sequence[int],
         references: Sequence[Prompt],
         params: SamplingParams,
+        *,
         sample: int = 0,
-        start: Request | None = None,
-        keep: bool = False,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> Request:
-        """Let a request join an engine of this model; see `Engine.submit`."""
+        """Let a request join the engine; see `Engine.submit`."""
         stop = StopStrings(self.tokenizer, params.stop_strings) if params.stop_strings else None
-        return engine.submit(
+        return self.engine.submit(
             ids,
             self.method,
             params,
@@ -361,8 +404,8 @@ class LLM:
             eos_ids=self.eos_ids,
             stop=stop,
             sample=sample,
-            start=start,
-            keep=keep,
+            salt=salt,
+            timeout=timeout,
         )
 
     def completion(self, request: Request, chat: bool) -> Completion:
@@ -399,28 +442,42 @@ class LLM:
             error=request.error,
         )
 
-    def _samples(
-        self,
-        engine: Engine,
-        ids: Sequence[int],
-        references: Sequence[Prompt],
-        params: SamplingParams,
-        count: int,
-    ) -> Iterator[Request]:
-        """Requests of one prompt, which is read once. They share a seed, and differ in `sample`."""
-        first = self.submit(engine, ids, references, params)
-        yield first
-        while count > 1 and not first.ready:
-            engine.step()
-        params = replace(params, seed=first.sampler.seed)
-        for sample in range(1, count):
-            start = first if first in engine.requests else None
-            yield self.submit(engine, ids, references, params, sample, start)
+
+def _each(given: Any, count: int, several: bool, kind: type) -> Sequence[Any]:
+    """One for each prompt: all of them the same, or as given. Raises InvalidOption."""
+    if given is None or isinstance(given, kind):
+        return [given] * count
+    if not several or not isinstance(given, Sequence) or len(given) != count:
+        raise InvalidOption(
+            f"params: give one {kind.__name__}, or for a list of prompts one for each; got {given!r:.100}",
+            option="params",
+        )
+    return given
 
 
-def _needs_transformers(method: Method, adapter: str | None) -> bool:
-    """True where the decoder does not do: with an adapter, or with drafts from early picks."""
-    return adapter is not None or any(getattr(method, name, False) for name in ("adapted", "early"))
+def _references_of_each(given: Sequence[Any], count: int, several: bool) -> Sequence[Sequence[Prompt]]:
+    """The references of each prompt. A list of lists of texts, or of lists of ids, is one list for each.
+    Raises InvalidReference."""
+    nested = several and isinstance(given, list | tuple) and bool(given)
+    if not nested or not all(
+        (isinstance(one, list | tuple) and not is_ids(one)) or one == [] for one in given
+    ):
+        return [given] * count
+    if len(given) != count:
+        raise InvalidReference(f"references: there are {count} prompts and {len(given)} lists of references")
+    return given
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar; yields what advances it."""
+    if not shown:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("answers", total=total)
+        yield lambda: bar.advance(task)
 
 
 def read_reference(path: Path) -> str:
@@ -429,33 +486,6 @@ def read_reference(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidReference(f"reference {path} cannot be read as text: {error}") from error
-
-
-def _turns(messages: object) -> list[dict[str, Any]]:
-    """Messages whose content is one text. Raises InvalidPrompt for what no template of texts can take."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise InvalidPrompt(f"messages: give a list of {{role, content}} objects; got {messages!r:.100}")
-    return [_turn(number, message) for number, message in enumerate(messages, start=1)]
-
-
-def _turn(number: int, message: object) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise InvalidPrompt(
-            f"message {number}: give an object with a role and a content; got {message!r:.100}"
-        )
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return dict(message)
-    parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
-    texts = [
-        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
-        for part in parts
-    ]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidPrompt(
-            f"message {number}: its content must be text, or a list of text parts; got {content!r:.100}"
-        )
-    return {**message, "content": "".join(cast(list[str], texts))}
 
 
 def _note_sampling_config(llm: LLM) -> None:

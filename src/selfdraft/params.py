@@ -97,6 +97,11 @@ class SamplingParams:
         """True if the scores of a token depend on the text before it."""
         return any((self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty))
 
+    @property
+    def has_filters(self) -> bool:
+        """True if sampling excludes tokens."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
     def end_ids(self, of_model: Collection[int]) -> frozenset[int]:
         """Token ids that end the answer. of_model: those of the model."""
         if self.ignore_eos:

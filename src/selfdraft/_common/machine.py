@@ -126,6 +126,22 @@ def processor_flags() -> set[str]:
     return set()
 
 
+def available_memory() -> int | None:
+    """Bytes of memory that can be had now: of the machine, or what a container leaves; None where the system
+    does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return memory()
+    try:
+        most = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no container, or none with a limit
+        return found
+    return min(found, max(0, most - used))
+
+
 def memory() -> int | None:
     """Bytes of physical memory; None on Windows, which has no `os.sysconf`."""
     if sys.platform == "win32":

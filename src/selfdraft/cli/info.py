@@ -51,7 +51,6 @@ def _facts(
 ) -> dict[str, Any]:
     from .. import drafting
     from ..models.adapters import folder
-    from ..models.loading import drive, load_pretrained
 
     llm = flags.load(model, "plain", None, None, weights, activations, dtype, device, None)
     own = llm.model
@@ -78,9 +77,12 @@ def _facts(
     if own.loops is not None:
         facts["passes through its layers"] = own.loops.count
     if adapter is not None:
-        base = drive(load_pretrained(model, dtype, device)[0])
-        gated = folder.load(adapter, base).config.gated
-        facts |= {"adapter": adapter, "text with the adapter of": f"{'base' if gated else 'tuned'} weights"}
+        adapted = own.adapted(folder.load(adapter, own))
+        facts |= {
+            "adapter": adapter,
+            "text with the adapter of": f"{adapted.grade} weights",
+            "weights with the adapter": adapted.weights_label,
+        }
     return facts
 
 

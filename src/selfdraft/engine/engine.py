@@ -1,25 +1,29 @@
 """The loop. Propose, forward, pick, accept, keep, observe: for all live requests at once.
 
-Plain decoding is the method that proposes nothing. Prefill is the same forward over the prompt, its path
-forced, one call of at most 512 rows between decode steps, so that a long prompt never stalls the requests
-that run. Requests join (`submit`) and leave (when finished, or by `cancel`) between steps, with their own
-lengths, methods and sampling parameters. A request may start from another's cache, as far as their tokens
-agree: samples of one prompt, turns of one conversation.
+Plain decoding is the method that proposes nothing. Reading a prompt is the same forward over a chain, its
+path forced; parts of prompts run beside the trees of the requests that decode (`scheduler`). Requests join
+(`submit`) and leave (when finished, or by `cancel`) between steps, with their own lengths, methods and
+sampling parameters. A request begins with what the memory still holds of its text: of another sample of its
+prompt, of the turn before, of a prompt with the same instructions in front.
 
-A drafter that raises, or proposes what is not a tree of its text, ends its own request with
-`finish_reason="error"`; the others do not notice.
+A request that fails ends alone, with `finish_reason="error"`, and the others do not notice: its drafter
+raises, or proposes what is not a tree of its text; the model computes NaN for it; its text outgrows the
+memory.
 
 A looped model may be driven by stages. As long as one request drafts from early picks, a step is a stage for
 all; the other requests' rows stay in flight, untouched, until they are done.
+
+Several threads may use one engine: a lock is held during each step.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from itertools import accumulate, pairwise
+from contextlib import contextmanager
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from ..drafting.method import DraftContext, Drafter, Method
@@ -34,23 +38,37 @@ from ..errors import (
     NotFinite,
     SelfdraftError,
 )
-from ..models.protocol import Cache, Model, Rows
+from ..models.protocol import Model, Rows
 from ..params import SamplingParams
 from ..sampling.sampler import Sampler
 from ..sampling.stopping import Stop
 from .request import Request
+from .scheduler import Limits, Scheduler
 from .step import Step
 from .tree import Tree
+
+HISTORY_STEP = 256
+"""Lengths of history whose costs are taken to be equal."""
 
 
 class Engine:
     """A model and the requests that run on it."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, limits: Limits | None = None) -> None:
+        """Raises InvalidOption for limits that cannot be kept."""
         self.model = model
-        self.pool = model.pool()
-        self.requests: list[Request] = []
-        self.retained: list[Request] = []  # ended ones whose caches are still open
+        self.limits = limits or Limits()
+        self.pool = model.pool(self.limits.kv_memory)
+        self.scheduler = Scheduler(self.limits, self.pool, model.ragged)
+        self._lock = threading.RLock()
+        self._costs: Sequence[float] = ()
+        """By rows: what a step takes in which each decoding request has so many; of one row: 1."""
+        self._known_costs: dict[tuple[int, int], Sequence[float]] = {}
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that run, and those that wait."""
+        return self.scheduler.requests
 
     def submit(
         self,
@@ -62,76 +80,71 @@ class Engine:
         eos_ids: Collection[int] = (),
         stop: Stop | None = None,
         sample: int = 0,
-        start: Request | None = None,
-        keep: bool = False,
+        salt: str = "",
+        timeout: float | None = None,
     ) -> Request:
         """Let a request join.
 
         params: None is the default, greedy. Stop strings in it need a tokenizer, which an engine does not
         have: give them as `stop`. references: token ids that drafters may copy from. eos_ids: the ids that
-        end a text of the model, unless `params` names others. sample: keys the noise, beside the seed.
-        start: a request of this engine whose cache this one uses, as far as the tokens agree: a copy, or the
-        cache itself if that request has ended and kept it. keep: do not free the cache at the end, for a
-        request that starts from it; `release` does.
+        end a text of the model, unless `params` names others. sample: keys the noise, beside the seed. salt:
+        requests of different salts share no memory. timeout: seconds from now after which it ends in any
+        case.
 
         Raises InvalidPrompt for a prompt that is empty, too long or not of ids, InvalidReference and
-        InvalidOption; ModelUnsupported for a method that drafts from early picks where the model does not
-        share its layers; DraftError where the method cannot make a drafter.
+        InvalidOption; QueueFull and KVMemoryExhausted (see `Limits`); ModelUnsupported for a method that
+        drafts from early picks where the model does not share its layers; DraftError where the method cannot
+        make a drafter.
         """
-        self._check(prompt, references)
+        self.check(prompt, references)
         early = check_early(method, self.model)
-        if start is not None and start not in (*self.requests, *self.retained):
-            raise InvalidOption("start: a request of this engine that runs, or that ended with keep=True")
         params = params or SamplingParams()
         if params.stop_strings and stop is None:
             raise InvalidOption("stop: strings need a tokenizer; give stop=StopStrings(tokenizer, strings)")
-        ends = params.end_ids(eos_ids)
-        sampler = Sampler(
-            params, prompt, self.model.vocab_size, self.model.device, ends, sample, self.model.noise
-        )
-        context = DraftContext(
-            tuple(prompt),
-            references,
-            sampler.seed,
-            params.temperature,
-            sampler.noise,
-            self._cost,
-            self.model.lookahead,
-            self.model.loops,
-        )
-        drafter = _drafter(method, context)
-        request = Request(
-            context.prompt,
-            drafter,
-            params,
-            sampler,
-            self._cache(prompt, start),
-            self.model.context,
-            eos_ids=ends,
-            stop=stop,
-            keep=keep,
-            early=early,
-            loops=self.model.loops.count if self.model.loops is not None else 1,
-        )
-        self.requests.append(request)
+        if timeout is not None and not timeout > 0:
+            raise InvalidOption(f"timeout must be above 0 seconds; got {timeout!r}", option="timeout")
+        with self._lock:
+            self.scheduler.check(prompt)
+            ends = params.end_ids(eos_ids)
+            sampler = Sampler(
+                params, prompt, self.model.vocab_size, self.model.device, ends, sample, self.model.noise
+            )
+            context = DraftContext(
+                tuple(prompt),
+                references,
+                sampler.seed,
+                params.temperature,
+                sampler.noise,
+                self._cost,
+                self.model.lookahead,
+                self.model.loops,
+            )
+            request = Request(
+                context.prompt,
+                _drafter(method, context),
+                params,
+                sampler,
+                self.model.context,
+                eos_ids=ends,
+                stop=stop,
+                salt=salt,
+                deadline=None if timeout is None else time.monotonic() + timeout,
+                early=early,
+                loops=self.model.loops.count if self.model.loops is not None else 1,
+            )
+            self.scheduler.waiting.append(request)
         return request
-
-    def release(self, request: Request) -> None:
-        """Free the cache that an ended request kept; what was started from it goes on."""
-        if request in self.retained:
-            self.retained.remove(request)
-            request.cache.close()
 
     def cancel(self, request: Request) -> None:
         """Let a request leave before its end; what it has emitted stays readable."""
-        if request in self.requests:
+        with self._lock, self._whole():
             request.finish_reason = request.finish_reason or "cancelled"
-            self._sweep()
+            self.scheduler.sweep()
 
     def run(self, request: Request) -> Iterator[Sequence[int]]:
         """Step until a request ends; yields the tokens it gained. Leaving early cancels it.
 
-        Raises what ended it, if an error did: a DraftError, or what a stopping criterion raised."""
+        Raises what ended it, if an error did."""
         seen = len(request.prompt)
         try:
             while True:
@@ -148,53 +161,75 @@ class Engine:
             self.cancel(request)
 
     def step(self) -> None:
-        """One prefill call if a prompt waits, then one decode step of all requests that are ready."""
+        """One forward: the trees of the requests that decode, and parts of prompts that have to be read.
+        Where rows would be padded the prompts run first, in a forward of their own."""
+        with self._lock, self._whole(), self.model.stepping():
+            self.scheduler.sweep()
+            self.scheduler.admit()
+            if not self.model.ragged:
+                self._forward([], [], self.scheduler.chunks(0, self._cost), time.perf_counter())
+            start = time.perf_counter()
+            live, trees = self._propose()
+            rows = sum(map(len, trees))
+            parts = self.scheduler.chunks(rows, self._cost_of) if self.model.ragged else []
+            self._forward(live, trees, parts, start)
+            self.scheduler.sweep()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Where this is interrupted, or fails, nobody knows how far the requests and the memory have come:
+        those that run end, the memory is made anew, and those that wait go on."""
         try:
-            with self.model.stepping():
-                self._prefill()
-                live = [request for request in self.requests if request.ready]
-                if live:
-                    self._decode(live)
-        finally:
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Requests that have ended leave."""
-        for request in [s for s in self.requests if s.finish_reason is not None]:
-            self.requests.remove(request)
-            if request.keep:
-                self.retained.append(request)
-            else:
-                request.cache.close()
-
-    def _cache(self, prompt: Sequence[int], start: Request | None) -> Cache:
-        """A cache that holds what the prompt shares with another request; the last token stays unread."""
-        if start is None:
-            return self.pool.open()
-        pairs = zip(prompt[:-1], start.tokens[: start.cache.length], strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        shared = min(len(prompt) - 1, start.cache.length) if shared is None else shared
-        if start in self.requests:
-            cache = self.pool.open()
-            cache.copy(start.cache, shared)
-            return cache
-        self.retained.remove(start)
-        start.cache.cut(shared)
-        return start.cache
+            yield
+        except BaseException:
+            for request in self.scheduler.running:
+                request.finish_reason = request.finish_reason or "cancelled"
+                request.cache = None
+            self.scheduler.running.clear()
+            self.pool = self.scheduler.pool = self.model.pool(self.limits.kv_memory)
+            raise
 
     def _cost(self, rows: int) -> float:
-        """What a step takes in which each request that is ready has so many rows; of one row: 1."""
-        live = max(1, sum(request.ready for request in self.requests))
-        return self.model.cost(rows * live) / self.model.cost(live)
+        """What a step takes in which each request that decodes has so many rows; of one row: 1."""
+        return self._costs[rows] if rows < len(self._costs) else self._measured_costs(rows + 1)[rows]
 
-    def _decode(self, live: Sequence[Request]) -> None:
-        start = time.perf_counter()
-        live, trees = self._propose(live)
-        if not live:
+    def _cost_of(self, rows: int) -> float:
+        """What a step of so many rows takes."""
+        return self.model.cost(rows, self._history())
+
+    def _history(self) -> int:
+        lengths = [request.length for request in self.scheduler.running if request.ready]
+        return sum(lengths) // max(1, len(lengths))
+
+    def _measured_costs(self, rows: int) -> Sequence[float]:
+        """The table of `_cost` for the present load, of so many entries at least."""
+        live = max(1, len(self.scheduler.ready))
+        history = self._history() // HISTORY_STEP * HISTORY_STEP
+        found = self._known_costs.get((live, history), ())
+        if len(found) < rows:
+            one = self.model.cost(live, history)
+            found = [max(1.0, self.model.cost(live * n, history) / one) for n in range(max(rows, 65))]
+            self._known_costs[live, history] = found
+        return found
+
+    def _forward(
+        self,
+        live: Sequence[Request],
+        trees: Sequence[Tree],
+        parts: Sequence[tuple[Request, Sequence[int]]],
+        start: float,
+    ) -> None:
+        """Run trees and parts of prompts. start: when the step began."""
+        if not live and not parts:
             return
         stages = 1 if any(request.early for request in live) else None
         counts = [tree.ordinary(self.model.vocab_size) for tree in trees]
-        rows = self.model.forward(trees, [request.cache for request in live], stages, counts)
+        readers = [request for request, _ in parts]
+        caches = [request.cache for request in (*live, *readers) if request.cache is not None]
+        chains = [Tree.chain(part) for _, part in parts]
+        rows = self.model.forward([*trees, *chains], caches, stages, [*counts, *[0] * len(parts)])
+        for request, part in parts:
+            request.read(len(part))
         heard = [i for i, request in enumerate(live) if request.has_output(trees[i], rows.done[i])]
         if heard:
             mine = [live[i] for i in heard], [trees[i] for i in heard], [counts[i] for i in heard]
@@ -202,16 +237,27 @@ class Engine:
         took = time.perf_counter() - start
         for request in live:
             request.seconds += took
+        for request in readers:
+            request.prefill_seconds += took
 
-    def _propose(self, live: Sequence[Request]) -> tuple[list[Request], list[Tree]]:
-        """The requests that go on, with their trees. One whose drafter fails ends."""
-        proposed = []
-        for request in live:
+    def _propose(self) -> tuple[list[Request], list[Tree]]:
+        """The requests that decode, with their trees. One whose drafter fails ends."""
+        self._costs = self._measured_costs(1)
+        live, trees, rows = [], [], 0
+        for request in self.scheduler.ready:
+            if not request.ready:
+                continue  # preempted for one before it
             try:
-                proposed.append((request, self._checked(request.propose(), request)))
+                tree = self._checked(request.propose(), request)
             except SelfdraftError as error:
                 request.fail(error)
-        return [request for request, _ in proposed], [tree for _, tree in proposed]
+                continue
+            fitting = self.scheduler.fit(request, tree, rows)
+            if fitting is not None:
+                live.append(request)
+                trees.append(fitting)
+                rows += len(fitting)
+        return live, trees
 
     def _take(
         self, live: Sequence[Request], trees: Sequence[Tree], counts: Sequence[int], rows: Rows
@@ -219,15 +265,15 @@ class Engine:
         """Read the rows of these requests, and let each have its picks. counts: ordinary rows of the
         trees."""
         logits = self.model.head(rows, [range(count) for count in counts])
-        tails = [_tails(tree, count) for tree, count in zip(trees, counts, strict=True)]
-        scores = [s.sampler.scores(x, tail) for s, tail, x in zip(live, tails, logits, strict=True)]
-        picks = _picks(live, scores, rows)
+        likeliest = rows.picks if rows.picks is not None else [None] * len(live)
         steps = [
-            request.advance(*mine)
-            for request, *mine in zip(live, trees, logits, scores, picks, rows.done, strict=True)
+            request.advance(tree, request.sampler.draws(tree, own, picks, finite), own, done)
+            for request, tree, own, picks, finite, done in zip(
+                live, trees, logits, likeliest, rows.finite, rows.done, strict=True
+            )
         ]
         for request, step in zip(live, steps, strict=True):
-            if not step.path and not step.in_flight:
+            if not step.path and not step.in_flight and request.error is None:
                 request.fail(NotFinite("the model computed NaN or infinity for the last token of the text"))
         self._observe(live, steps, rows, counts)
 
@@ -255,19 +301,6 @@ class Engine:
                 if request.finish_reason is None:
                     request.fail(error)
 
-    def _prefill(self) -> None:
-        """Read one call's worth of the first prompt that is not ready. Its path is forced: every row is
-        kept."""
-        request = next((request for request in self.requests if not request.ready), None)
-        if request is None:
-            return
-        start = time.perf_counter()
-        unread = request.unread()
-        self.model.forward([Tree.chain(unread)], [request.cache])
-        request.cache.keep(range(len(unread)), [])
-        request.prefills += 1
-        request.prefill_seconds += time.perf_counter() - start
-
     def _checked(self, tree: Tree, request: Request) -> Tree:
         """The tree, if it continues the request's text in the model's vocabulary. Raises InvalidTree."""
         drafter = type(request.drafter).__name__
@@ -284,30 +317,36 @@ class Engine:
             raise InvalidTree(f"{drafter} proposed mask tokens before ordinary ones; they stand behind them")
         return tree
 
-    def _check(self, prompt: Sequence[int], references: Sequence[Sequence[int]]) -> None:
-        if not is_ids(prompt):
-            raise InvalidPrompt(f"the prompt must be a list of token ids; got {prompt!r:.100}")
-        if not prompt:
-            raise InvalidPrompt("the prompt is empty; give at least one token")
-        if len(prompt) >= self.model.context:
-            raise InvalidPrompt(
-                f"the prompt has {len(prompt)} tokens and leaves no room in the model's context "
-                f"of {self.model.context}; shorten it"
-            )
-        strange = [token for token in prompt if not 0 <= token < self.model.vocab_size]
-        if strange:
-            raise InvalidPrompt(
-                f"token id {strange[0]} is not in the model's vocabulary of {self.model.vocab_size}"
-            )
-        if not all(is_ids(reference) for reference in references):
-            raise InvalidReference(f"references are lists of token ids; got {references!s:.100}")
-        ends = [end for reference in references if reference for end in (min(reference), max(reference))]
-        strange = [token for token in ends if not 0 <= token < self.model.vocab_size]
-        if strange:
-            raise InvalidReference(
-                f"a reference holds token id {strange[0]}, which is not in the model's vocabulary of "
-                f"{self.model.vocab_size}"
-            )
+    def check(self, prompt: Sequence[int], references: Sequence[Sequence[int]] = ()) -> None:
+        """Raises InvalidPrompt and InvalidReference as `submit` does."""
+        check_prompt(prompt, references, self.model.vocab_size, self.model.context)
+
+
+def check_prompt(
+    prompt: Sequence[int], references: Sequence[Sequence[int]], vocabulary: int, context: int
+) -> None:
+    """Raises InvalidPrompt for a prompt that is empty, too long, or not of ids of the vocabulary, and
+    InvalidReference."""
+    if not is_ids(prompt):
+        raise InvalidPrompt(f"the prompt must be a list of token ids; got {prompt!r:.100}")
+    if not prompt:
+        raise InvalidPrompt("the prompt is empty; give at least one token")
+    if len(prompt) >= context:
+        raise InvalidPrompt(
+            f"the prompt has {len(prompt)} tokens and leaves no room in the model's context "
+            f"of {context}; shorten it"
+        )
+    strange = [token for token in prompt if not 0 <= token < vocabulary]
+    if strange:
+        raise InvalidPrompt(f"token id {strange[0]} is not in the model's vocabulary of {vocabulary}")
+    if not all(is_ids(reference) for reference in references):
+        raise InvalidReference(f"references are lists of token ids; got {references!s:.100}")
+    ends = [end for reference in references if reference for end in (min(reference), max(reference))]
+    strange = [token for token in ends if not 0 <= token < vocabulary]
+    if strange:
+        raise InvalidReference(
+            f"a reference holds token id {strange[0]}, which is not in the model's vocabulary of {vocabulary}"
+        )
 
 
 def _drafter(method: Method, context: DraftContext) -> Drafter:
@@ -337,26 +376,6 @@ def check_early(method: Method, model: Model) -> bool:
     return True
 
 
-def _picks(live: Sequence[Request], scores: Sequence[Tensor], rows: Rows) -> list[Sequence[int]]:
-    """Per request, the token with the best score after each row, -1 after a row that is not finite."""
-    if rows.picks is not None and all(request.sampler.is_argmax for request in live):
-        return list(rows.picks)
-    picks = _split(torch.cat([x.argmax(-1) for x in scores]).tolist(), [len(x) for x in scores])
-    return [
-        [pick if fine else -1 for pick, fine in zip(mine, finite, strict=False)]
-        for mine, finite in zip(picks, rows.finite, strict=True)
-    ]
-
-
-def _tails(tree: Tree, count: int) -> list[Sequence[int]]:
-    """Per row, of the first `count`, the tokens between the text and the one that the row predicts: its own
-    and its ancestors', the root's apart, which the text has already."""
-    tails: list[Sequence[int]] = [()]
-    for token, parent in zip(tree.tokens[1:count], tree.parents[1:count], strict=True):
-        tails.append((*tails[parent], token))
-    return tails
-
-
 def _group(step: Step, count: int) -> Sequence[int]:
     """The mask rows under the last accepted row: of the rows from `count` on, the first chain."""
     group: list[int] = []
@@ -366,8 +385,3 @@ def _group(step: Step, count: int) -> Sequence[int]:
             group.append(mask)
             row = mask
     return group
-
-
-def _split(flat: Sequence[int], counts: Sequence[int]) -> list[Sequence[int]]:
-    starts = [0, *accumulate(counts)]
-    return [flat[a:b] for a, b in pairwise(starts)]

@@ -6,23 +6,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..drafting.method import Drafter
-from ..errors import DraftError, InvalidTree, SelfdraftError
-from ..models.protocol import Cache
+from ..errors import DraftError, InvalidTree, SelfdraftError, StopError
+from ..models.protocol import Cache, Pool
 from ..params import SamplingParams
-from ..sampling.sampler import Sampler
+from ..sampling.sampler import Draws, Sampler
 from ..sampling.stopping import Stop, StopWatch
 from .step import Step, accept
 from .tree import Tree
 
-PREFILL = 512
-"""Rows of one prefill call, at most."""
 MAX_DRAFT = 512
 """Rows that a drafter may propose, at most."""
 
-FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "error"]
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "deadline", "error"]
+MIN_SHARED = 32
+"""Tokens at least that a prompt must share with another one that is being read to wait for it."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,16 @@ class Request:
     drafter: Drafter
     params: SamplingParams
     sampler: Sampler
-    cache: Cache
     context: int
     """Tokens that the model's context holds."""
     eos_ids: frozenset[int] = frozenset()
     """Token ids that end the text; the one that does stays in `tokens`."""
     stop: Stop | None = None
     """What else ends it."""
-    keep: bool = False
-    """The cache outlives the request."""
+    salt: str = ""
+    """Texts of other salts share nothing with it."""
+    deadline: float | None = None
+    """When it ends in any case, as `time.monotonic` counts."""
     early: bool = False
     """Its drafter observes rows that are not done. Its steps are then stages, of which `loops` make a
     forward."""
@@ -62,8 +64,12 @@ class Request:
     tokens: list[int] = field(init=False)
     """Prompt and text so far."""
     watch: StopWatch | None = field(init=False)
-    reused: int = field(init=False)
-    """Tokens of the prompt that came with another request's cache."""
+    cache: Cache | None = None
+    """None while it waits."""
+    reused: int = 0
+    """Tokens of the prompt that another request had read."""
+    preempted: int = 0
+    """How often it gave its memory back and waited again."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the tokens added, where they were asked for."""
     runs: list[int] = field(default_factory=list)
@@ -83,7 +89,6 @@ class Request:
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
         self.watch = self.stop.watch(self.prompt) if self.stop else None
-        self.reused = self.cache.length
 
     @property
     def emitted(self) -> Sequence[int]:
@@ -103,17 +108,55 @@ class Request:
     @property
     def ready(self) -> bool:
         """True if the prompt has been read."""
-        return self.cache.length == len(self.tokens) - 1
+        return self.cache is not None and self.cache.length == len(self.tokens) - 1
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.cache.length if self.cache is not None else 0
 
     @property
     def forwards(self) -> float:
         """Decode forwards through the whole depth of the model; stages count as parts of one."""
         return len(self.runs) / self.loops if self.early else len(self.runs)
 
-    def unread(self) -> Sequence[int]:
-        """The part of the prompt that the next prefill call reads; empty when there is none left."""
-        start = self.cache.length
-        return self.tokens[start : min(start + PREFILL, len(self.tokens) - 1)]
+    def open(self, pool: Pool) -> None:
+        """Begin, or go on after a preemption: with what the pool remembers of its text."""
+        self.cache = pool.open(self.tokens, self.salt)
+        if not self.prefills and not self.runs:
+            self.reused = self.cache.length
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.cache is not None:
+            self.cache.close()
+            self.cache = None
+
+    def reserve(self, length: int) -> bool:
+        """Have memory for so many tokens; False where there is none left."""
+        assert self.cache is not None
+        return self.cache.reserve(length)
+
+    def keep(self, path: Sequence[int], in_flight: Sequence[int]) -> None:
+        """Keep these rows of the last forward."""
+        assert self.cache is not None
+        self.cache.keep(path, in_flight)
+        self.cache.remember(self.tokens)
+
+    def unread(self, rows: int) -> Sequence[int]:
+        """The part of its text, of so many tokens at most, that is read next."""
+        return self.tokens[self.length : min(self.length + rows, len(self.tokens) - 1)]
+
+    def reads_what(self, other: Request) -> bool:
+        """True if it is reading what another request's text begins with, too: that one can share it later."""
+        if self.ready or self.salt != other.salt:
+            return False
+        most = min(len(self.tokens), len(other.tokens)) - 1
+        if most < MIN_SHARED or self.tokens[:MIN_SHARED] != other.tokens[:MIN_SHARED]:
+            return False
+        pairs = zip(self.tokens[:most], other.tokens[:most], strict=True)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), most)
+        return self.length < shared
 
     def propose(self) -> Tree:
         """The drafter's tree, without the rows that could not be emitted any more; the same tree again while
@@ -139,22 +182,32 @@ class Request:
             self.pending = None
             return True
         self.pending = tree
-        self.cache.keep([], range(len(tree)))
+        self.keep([], range(len(tree)))
         return False
 
-    def advance(
-        self, tree: Tree, logits: Tensor, scores: Tensor, picks: Sequence[int], done: Sequence[bool]
-    ) -> Step:
-        """Take the picks of one forward: extend the text and keep the accepted rows."""
-        walked, in_flight = accept(tree, picks, done)
-        path = walked[: self._end([picks[row] for row in walked])]
+    def read(self, count: int) -> None:
+        """Keep the rows of a part of the prompt, which is a chain."""
+        self.keep(range(count), [])
+        self.prefills += 1
+
+    def advance(self, tree: Tree, draws: Draws, logits: Tensor, done: Sequence[bool]) -> Step:
+        """Take the picks of one forward: extend the text and keep the accepted rows. logits: of the ordinary
+        rows, [rows, vocabulary]."""
+        walked, in_flight = accept(tree, draws, done)
+        picks = [draws[row] for row in walked]
+        try:
+            path = walked[: self._end(picks)]
+        except Exception as error:  # what watches for the end is others' code
+            self.fail(_named(error, "a stopping criterion", StopError))
+            path, picks, in_flight = [], [], []
         in_flight = in_flight if len(path) == len(walked) else []
-        step = Step(tree, scores, picks, path, in_flight)
+        step = Step(tree, draws.scores, draws, path, in_flight)
+        emitted = picks[: len(path)]
         if self.params.logprobs is not None:
-            self.logprobs += _logprobs(logits, path, step.emitted, self.params.logprobs)
-        self.cache.keep(path, in_flight)
-        self.tokens += step.emitted
-        self.sampler.take(step.emitted)
+            self.logprobs += _logprobs(logits, path, emitted, self.params.logprobs)
+        self.tokens += emitted
+        self.keep(path, in_flight)
+        self.sampler.take(emitted)
         self.runs.append(len(path))
         self.rows += len(tree)
         if self.finish_reason is None and self.room == 0:
@@ -194,16 +247,20 @@ def first_end(tokens: Sequence[int], eos_ids: frozenset[int]) -> int | None:
     return next((i for i, token in enumerate(tokens) if token in eos_ids), None)
 
 
-def _named(error: Exception, where: str) -> SelfdraftError:
-    """An error of a drafter as one of this package."""
+def _named(error: Exception, where: str, kind: type[SelfdraftError] = DraftError) -> SelfdraftError:
+    """An error of others' code as one of this package; that error is its cause."""
     if isinstance(error, SelfdraftError):
         return error
-    return DraftError(f"{where} raised {type(error).__name__}: {error}")
+    named = kind(f"{where} raised {type(error).__name__}: {error}")
+    named.__cause__ = error
+    return named
 
 
 def _logprobs(logits: Tensor, path: Sequence[int], tokens: Sequence[int], top: int) -> Iterator[TokenLogprob]:
     """Of the tokens picked after the rows of a path. In float64, so that no bit depends on the other rows."""
     logprobs = logits[list(path)].double().log_softmax(-1)
-    values, ids = logprobs.sort(stable=True, dim=-1, descending=True)
-    for own, token, best, which in zip(logprobs, tokens, values[:, :top], ids[:, :top], strict=True):
-        yield TokenLogprob(token, float(own[token]), list(zip(which.tolist(), best.tolist(), strict=True)))
+    values, ids = logprobs.topk(top)
+    own = logprobs.gather(-1, torch.tensor([*tokens], device=logits.device)[:, None]).flatten().tolist()
+    for token, value, best, which in zip(tokens, own, values.tolist(), ids.tolist(), strict=True):
+        alternatives = sorted(zip(which, best, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        yield TokenLogprob(token, value, alternatives)

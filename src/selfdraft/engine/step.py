@@ -7,7 +7,7 @@ emitted is always the model's own pick: a draft only decides how many picks one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,19 +19,26 @@ from .tree import Tree
 class Step:
     """One step of one request.
 
-    tree: the rows that ran. scores: [rows, vocabulary] float32 or float64, processed logits plus the noise of
-    each row's position; -inf where the sampler excludes a token; of the rows with ordinary ids, which come
-    first. picks: argmax of the scores per row. path: rows accepted, root first (never empty unless row 0 is
+    tree: the rows that ran. picks: the token with the best score after each row with an ordinary id; these
+    rows come first. Each is drawn when it is asked for, so ask for what is used only. score: gives the
+    `scores`. path: rows accepted, root first (never empty unless row 0 is
     still in flight). in_flight: rows still inside the model, whose picks are early ones; only looped models
     leave any. mask_scores: [masks, vocabulary], scores at the mask rows under the last accepted row: the
     tokens after the text as it stands now. None where there are no such rows, or the text has ended."""
 
     tree: Tree
-    scores: Tensor
+    score: Callable[[], Tensor]
     picks: Sequence[int]
     path: Sequence[int]
     in_flight: Sequence[int]
     mask_scores: Tensor | None = None
+
+    @property
+    def scores(self) -> Tensor:
+        """Processed logits plus the noise of each row's position, [rows, vocabulary] float32 or float64; -inf
+        where the sampler excludes a token. Of the rows with ordinary ids. They are computed when they are
+        asked for, until the next step."""
+        return self.score()
 
     @property
     def emitted(self) -> list[int]:

@@ -181,6 +181,8 @@ class Hook:
             self.streamer.put(input_ids.cpu())
         while engine.requests:
             engine.step()
+            if error := next((one.error for one in requests if one.error is not None), None):
+                raise error.__cause__ or error
             if self.streamer is not None and len(requests[0].tokens) > shown:
                 self.streamer.put(torch.tensor(requests[0].tokens[shown:]))
                 shown = len(requests[0].tokens)

@@ -59,16 +59,18 @@ class Batch:
         wanted: Sequence[int],
         block_rows: int,
         vocabulary: int,
-        vectors: NDArray[np.float32] | None = None,
+        masks: int = 0,
     ) -> None:
         """wanted: per request, for how many rows, from the first, logits are wanted. block_rows: rows that
-        attention takes together, at most. vectors: embeddings of the ids from `vocabulary` on."""
+        attention takes together, at most. masks: mask tokens of an adapter, the ids from `vocabulary` on."""
         shapes = [shape(tree.parents) for tree in trees]
         counts = [len(tree) for tree in trees]
         lengths = np.repeat(np.array([cache.length for cache in caches], np.int32), counts)
         within = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
         starts = np.cumsum([0, *counts])
         tokens = np.array([token for tree in trees for token in tree.tokens], np.int32)
+        self.outside = bool(tokens.min() < 0 or tokens.max() >= vocabulary + masks)
+        """True where a token is neither in the vocabulary nor a mask token."""
         tokens = np.where(tokens < vocabulary, tokens, vocabulary - 1 - tokens).astype(np.int32)
         width = max(len(cache.pages) for cache in caches)
         tables = np.zeros((len(caches), width), np.int32)
@@ -83,13 +85,10 @@ class Batch:
         )
         positions = lengths + np.concatenate([one.depth for one in shapes])
         self.last_position = int(positions.max())
-        self.outside = bool(tokens.min() < (-len(vectors) if vectors is not None else 0))
-        """True where a token is neither in the vocabulary nor one of `vectors`."""
         self.starts = starts[:-1].tolist()
         self.rows, self.wanted = int(starts[-1]), len(want)
         self._arrays = {
             "token": tokens,
-            "vectors": vectors,
             "position": positions,
             "request": np.repeat(np.arange(len(trees), dtype=np.int32), counts),
             "slot": lengths + within,
@@ -102,4 +101,4 @@ class Batch:
         }
         self.structure = structures.Batch(self.rows, self.wanted, width, len(blocks))
         for name, array in self._arrays.items():
-            setattr(self.structure, name, None if array is None else array.ctypes.data)
+            setattr(self.structure, name, array.ctypes.data)

@@ -9,11 +9,12 @@ tree, the batch, the chunk of a prompt, the pages or the number of threads (see 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -26,16 +27,20 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..errors import InvalidTree, ModelCorrupt, ModelUnsupported
+from ..errors import InvalidTree, KVMemoryExhausted, ModelCorrupt, ModelUnsupported
+from ..sampling.gumbel import Noise
+from .adapters.adapter import Adapter, read_in_turn, targeted
+from .adapters.fingerprint import stored_fingerprint
+from .adapters.packed import PackedAdapter, Place, Sizes, TunedWeights
 from .batch import Batch
 from .kernels import structures
 from .kernels.crowding import Crowding
 from .kernels.library import FORMATS, WEIGHT_TYPES, Library
 from .numerics import RowRange
-from .paged_cache import PagedCache, PagePool
+from .paged_cache import PagedCache, PagePool, page_limit
 from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
-from .transformers import Grade, Numerics
+from .transformers import MARK, Grade, Numerics
 from .weights import GROUP, Stored, Weights
 
 FUNCTIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
@@ -74,12 +79,9 @@ def unsupported(config: PretrainedConfig) -> str | None:
 class Decoder:
     """A causal language model on the CPU kernels. See `protocol.Model`."""
 
-    lookahead: Lookahead | None = None
     loops: Loops | None = None
-    adapter = None
+    ragged = True
     numerics: Numerics = "exact"
-    grade: Grade = "base"
-    tuning_cost: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Decoder:
             raise ModelUnsupported(f"the decoder does not know {reason}")
         self.config, self.generation_config = config, generation_config
         self.library = library
+        self.noise = KernelNoise(library)
         self.threads = threads or torch.get_num_threads()
         self.name = str(config.model_type)
         self.vocab_size = int(config.vocab_size)
@@ -106,10 +109,19 @@ class Decoder:
         self.device = torch.device("cpu")
         self.rows = RowRange()
         self.base = self.loaded = self
+        """The model whose text is reproduced: this one, or that with merged adapter weights; and the one that
+        `adapted` started from."""
+        self.adapter: Adapter | None = None
+        about: Mapping[str, Any] = getattr(config, MARK, None) or {}
+        filler = about.get("filler")
+        self.lookahead = None if filler is None else Lookahead((), about.get("odds", {}), filler)
+        self.grade: Grade = "tuned" if about else "base"
+        self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
+        self._packed: PackedAdapter | None = None
+        self._weights, self._kind, self._activations = weights, kind, activations
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
         self._built = _Build(config, weights, library, kind, self.threads)
-        self._activations = activations
         self.dtype = torch.float32 if self._built.wide == 4 else torch.bfloat16
         self.quantised = self._built.quantised
         self.weights_label = weights.label if kind == "as-stored" else kind
@@ -125,12 +137,60 @@ class Decoder:
             digest.update(array.data)
         return digest.hexdigest()
 
-    def pool(self) -> PagePool:
+    def fingerprint(self) -> str:
+        """That of the checkpoint; see `adapters.fingerprint`."""
+        return stored_fingerprint(self.config, self.loaded._weights.vector)
+
+    def adapter_shape(
+        self, targets: Sequence[str]
+    ) -> tuple[int, list[tuple[Tensor, Tensor]], Mapping[str, tuple[int, int]]]:
+        """What `Adapter` is made for: the size of an embedding, keys and values like those of each layer, and
+        the linear layers with LoRA. Raises AdapterError for a target that it has not."""
         built = self._built
-        work = Work(built, self.library, self.threads, self._activations)
-        return DecoderPool(
-            built.layers, built.key_heads, built.head_size, built.wide, self.library.page, work
+        like = torch.empty(built.key_heads, 1, built.head_size)
+        layers = {name: (place.ins, place.outs) for name, place in built.places.items()}
+        return built.hidden, [(like, like)] * built.layers, targeted(self.name, layers, targets)
+
+    def adapted(self, adapter: Adapter) -> Decoder:
+        """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
+        merged into the weights first, which are packed again. This object stays as it is. Raises AdapterError
+        where a part has no place in the model."""
+        if adapter.config.gated:
+            twin = copy.copy(self)
+            sizes = self._built.sizes(self.config)
+            twin._packed = PackedAdapter(adapter, sizes, self._built.places, self.library)
+            twin.adapter, twin.lookahead = adapter, adapter.lookahead(self.vocab_size)
+            twin._times, twin._crowding = None, Crowding(self.threads)
+            return twin
+        tuned = Decoder(
+            self.config,
+            TunedWeights(self._weights, adapter, self._built.places),
+            self.library,
+            kind=self._kind,
+            activations=self._activations,
+            generation_config=self.generation_config,
+            threads=self.threads,
         )
+        tuned.loaded, tuned.grade, tuned.lookahead = self.loaded, "tuned", adapter.lookahead(self.vocab_size)
+        tuned.tuning_cost = adapter.tuning_cost
+        return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
+
+    @property
+    def _masks(self) -> int:
+        """Mask tokens of its adapter."""
+        return 0 if self._packed is None else self._packed.masks
+
+    @property
+    def _beside(self) -> structures.Adapter | None:
+        return None if self._packed is None else self._packed.structure
+
+    def pool(self, memory: int | None = None) -> PagePool:
+        built, page = self._built, self.library.page
+        wide = 2 * built.layers * page * built.key_heads * built.head_size * built.wide
+        pages = page_limit(memory, wide, -(-self.context // page))
+        rank = 0 if self._packed is None else self._packed.rank
+        work = Work(built, self.library, self.threads, self._activations, rank)
+        return DecoderPool(built.layers, built.key_heads, built.head_size, built.wide, page, pages, work)
 
     def forward(
         self,
@@ -141,9 +201,12 @@ class Decoder:
     ) -> DecoderRows:
         paged = [cache for cache in caches if isinstance(cache, PagedCache)]
         for tree, cache in zip(trees, paged, strict=True):
-            cache.reserve(cache.length + len(tree))
+            if not cache.reserve(cache.length + len(tree)):
+                raise KVMemoryExhausted(
+                    f"no memory for the keys and values of {len(tree)} rows; raise kv_memory"
+                )
         counts = list(wanted or [0] * len(trees))
-        batch = Batch(trees, paged, counts, self.library.block_rows, self.vocab_size)
+        batch = Batch(trees, paged, counts, self.library.block_rows, self.vocab_size, self._masks)
         self._check(trees, batch)
         pool = paged[0].pool
         assert isinstance(pool, DecoderPool)
@@ -152,7 +215,7 @@ class Decoder:
         self._crowding.run(
             batch.rows,
             lambda threads: self.library.step(
-                self._built.model, pool.memory, batch.structure, work.structure, threads
+                self._built.model, pool.memory, batch.structure, work.structure, self._beside, threads
             ),
         )
         work.steps += 1
@@ -165,7 +228,9 @@ class Decoder:
                 f"a row stands at position {batch.last_position}; the model's context is {self.context}"
             )
         if batch.outside:
-            raise InvalidTree(f"token ids must be from 0 to {self.vocab_size - 1}")
+            most = self.vocab_size + self._masks - 1
+            masks = f", mask tokens included: {self._masks}" if self._masks else ""
+            raise InvalidTree(f"token ids must be from 0 to {most}{masks}")
         most = self.library.tree_slots - 2 * self.library.page
         wide = [len(tree) for tree in trees if len(tree) > most and not tree.is_chain]
         if wide:
@@ -178,36 +243,58 @@ class Decoder:
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
-        return self.head(rows, index)
-
-    def noise(
-        self, seed: int, sample: int, positions: Sequence[int], vocabulary: int, device: torch.device
-    ) -> Tensor:
-        """Gumbel noise, float32 [positions, vocabulary]; see `sampling.gumbel`, from whose it differs by
-        rounding."""
-        return torch.from_numpy(self.library.noise(seed, sample, positions, vocabulary))
+        assert isinstance(rows, DecoderRows)
+        if self.adapter is None or self.adapter.sampler is None:
+            return rows.logits(index)
+        made = read_in_turn(
+            index,
+            tokens,
+            pick,
+            lambda asked, before: [row for row in rows.logits(asked, before) if len(row)],
+        )
+        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """With one thread for torch: its workers spin after each parallel operation, on the cores that the
         kernels need. (Measured: a sampled step took 5.6 ms, and so 4.3.)"""
         before = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
+            torch.set_num_threads(1)
             yield
         finally:
             torch.set_num_threads(before)
 
-    def cost(self, rows: int) -> float:
+    def cost(self, rows: int, history: int = 0) -> float:
         if self._times is None:
             identity = {
                 "decoder": self.library.name,
                 "config": self.config.to_dict(),
                 "weights": self.weights_label,
                 "own_threads": self.threads,
+                "adapter": None if self.adapter is None else asdict(self.adapter.config),
             }
             self._times = step_times(self, self.rows, identity)
-        return self._times(rows)
+        return self._times(rows, history)
+
+
+@dataclass(frozen=True)
+class KernelNoise:
+    """See `sampling.gumbel.NoiseSource`. The noise differs from torch's by rounding."""
+
+    library: Library
+    block: int = 1
+
+    def noise(
+        self, seed: int, sample: int, positions: Sequence[int], vocabulary: int, device: torch.device
+    ) -> Tensor:
+        return torch.from_numpy(self.library.noise(seed, sample, positions, vocabulary))
+
+    def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
+        logits = logits.contiguous()
+        return self.library.draw(
+            logits.data_ptr(), temperature, noise.seed, noise.sample, position, len(logits)
+        )
 
 
 @dataclass(frozen=True)
@@ -239,39 +326,50 @@ class DecoderRows:
         ]
 
     def of(self, requests: Sequence[int]) -> DecoderRows:
-        assert list(requests) == list(range(len(self.counts))), "all rows are done"
-        return self
+        count = len(requests)
+        assert list(requests) == list(range(count)), "the trees come first, and all their rows are done"
+        parts = (self.starts[:count], self.counts[:count], self.wanted[:count])
+        return DecoderRows(self.decoder, self.work, self.step, *parts)
 
-    def logits(self, index: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Per request [len(index), vocabulary] float32: those of the step where it was asked for them."""
+    def logits(self, index: Sequence[Sequence[int]], previous: Sequence[int] | None = None) -> list[Tensor]:
+        """Per request [len(index), vocabulary] float32: those of the step where it was asked for them.
+
+        previous: per row the token that an adapter's sampler head sees; None: without that head."""
         work, decoder = self.work, self.decoder
         assert self.step == work.steps, "a later forward has taken the place of these rows"
-        if all(
+        if previous is None and all(
             list(mine) == list(range(len(mine))) and len(mine) == n
             for mine, n in zip(index, self.wanted, strict=True)
         ):
             found = torch.from_numpy(work.logits[: sum(self.wanted), : decoder.vocab_size])
             return list(found.split(list(self.wanted)))
         rows = [start + row for start, mine in zip(self.starts, index, strict=True) for row in mine]
-        work.grow(0, len(rows))
-        decoder.library.logits(decoder._built.model, work.structure, rows, decoder.threads)
-        found = torch.from_numpy(work.logits[: len(rows), : decoder.vocab_size].copy())
+        structure, logits = work.reading(len(rows))
+        decoder.library.logits(
+            decoder._built.model, structure, decoder._beside, rows, previous, decoder.threads
+        )
+        found = torch.from_numpy(logits[:, : decoder.vocab_size])
         return list(found.split([len(mine) for mine in index]))
 
 
 class DecoderPool(PagePool):
     """The pages of one engine's requests, and the scratch memory and results of its steps."""
 
-    def __init__(self, layers: int, key_heads: int, head_size: int, wide: int, page: int, work: Work) -> None:
-        super().__init__(layers, key_heads, head_size, wide, page)
+    def __init__(
+        self, layers: int, key_heads: int, head_size: int, wide: int, page: int, capacity: int, work: Work
+    ) -> None:
+        super().__init__(layers, key_heads, head_size, wide, page, capacity)
         self.work = work
 
 
 class Work:
     """Scratch memory and results of an engine's steps, which grow with the rows."""
 
-    def __init__(self, built: _Build, library: Library, threads: int, activations: int) -> None:
-        self._built, self._library, self._activations = built, library, activations
+    def __init__(
+        self, built: _Build, library: Library, threads: int, activations: int = 8, rank: int = 0
+    ) -> None:
+        """activations: bits of the inputs of products with quantised weights. rank: of an adapter's LoRA."""
+        self._built, self._library, self._activations, self._rank = built, library, activations, rank
         self.steps = 0
         self._rows = self._wanted = 0
         self._arrays: dict[str, NDArray[Any]] = {
@@ -294,6 +392,14 @@ class Work:
     def finite(self) -> NDArray[np.uint8]:
         return self._arrays["finite"]
 
+    def reading(self, rows: int) -> tuple[structures.Work, NDArray[np.float32]]:
+        """The same with logits of their own, to read rows of the last step: others may still be looked at."""
+        self.grow(rows, 0)
+        logits = np.empty((rows, self.logits.shape[1]), np.float32)
+        structure = structures.Work.from_buffer_copy(self.structure)
+        structure.logits, structure.pick = logits.ctypes.data, None
+        return structure, logits
+
     def grow(self, rows: int, wanted: int) -> None:
         """Have room for so many rows, and for the logits of so many."""
         if rows <= self._rows and wanted <= self._wanted:
@@ -308,11 +414,12 @@ class Work:
             "attended": ((rows + 1, built.heads * built.head_size), np.float32),
             "inner": ((rows + 1, padded(2 * built.inner)), np.float32),
             "change": ((rows + 1, padded(built.hidden)), np.float32),
+            "low": ((rows, 3, self._rank), np.float32),
             "logits": ((most, padded(built.vocabulary)), np.float32),
             "pick": ((most,), np.int32),
             "finite": ((rows,), np.uint8),
             "bytes": ((rows, built.widest), np.int8),
-            "low": ((rows, built.widest if self._activations == 16 else 0), np.int8),
+            "low_bytes": ((rows, built.widest if self._activations == 16 else 0), np.int8),
             "scales": ((rows, built.widest // GROUP, 4), np.float32),
             "floats": ((rows, built.widest), np.float32),
             "halves": ((rows, built.widest), np.uint16),
@@ -324,9 +431,10 @@ class Work:
             self._arrays[name] = np.zeros(shape, dtype)
             if old is not None and name in ("hidden", "finite"):  # rows whose logits may still be asked for
                 self._arrays[name][: len(old)] = old
-        for name in ("hidden", "qkv", "attended", "inner", "change", "logits", "pick", "finite"):
+        for name in ("hidden", "qkv", "attended", "inner", "change", "low", "logits", "pick", "finite"):
             setattr(self.structure, name, self._arrays[name].ctypes.data)
-        names = ("bytes", "low", "scales", "floats", "halves")
+        self.structure.rank = self._rank
+        names = ("bytes", "low_bytes", "scales", "floats", "halves")
         inputs = (self._arrays[name].ctypes.data if self._arrays[name].size else None for name in names)
         self.structure.inputs = structures.Inputs(*inputs, built.widest // GROUP)
         self.structure.scratch = self._arrays["scratch"].ctypes.data
@@ -342,6 +450,8 @@ class _Build:
     ) -> None:
         self._library, self._weights, self._kind, self._threads = library, weights, kind, threads
         self.quantised = False
+        self.places: dict[str, Place] = {}
+        """Linear layers by name."""
         self.arrays: dict[int, NDArray[Any]] = {}
         self.read_bytes = self.parameters = 0
         self.layers = int(config.num_hidden_layers)
@@ -388,31 +498,34 @@ class _Build:
             config.model_type == "olmo2",
         )
 
+    def sizes(self, config: PretrainedConfig) -> Sizes:
+        """What an adapter has to fit. Gemma scales embeddings within the table, Granite what comes out of
+        it."""
+        scale = self.model.embedding_scale
+        inside = config.model_type.startswith("gemma")
+        shape = self.hidden, self.layers, self.key_heads, self.head_size, self.wide
+        return Sizes(*shape, 1.0 if inside else scale, scale if inside else 1.0)
+
     def _layer(self, config: PretrainedConfig, i: int, rotations: _Angles) -> structures.Layer:
         at = f"model.layers.{i}."
-        own, hidden, inner = at + "self_attn.", self.hidden, self.inner
+        own, mlp, hidden, inner = at + "self_attn.", at + "mlp.", self.hidden, self.inner
         heads, key_heads = self.heads * self.head_size, self.key_heads * self.head_size
         if config.model_type == "phi3":
-            qkv = [self._linear(own + "qkv_proj.weight", heads + 2 * key_heads, hidden)]
-            biases = [own + "qkv_proj.bias"]
-            gate_up = [self._linear(at + "mlp.gate_up_proj.weight", 2 * inner, hidden)]
+            qkv = {own + "qkv_proj": heads + 2 * key_heads}
+            gate_up = {mlp + "gate_up_proj": 2 * inner}
         else:
-            outs = {"q": heads, "k": key_heads, "v": key_heads}
-            qkv = [self._linear(f"{own}{name}_proj.weight", outs[name], hidden) for name in outs]
-            biases = [f"{own}{name}_proj.bias" for name in outs]
-            gate_up = [self._linear(f"{at}mlp.{name}_proj.weight", inner, hidden) for name in ("gate", "up")]
-        out = self._linear(own + "o_proj.weight", hidden, heads)
-        down = self._linear(at + "mlp.down_proj.weight", hidden, inner)
+            qkv = {own + "q_proj": heads, own + "k_proj": key_heads, own + "v_proj": key_heads}
+            gate_up = {mlp + "gate_proj": inner, mlp + "up_proj": inner}
         before_mlp, after = {
             "gemma": ("pre_feedforward_layernorm", True),
             "olmo2": ("none", True),
         }.get(config.model_type[:5], ("post_attention_layernorm", False))
         windows, joint = _windows(config), config.model_type == "olmo2"
         return structures.Layer(
-            self._parts(qkv, biases, 3),
-            self._matrix([out], [own + "o_proj.bias"]),
-            self._parts(gate_up, [f"{at}mlp.{name}_proj.bias" for name in ("gate", "up")], 2),
-            self._matrix([down], [at + "mlp.down_proj.bias"]),
+            self._parts(i, 0, qkv, hidden, 3),
+            self._parts(i, 3, {own + "o_proj": hidden}, heads, 1)[0],
+            self._parts(i, 4, gate_up, hidden, 2),
+            self._parts(i, 6, {mlp + "down_proj": hidden}, inner, 1)[0],
             self._norm(at + "input_layernorm.weight", hidden),
             self._norm(f"{at}{before_mlp}.weight", hidden),
             self._norm(at + "post_attention_layernorm.weight", hidden) if after else None,
@@ -423,13 +536,18 @@ class _Build:
             windows[i],
         )
 
-    def _parts(self, parts: Sequence[Stored], biases: Sequence[str], most: int) -> Any:
-        """Matrices that take the same inputs, side by side: neighbours of one format are one matrix."""
+    def _parts(self, layer: int, product: int, sizes: Mapping[str, int], ins: int, most: int) -> Any:
+        """Linear layers that take the same inputs, side by side: neighbours of one format are one matrix.
+        product: the number of the first among those of the layer. sizes: of their outputs, by name."""
+        names, at = list(sizes), 0
+        parts = [self._linear(f"{name}.weight", outs, ins) for name, outs in sizes.items()]
+        for i, (name, outs) in enumerate(sizes.items()):
+            self.places[name] = Place(layer, product + i, ins, outs, at)
+            at += outs
         made, at = (structures.Matrix * most)(), 0
         runs = [list(run) for _, run in groupby(range(len(parts)), lambda i: self._format(parts[i]))]
         for i, run in enumerate(runs):
-            mine = [biases[k] for k in run] if len(biases) == len(parts) else biases
-            made[i] = self._matrix([parts[k] for k in run], mine)
+            made[i] = self._matrix([parts[k] for k in run], [f"{names[k]}.bias" for k in run])
             made[i].at = at
             at += made[i].outs
         return made

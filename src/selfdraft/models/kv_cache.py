@@ -99,6 +99,7 @@ class Lanes(transformers.Cache):
         self.prefix = [pair and (finite_(pair[0].clone()), finite_(pair[1].clone())) for pair in prefix]
         self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
+        self.idle: Lane | None = None  # the last one to be closed, while no other is open
         # Of the current forward:
         self.where: Sequence[tuple[int, int]] = ()  # lane and first free slot of each request
         self.checks: Tensor | None = None  # sums of keys and values by row, [lanes, rows]
@@ -107,12 +108,27 @@ class Lanes(transformers.Cache):
         self.reach = 0  # slots its attention reads
 
     @torch.inference_mode()
-    def open(self) -> Lane:
-        """An empty lane, zeroed."""
-        self.lanes.append(self.lane(len(self.lanes)))
+    def open(self, tokens: Sequence[int] = (), salt: str = "") -> Lane:
+        """A lane that holds what another one of that salt holds of these tokens, the last token apart."""
+        others = [lane for lane in (*self.lanes, self.idle) if lane is not None and lane.salt == salt]
+        source = max(others, key=lambda other: other.shares(tokens), default=None)
+        shared = source.shares(tokens) if source is not None else 0
+        lane, self.idle = self.idle or self.lane(len(self.lanes)), None
+        lane.salt, lane.text = salt, ()
+        self.lanes.append(lane)
+        if lane is source:
+            lane.cut(shared)
+            return lane
+        lane.cut(0)
         for buffer in self._buffers():
-            buffer[(len(self.lanes) - 1) * self.loops :, :, self.fixed :].zero_()
-        return self.lanes[-1]
+            buffer[lane.index * self.loops :, :, self.fixed :].zero_()
+        if source is not None and shared:
+            self.copy(source.index, lane.index, shared)
+            lane.length = shared
+        return lane
+
+    tokens = None  # buffers grow as they are written
+    free = None
 
     def lane(self, index: int) -> Lane:
         return Lane(self, index)
@@ -185,7 +201,8 @@ class Lanes(transformers.Cache):
 
     @torch.inference_mode()
     def release(self, lane: Lane) -> None:
-        """Free a lane; the last one moves into its place."""
+        """Free a lane; the last one moves into its place. What the last of all holds stays until another is
+        opened, whose text may begin alike."""
         last = self.lanes.pop()
         if last is not lane:
             for buffer in self._buffers():
@@ -195,8 +212,13 @@ class Lanes(transformers.Cache):
             self.lanes[lane.index] = last
             last.index = lane.index
         if not self.lanes:
+            lane.index, self.idle = 0, lane
             for layer in self.own:
-                layer.keys = layer.values = None
+                if layer.keys is not None and layer.values is not None and len(layer.keys) > self.loops:
+                    layer.keys, layer.values = (
+                        layer.keys[: self.loops].clone(),
+                        layer.values[: self.loops].clone(),
+                    )
 
     @torch.inference_mode()
     def move(self, lane: Lane, path: Sequence[int]) -> None:
@@ -243,6 +265,8 @@ class Lane:
         self.lanes = lanes
         self.index = index
         self.length = 0
+        self.salt = ""
+        self.text: Sequence[int] = ()  # of which it holds the first tokens
 
     @property
     def held(self) -> int:
@@ -254,14 +278,21 @@ class Lane:
         self.lanes.move(self, path)
         self.length += len(path)
 
-    def cut(self, length: int) -> None:
-        assert length <= self.length
-        self.length = length
+    def reserve(self, length: int) -> bool:
+        return True  # buffers grow as they are written
 
-    def copy(self, source: Lane, length: int) -> None:
-        assert self.length == 0
-        assert length <= source.length
-        self.lanes.copy(source.index, self.index, length)
+    def remember(self, tokens: Sequence[int]) -> None:
+        self.text = tokens
+
+    def shares(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens it holds, from the first on, the last token apart."""
+        most = min(self.length, len(self.text), len(tokens) - 1)
+        pairs = enumerate(zip(tokens, self.text, strict=False))
+        return next((i for i, (a, b) in pairs if i >= most or a != b), max(0, most))
+
+    def cut(self, length: int) -> None:
+        """Hold the first tokens only."""
+        assert length <= self.length
         self.length = length
 
     def close(self) -> None:

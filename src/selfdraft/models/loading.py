@@ -159,6 +159,17 @@ def load_decoder(
     return decoder, tokenizer
 
 
+def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights. Raises as `load_pretrained`."""
+    with _source(name) as source, _quiet():
+        try:
+            return _tokenizer(source, {"local_files_only": not source.download})
+        except ModelError:
+            raise
+        except Exception as error:  # as in `load_decoder`
+            raise _named(name, source, error) from error
+
+
 def float32_pair(name: str = DEFAULT_MODEL) -> tuple[Decoder, TransformersModel]:
     """The decoder and transformers' forward on the same weights in float32, to compare them. The decoder
     packs those that transformers has loaded. Raises as `load_pretrained`, and ModelUnsupported without the

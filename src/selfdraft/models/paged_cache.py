@@ -3,80 +3,165 @@
 Keys and values of all layers lie in two arrays, [layers][pages][key heads][...] (see
 `kernels/cpu/attention.h`). A request's rows of one step are written behind its length; those that are
 accepted move to where the text wants them, the others are overwritten by the next step.
+
+Prefix cache: a page that holds a full page of somebody's text is remembered by that text, from its first
+token on, and shared by every later cache whose text begins alike. It is never written again. What nobody uses
+stays until its memory is needed, the least recently used first. The keys of the table are the tokens
+themselves, so no two texts are ever taken for one another, and texts of different salts never meet. Since the
+bits of keys and values depend on the text alone, a shared page is what a fresh one would be.
 """
 
 from __future__ import annotations
 
+import mmap
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Self
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .._common.machine import available_memory
+from ..errors import InvalidOption
 from .kernels import structures
 
-FIRST_PAGES = 64
-"""Pages that a pool begins with; it doubles when they are used up."""
+DEFAULT_MEMORY = 1 << 30
+Beginning = int | str
+"""What stands before a page: the serial number of the page before it, or the salt of the text."""
+
+
+@dataclass(eq=False, slots=True)
+class Prefix:
+    """A page that is remembered by its text."""
+
+    key: tuple[Beginning, tuple[int, ...]]
+    serial: int
+    """Its name in the keys of the pages behind it. It is never given twice."""
+    page: int
 
 
 class PagePool:
     """The pages of one engine's requests."""
 
-    def __init__(self, layers: int, key_heads: int, head_size: int, wide: int, page: int) -> None:
-        """wide: bytes of a value, 2 (bfloat16) or 4 (float32). page: tokens of a page."""
-        self.page = page
+    def __init__(
+        self, layers: int, key_heads: int, head_size: int, wide: int, page: int, capacity: int
+    ) -> None:
+        """wide: bytes of a value, 2 (bfloat16) or 4 (float32). page: tokens of a page. capacity: pages."""
+        self.page, self.capacity = page, capacity
         self.wide = wide
         self.key_heads, self.head_size = key_heads, head_size
-        self._shape = (layers, key_heads * page * head_size * wide)
-        self.keys = self._empty(0)
-        self.values = self._empty(0)
+        self._shape = (layers, capacity, key_heads * page * head_size * wide)
+        self.keys, self.values = _reserved(self._shape), _reserved(self._shape)
+        self._fresh = 0
+        """Pages below it have been used."""
         self._free: list[int] = []
+        self._users = [0] * capacity
+        self._prefixes: dict[tuple[Beginning, tuple[int, ...]], Prefix] = {}
+        self._of_page: dict[int, Prefix] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Remembered pages that nobody uses, the least recently used first."""
+        self._serial = 0
 
-    def open(self) -> PagedCache:
-        return PagedCache(self)
+    def open(self, tokens: Sequence[int] = (), salt: str = "") -> PagedCache:
+        """A cache that holds what is remembered of these tokens, in whole pages, the last token apart."""
+        cache = PagedCache(self, salt)
+        while (
+            prefix := self._prefixes.get(cache.key(tokens))
+            if cache.length + self.page < len(tokens)
+            else None
+        ):
+            self._use(prefix.page)
+            cache.append(prefix)
+        return cache
 
-    def take(self) -> int:
-        """A page that nobody uses."""
-        if not self._free:
-            self._grow()
-        return self._free.pop()
+    @property
+    def tokens(self) -> int:
+        """How many tokens all pages hold."""
+        return self.capacity * self.page
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken: never used, given back, or remembered and idle."""
+        return self.capacity - self._fresh + len(self._free) + len(self._idle)
+
+    @property
+    def free(self) -> int:
+        """How many tokens the pages hold that can be taken."""
+        return self.available * self.page
+
+    def take(self) -> int | None:
+        """A page that nobody uses; None if there is none."""
+        if self._free:
+            page = self._free.pop()
+        elif self._fresh < self.capacity:
+            page, self._fresh = self._fresh, self._fresh + 1
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            self._forget(page)
+        else:
+            return None
+        self._users[page] = 1
+        return page
 
     def give_back(self, pages: Sequence[int]) -> None:
-        self._free.extend(reversed(pages))
+        """Pages that one request no longer uses. The last are the first to be forgotten: those before them
+        are of use without them, they are not."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._of_page:
+                self._idle[page] = None
+            else:
+                self._free.append(page)
+
+    def remember(self, key: tuple[Beginning, tuple[int, ...]], page: int) -> Prefix:
+        """The page that is remembered by this text: the one that was before, in place of this one, or it."""
+        known = self._prefixes.get(key)
+        if known is not None:
+            self._use(known.page)
+            self.give_back([page])
+            return known
+        self._serial += 1
+        made = Prefix(key, self._serial, page)
+        self._prefixes[key] = self._of_page[page] = made
+        return made
 
     @property
     def memory(self) -> structures.Memory:
-        """The addresses, for the kernels. They hold until a page is taken."""
+        """The addresses, for the kernels."""
         return structures.Memory(
-            self.keys.ctypes.data, self.values.ctypes.data, self.keys.shape[1] * self._shape[1]
+            self.keys.ctypes.data, self.values.ctypes.data, self._shape[1] * self._shape[2]
         )
 
-    def _grow(self) -> None:
-        """Twice the pages. The system gives memory to those that are written only."""
-        had = self.keys.shape[1]
-        more = max(FIRST_PAGES, 2 * had)
-        for name in ("keys", "values"):
-            grown = self._empty(more)
-            grown[:, :had] = getattr(self, name)
-            setattr(self, name, grown)
-        self._free = list(range(more - 1, had - 1, -1))
+    def _use(self, page: int) -> None:
+        self._users[page] += 1
+        self._idle.pop(page, None)
 
-    def _empty(self, pages: int) -> NDArray[np.uint8]:
-        return np.zeros((self._shape[0], pages, self._shape[1]), np.uint8)
+    def _forget(self, page: int) -> None:
+        del self._prefixes[self._of_page.pop(page).key]
 
 
 class PagedCache:
     """Keys and values of one request. Root rule: between steps length == len(tokens) - 1."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, salt: str = "") -> None:
         self.pool = pool
         self.pages: list[int] = []
         self.length = 0
+        self._last: Beginning = salt
+        self._remembered = 0
+        """Pages, from the first on, that are remembered by their text."""
 
-    def reserve(self, length: int) -> None:
-        """Have pages for so many tokens."""
-        while len(self.pages) * self.pool.page < length:
-            self.pages.append(self.pool.take())
+    def reserve(self, length: int) -> bool:
+        """Have pages for so many tokens; False where there are none left."""
+        pages, pool = self.pages, self.pool
+        while len(pages) * pool.page < length:
+            page = pool.take()
+            if page is None:
+                return False
+            pages.append(page)
+        return True
 
     def keep(self, path: Sequence[int], in_flight: Sequence[int]) -> None:
         assert not in_flight, "the decoder finishes every row in one forward"
@@ -85,21 +170,39 @@ class PagedCache:
                 self._move(self.length + row, self.length + i)
         self.length += len(path)
 
-    def cut(self, length: int) -> None:
-        self.length = length
-        needed = -(-length // self.pool.page)
-        self.pool.give_back(self.pages[needed:])
-        del self.pages[needed:]
-
-    def copy(self, source: Self, length: int) -> None:
-        self.reserve(length)
-        others = source.pages[: len(self.pages)]
-        for array in (self.pool.keys, self.pool.values):
-            array[:, self.pages] = array[:, others]
-        self.length = length
+    def remember(self, tokens: Sequence[int]) -> None:
+        """Let later caches begin with what this one holds of its text, which these tokens are."""
+        while (self._remembered + 1) * self.pool.page <= self.length:
+            at = self._remembered
+            self.pages[at] = self._note(self.pool.remember(self.key(tokens), self.pages[at]))
 
     def close(self) -> None:
-        self.cut(0)
+        pages, self.pages, self.length = (
+            self.pages,
+            [],
+            0,
+        )  # first, so that no interrupt gives them back twice
+        self.pool.give_back(pages)
+
+    def key(self, tokens: Sequence[int]) -> tuple[Beginning, tuple[int, ...]]:
+        """By which the first page that is not remembered yet would be."""
+        start = self._remembered * self.pool.page
+        return self._last, tuple(tokens[start : start + self.pool.page])
+
+    def append(self, prefix: Prefix) -> None:
+        """Hold one page more of the text."""
+        self.pages.append(self._note(prefix))
+        self.length += self.pool.page
+
+    def pretend(self, length: int) -> None:
+        """Count so many tokens as held, whatever their keys and values: for measurements."""
+        self.reserve(length)
+        self.length = length
+
+    def _note(self, prefix: Prefix) -> int:
+        self._remembered += 1
+        self._last = prefix.serial
+        return prefix.page
 
     def _move(self, old: int, new: int) -> None:
         """Copy the key and value at one slot to another."""
@@ -110,3 +213,30 @@ class PagedCache:
         keys[:, self.pages[to_page], :, :, to_lane] = keys[:, self.pages[from_page], :, :, from_lane]
         values = pool.values.view(dtype).reshape(layers, -1, pool.key_heads, pool.page, pool.head_size)
         values[:, self.pages[to_page], :, to_lane] = values[:, self.pages[from_page], :, from_lane]
+
+
+def page_limit(memory: int | None, wide: int, context: int) -> int:
+    """How many pages a pool has. memory: bytes; None: see `engine.scheduler.Limits`. wide: bytes of a page.
+    context: pages of the longest text. Raises InvalidOption for less than a page, or more than the machine
+    has."""
+    available = available_memory()
+    if memory is None:
+        usual = max(DEFAULT_MEMORY // wide, context)
+        return usual if available is None else max(1, min(usual, available // 2 // wide))
+    if memory < wide:
+        raise InvalidOption(
+            f"kv_memory={memory}: one page of keys and values of this model takes {wide} bytes",
+            option="kv_memory",
+        )
+    if available is not None and memory > available:
+        raise InvalidOption(
+            f"kv_memory={memory}: this machine has {available} bytes of free memory", option="kv_memory"
+        )
+    return memory // wide
+
+
+def _reserved(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Zeros, for which the system finds memory where they are written, in its smallest pages: large ones
+    would cost two megabytes for each layer of a short text."""
+    memory = mmap.mmap(-1, max(1, shape[0] * shape[1] * shape[2]))
+    return np.frombuffer(memory, np.uint8, shape[0] * shape[1] * shape[2]).reshape(shape)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..sampling.gumbel import Generate
+from ..sampling.gumbel import NoiseSource
 
 # request, offset of a mask, its logits [1, vocabulary] -> the token that the mask is taken to predict
 PickMask = Callable[[int, int, Tensor], int]
@@ -32,11 +32,12 @@ class Cache(Protocol):
         its tree holds too, on the same path of tokens.
         """
 
-    def cut(self, length: int) -> None:
-        """Keep the first tokens only."""
+    def reserve(self, length: int) -> bool:
+        """Have memory for so many tokens, rows of the next forward included; False where there is none
+        left."""
 
-    def copy(self, source: Self, length: int) -> None:
-        """Take over, while still empty, the first tokens of another cache of the same pool."""
+    def remember(self, tokens: Sequence[int]) -> None:
+        """Let later caches of the pool begin with what this one holds of its text, which these tokens are."""
 
     def close(self) -> None:
         """Give the memory back. The cache is not used again."""
@@ -65,8 +66,17 @@ class Rows(Protocol):
 class Pool(Protocol):
     """Memory for the caches of one engine."""
 
-    def open(self) -> Cache:
-        """An empty cache."""
+    def open(self, tokens: Sequence[int] = (), salt: str = "") -> Cache:
+        """A cache that holds what is remembered of the beginning of these tokens, the last one never. Texts
+        of different salts share nothing."""
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens the caches hold together, at most; None where memory is taken as it is needed."""
+
+    @property
+    def free(self) -> int | None:
+        """How many more they hold now; None likewise."""
 
 
 class Model(Protocol):
@@ -83,15 +93,20 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def noise(self) -> Generate | None:
+    def noise(self) -> NoiseSource | None:
         """How it makes sampling noise, where it has a faster way than torch's."""
 
     @property
     def lookahead(self) -> Lookahead | None:
         """The mask tokens of its adapter, if it has one: ids at or above `vocab_size`, never picked."""
 
-    def pool(self) -> Pool:
-        """Fresh memory for an engine's caches."""
+    @property
+    def ragged(self) -> bool:
+        """True if trees of different sizes and chunks of prompts run together without padding."""
+
+    def pool(self, memory: int | None = None) -> Pool:
+        """Fresh memory for an engine's caches. memory: bytes, at most. Raises InvalidOption for a limit that
+        cannot be kept."""
 
     @property
     def loops(self) -> Loops | None:
@@ -114,8 +129,9 @@ class Model(Protocol):
     def stepping(self) -> AbstractContextManager[None]:
         """Around a step of the engine: what the model needs of its surroundings meanwhile."""
 
-    def cost(self, rows: int) -> float:
-        """What a step with so many rows takes, in units of one with a single row. Measured at first use."""
+    def cost(self, rows: int, history: int = 0) -> float:
+        """What a step with so many rows takes, in units of one with a single row and little history. history:
+        tokens before each row, on average. Measured at first use."""
 
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask

@@ -1,8 +1,9 @@
 """What a step costs by its number of rows, measured on this machine. Drafts are sized by it.
 
-Measured are forward and head of chains of several lengths behind a short history, in turn, and the best of a
-few rounds counts. Between the lengths measured the time is interpolated, beyond them extrapolated. A step
-never counts as cheaper than one with fewer rows: where a measurement says so, it is noise.
+Measured are forward and head of chains of several lengths, in turn, and the best of a few rounds counts:
+behind a short history, and behind longer ones where a cache can pretend to hold them. Between the lengths
+measured the time is interpolated, beyond them extrapolated. A step never counts as cheaper than one with
+fewer rows: where a measurement says so, it is noise.
 
 A table is kept in the cache folder, for a model's shape and dtype on this machine with these threads and
 library versions, so that it is measured once and not at every start. Where the folder cannot be written, it
@@ -19,7 +20,7 @@ import platform
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, count
 from pathlib import Path
 
@@ -28,30 +29,54 @@ import torch
 from ..engine.tree import Tree
 from .cache_folder import cache_folder
 from .numerics import RowRange
-from .protocol import Model
+from .paged_cache import PagedCache
+from .protocol import Cache, Model
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that are measured
 HISTORY = 192  # tokens before them
+HISTORIES = (2048, 6144)  # longer ones that are measured, where the context holds them
+LONG_ROWS = (1, 8, 64)  # numbers of rows that are measured behind those
 ROUNDS = 3  # at least
 SECONDS = 0.5  # and as many more as fit
-TABLE_VERSION = 1  # of the way to measure; another one is measured anew
+TABLE_VERSION = 2  # of the way to measure; another one is measured anew
 LOG = logging.getLogger("selfdraft")
 
 
+Seconds = Mapping[int, Mapping[int, float]]
+"""History -> rows -> seconds of a step."""
+
+
 class StepTimes:
-    """The cost of a step by its rows, in units of a step with one row."""
+    """The cost of a step by its rows and history, in units of a step with one row and the least history."""
+
+    def __init__(self, seconds: Seconds) -> None:
+        """seconds: measured; for each history two numbers of rows at least."""
+        self.seconds = {history: dict(sorted(of.items())) for history, of in sorted(seconds.items())}
+        self.histories = list(self.seconds)
+        self._lines = [_Line(of) for of in self.seconds.values()]
+        self.unit = self._lines[0].times[0]
+
+    def __call__(self, rows: int, history: int = 0) -> float:
+        first = max(self.unit, self._lines[0](rows))
+        if len(self._lines) == 1 or history <= self.histories[0]:
+            return first / self.unit
+        at = min(bisect_left(self.histories, history), len(self.histories) - 1)
+        low, high = (max(first, self._lines[i](rows)) for i in (at - 1, at))
+        a, b = self.histories[at - 1 : at + 1]
+        return max(first, low + (high - low) * (history - a) / (b - a)) / self.unit
+
+
+class _Line:
+    """Seconds by rows, behind one history."""
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
-        """seconds: measured, by number of rows; two numbers at least."""
-        self.seconds = dict(sorted(seconds.items()))
-        self.rows = list(self.seconds)
-        times = list(accumulate(self.seconds.values(), max))
-        self.costs = [t / times[0] for t in times]
+        self.rows = list(seconds)
+        self.times = list(accumulate(seconds.values(), max))
 
     def __call__(self, rows: int) -> float:
         at = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
-        (a, b), (low, high) = self.rows[at - 1 : at + 1], self.costs[at - 1 : at + 1]
-        return max(1.0, low + (high - low) * (rows - a) / (b - a))
+        (a, b), (low, high) = self.rows[at - 1 : at + 1], self.times[at - 1 : at + 1]
+        return low + (high - low) * (rows - a) / (b - a)
 
 
 def step_times(model: Model, rows_per_call: RowRange, identity: Mapping[str, object]) -> StepTimes:
@@ -79,25 +104,40 @@ def measure(model: Model, rows_per_call: RowRange) -> StepTimes:
     cache = pool.open()
     model.forward([Tree.chain([0] * history)], [cache])
     cache.keep(range(history), [])
+    found = {history: _times(model, cache, widths)}
+    for longer in HISTORIES:
+        enough = longer + max(LONG_ROWS) <= min(model.context, pool.tokens or 0)
+        if isinstance(cache, PagedCache) and enough:
+            cache.pretend(longer)
+            found[longer] = _times(model, cache, LONG_ROWS)
+    return StepTimes(found)
+
+
+def _times(model: Model, cache: Cache, widths: Sequence[int]) -> dict[int, float]:
+    """Seconds of a step behind what the cache holds, by its rows."""
     trees = {rows: _tree(model, rows) for rows in widths}
     best: dict[int, float] = {}
     started = time.perf_counter()
     for rounds in count():
         if rounds > ROUNDS and time.perf_counter() - started > SECONDS:
-            break
+            return best
         for rows in widths:
             at = time.perf_counter()
-            tree, own, masks = trees[rows]
-            out = model.forward([tree], [cache])
-            model.head(out, [own])
-            if masks:
-                model.mask_logits(out, [masks], [0], lambda *_: 0)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
+            _step(model, cache, *trees[rows])
             took = time.perf_counter() - at
             if rounds:  # the first round warms up
                 best[rows] = min(took, best.get(rows, took))
-    return StepTimes(best)
+    raise AssertionError
+
+
+def _step(model: Model, cache: Cache, tree: Tree, own: range, masks: range) -> None:
+    with model.stepping():
+        out = model.forward([tree], [cache], wanted=[len(own)])
+        model.head(out, [own])
+        if masks:
+            model.mask_logits(out, [masks], [0], lambda *_: 0)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
 
 
 def _tree(model: Model, rows: int) -> tuple[Tree, range, range]:
@@ -134,12 +174,12 @@ def _read(path: Path, identity: str) -> StepTimes | None:
     """The table in a file; None where there is none, it is damaged, or another model's."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {int(rows): float(took) for rows, took in record["seconds"].items()}
-        if (
-            record["identity"] != identity
-            or len(seconds) < 2
-            or not all(0 < t < 1e6 for t in seconds.values())
-        ):
+        seconds = {
+            int(history): {int(rows): float(took) for rows, took in of.items()}
+            for history, of in record["seconds"].items()
+        }
+        sound = [len(of) >= 2 and all(0 < took < 1e6 for took in of.values()) for of in seconds.values()]
+        if record["identity"] != identity or not sound or not all(sound):
             return None
         return StepTimes(seconds)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -29,10 +29,11 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from .._common.machine import weights_sha256
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
-from ..errors import ModelUnsupported
-from ..sampling.gumbel import Generate
+from ..errors import InvalidOption, ModelUnsupported
+from ..sampling.gumbel import NoiseSource
 from . import attention
-from .adapters.adapter import Adapter, Gate, attach, check_float, merge
+from .adapters.adapter import Adapter, Gate, attach, check_float, linear_layers, merge, read_in_turn
+from .adapters.fingerprint import fingerprint
 from .conformance import check_tree, context_length, naming_the_model
 from .head import Head, split
 from .kv_cache import Lane, Lanes, Pair
@@ -113,9 +114,8 @@ class TransformersModel:
     def name(self) -> str:
         return str(self.model.config.model_type)
 
-    @property
-    def noise(self) -> Generate | None:
-        return None
+    noise: NoiseSource | None = None
+    ragged = False
 
     @property
     def config(self) -> PretrainedConfig:
@@ -161,13 +161,30 @@ class TransformersModel:
         token = torch.zeros(1, dtype=torch.long, device=self.device)
         return int(self.model.get_input_embeddings()(token).shape[-1])
 
-    def pool(self) -> Lanes:
+    def pool(self, memory: int | None = None) -> Lanes:
+        if memory is not None:
+            raise InvalidOption(
+                f"kv_memory={memory}: this model runs through transformers' forward, "
+                "whose cache grows as it is needed",
+                option="kv_memory",
+            )
         return Lanes(*self._stored())
 
     def _stored(self) -> tuple[torch.dtype | None, Sequence[Pair | None]]:
         """What a cache holds: its dtype, and what stands before every history."""
         prefix = self.adapter.pairs() if self.adapter is not None else ()
         return torch.float64 if self.numerics == "exact" else None, prefix
+
+    def fingerprint(self) -> str:
+        """That of the weights; see `adapters.fingerprint`."""
+        return fingerprint(self.model)
+
+    def adapter_shape(
+        self, targets: Sequence[str]
+    ) -> tuple[int, list[Pair | None], Mapping[str, tuple[int, int]]]:
+        """What `Adapter` is made for: the size of an embedding, keys and values like those of each layer, and
+        the linear layers with LoRA. Raises AdapterError for a target that it has not."""
+        return self.width, self.read([0]), linear_layers(self.model, targets)
 
     def adapted(self, adapter: Adapter) -> TransformersModel:
         """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
@@ -293,10 +310,10 @@ class TransformersModel:
     def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def cost(self, rows: int) -> float:
+    def cost(self, rows: int, history: int = 0) -> float:
         if self.step_times is None:
             self.step_times = step_times(self, self.rows, self._shape())
-        return self.step_times(rows)
+        return self.step_times(rows, history)
 
     def _shape(self) -> Mapping[str, object]:
         """What the time of a step depends on: the shapes and dtypes of weights, and what else is computed."""
@@ -318,18 +335,13 @@ class TransformersModel:
     ) -> list[Tensor]:
         if self.adapter is None or self.adapter.sampler is None:
             return self.head(rows, index)
-        previous = list(tokens)
-        made: list[list[Tensor]] = [[] for _ in index]
-        for offset in range(max(len(own) for own in index)):
-            live = [i for i, own in enumerate(index) if len(own) > offset]
-            asked = [own[offset : offset + 1] for own in index]
-            before = torch.tensor([previous[i] for i in live], device=self.device)
-            logits = self.logits(
-                self.apply_sampler_head(_chosen(cast(TransformersRows, rows), asked), before)
-            )
-            for i, row in zip(live, logits.split(1), strict=True):
-                made[i].append(row)
-                previous[i] = pick(i, offset, row) if offset + 1 < len(index[i]) else -1
+
+        def read(asked: Sequence[Sequence[int]], before: Sequence[int]) -> Sequence[Tensor]:
+            told = torch.tensor(list(before), device=self.device)
+            hidden = self.apply_sampler_head(_chosen(cast(TransformersRows, rows), asked), told)
+            return list(self.logits(hidden).split(1))
+
+        made = read_in_turn(index, tokens, pick, read)
         return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
 
     def apply_sampler_head(self, hidden: Tensor, previous: Tensor) -> Tensor:

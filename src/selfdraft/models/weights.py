@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -42,6 +43,10 @@ class Stored:
     ins: int
     format: str
     """The packed format in which it runs as stored, one of `kernels.library.FORMATS`."""
+
+    def float32(self) -> NDArray[np.float32]:
+        """[outs, ins]"""
+        return np.asarray(dequantize(self.rows, GGMLQuantizationType[self.kind]), np.float32)
 
 
 class Weights(Protocol):

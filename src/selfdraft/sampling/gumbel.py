@@ -10,7 +10,8 @@ With 32-bit words a pick's probability is off by at most about vocabulary / 2**3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,40 +48,60 @@ def gumbel(seed: int, sample: int, positions: Sequence[int], vocabulary: int, de
     return uniform.log_().neg_().log_().neg_().float()
 
 
-Generate = Callable[[int, int, Sequence[int], int, torch.device], Tensor]
-"""seed, sample, positions, vocabulary, device -> float32 [positions, vocabulary]; `gumbel` is one."""
+class NoiseSource(Protocol):
+    """A way to make the noise. A model may have a faster one than torch's."""
+
+    @property
+    def block(self) -> int:
+        """Positions that cost little more together than one."""
+
+    def noise(
+        self, seed: int, sample: int, positions: Sequence[int], vocabulary: int, device: torch.device
+    ) -> Tensor:
+        """As `gumbel`."""
+
+    def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
+        """The token with the best score, logit + temperature * noise, at an index of the text. logits:
+        float32 [vocabulary], which stay as they are."""
+
+
+class TorchNoise:
+    """`gumbel` as a source."""
+
+    block = 16
+    noise = staticmethod(gumbel)
+
+    def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
+        at = noise.at([position], len(logits), logits.device)[0]
+        return int(logits.add(at, alpha=temperature).argmax())
 
 
 class Noise:
-    """The noise of one sample, generated some positions at a time and remembered.
+    """The noise of one sample, generated some positions at a time and remembered: a position is needed again
+    by every step whose tree reaches it."""
 
-    A position is needed again by every step whose tree reaches it. In torch, generating 16 positions at once
-    costs little more than one.
-    """
-
-    def __init__(self, seed: int, sample: int = 0, generate: Generate | None = None) -> None:
-        """generate: the way to make it, a position at a time; None is `gumbel`, 16 of them at a time."""
+    def __init__(self, seed: int, sample: int = 0, source: NoiseSource | None = None) -> None:
+        """source: None is torch."""
         self.seed = seed
         self.sample = sample
-        self._generate = generate or gumbel
-        self._block = 16 if generate is None else 1
+        self.source = source or TorchNoise()
+        self._block = self.source.block
         self._of: tuple[int, torch.device] | None = None
         self._blocks: dict[int, Tensor] = {}
 
     def at(self, positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
-        """float32 [len(positions), vocabulary]. What lies before these positions is forgotten."""
-        noise = self.peek(positions, vocabulary, device)
-        first = min(positions) // self._block
-        self._blocks = {b: block for b, block in self._blocks.items() if b >= first}
-        return noise
-
-    def peek(self, positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
-        """The same, for positions that may lie ahead of those in use."""
+        """float32 [len(positions), vocabulary]."""
         if self._of != (vocabulary, device):
             self._of, self._blocks = (vocabulary, device), {}
         needed = {position // self._block for position in positions}
         if missing := sorted(needed - self._blocks.keys()):
             spans = [block * self._block + i for block in missing for i in range(self._block)]
-            fresh = self._generate(self.seed, self.sample, spans, vocabulary, device).split(self._block)
+            fresh = self.source.noise(self.seed, self.sample, spans, vocabulary, device).split(self._block)
             self._blocks |= dict(zip(missing, fresh, strict=True))
         return torch.stack([self._blocks[p // self._block][p % self._block] for p in positions])
+
+    def forget(self, before: int) -> None:
+        """Forget the positions before this one."""
+        first = before // self._block
+        if self._blocks and min(self._blocks) < first:
+            self._blocks = {b: block for b, block in self._blocks.items() if b >= first}

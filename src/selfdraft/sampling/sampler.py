@@ -19,13 +19,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence, Set
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from ..engine.tree import Tree
 from ..errors import InvalidOption
 from ..params import SamplingParams
-from .gumbel import Generate, Noise
+from .gumbel import Noise, NoiseSource
 from .processors import filtered, penalise
 
 
@@ -40,15 +42,15 @@ class Sampler:
         device: torch.device,
         ends: Set[int] = frozenset(),
         sample: int = 0,
-        generate: Generate | None = None,
+        source: NoiseSource | None = None,
     ) -> None:
         """prompt: token ids; they count for the repetition penalty alone. vocabulary: how many ids the model
         has. ends: ids that may not be picked before `min_new_tokens`. sample: keys the noise, beside
-        seed. generate: how the model makes noise, see `gumbel.Noise`.
+        seed. source: how the model makes noise; None is torch.
 
         Raises InvalidOption for a bias on an id that the model does not have, and where no token is left.
         """
-        _check(params, vocabulary, ends, sample)
+        check_params(params, vocabulary, ends, sample)
         self.params = params
         self.vocabulary = vocabulary
         self.device = device
@@ -56,7 +58,7 @@ class Sampler:
         self.sample = sample
         self.length = len(prompt)  # of the text
         self.start = len(prompt) + params.min_new_tokens  # index in the text from which on it may end
-        self._noise = Noise(self.seed, sample, generate)
+        self._noise = Noise(self.seed, sample, source)
         known = [token for token in sorted(ends) if 0 <= token < vocabulary]  # no other is ever picked
         self._ends = torch.tensor(known, device=device)
         self._bias = torch.zeros(vocabulary, device=device)
@@ -72,7 +74,27 @@ class Sampler:
         """True if the scores of the next token are the logits themselves."""
         params = self.params
         changes = params.temperature or params.logit_bias or params.has_penalties
-        return not changes and (self.length >= self.start or not len(self._ends))
+        return not changes and not self.bans_ends
+
+    @property
+    def bans_ends(self) -> bool:
+        """True if the next token may not end the text."""
+        return self.length < self.start and len(self._ends) > 0
+
+    def draws(self, tree: Tree, logits: Tensor, picks: Sequence[int] | None, finite: Sequence[bool]) -> Draws:
+        """The picks after the rows of a tree. logits: [rows, vocabulary], of the first rows. picks: the
+        likeliest tokens after them, where they are known. finite: whether each row's values are."""
+        return Draws(self, tree, logits, picks if self.is_argmax else None, finite)
+
+    def pick(self, logits: Tensor, position: int) -> int:
+        """The token with the best score at an index of the text, if no penalty and no ban depends on what
+        stands before it. logits: [vocabulary]."""
+        params = self.params
+        if params.logit_bias:
+            logits = self._real(logits) + self._bias
+        if params.temperature and logits.dtype != torch.float64 and not params.has_filters:
+            return self._noise.source.draw(logits.float(), params.temperature, self._noise, position)
+        return int(self.draw(logits[None], [position])[0].argmax())
 
     def scores(self, logits: Tensor, tails: Sequence[Sequence[int]]) -> Tensor:
         """Scores whose argmax is the pick.
@@ -100,7 +122,7 @@ class Sampler:
         logits: [rows, vocabulary]. positions: per row, the index in the text (prompt included) of the token
         that the row predicts. Returns [rows, vocabulary], float32 (float64 for float64 logits).
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = self._real(logits)
         if self.params.temperature == 0:
             return logits
         noise = self._noise.at(positions, logits.shape[-1], logits.device)
@@ -110,30 +132,34 @@ class Sampler:
         """The Gumbel noise of some tokens at an index of the text, before it is scaled; zeros when greedy."""
         if self.params.temperature == 0:
             return [0.0] * len(tokens)
-        values: list[float] = self._noise.peek([position], self.vocabulary, self.device)[0][
-            list(tokens)
-        ].tolist()
+        at = self._noise.at([position], self.vocabulary, self.device)[0]
+        values: list[float] = at[list(tokens)].tolist()
         return values
 
     def take(self, tokens: Sequence[int]) -> None:
         """Count tokens that the text has gained."""
         self.length += len(tokens)
+        self._noise.forget(self.length)
         if self.params.has_penalties:
             ids = torch.tensor(tokens, dtype=torch.long, device=self.device)
             self._counts.index_add_(0, ids, self._counts.new_ones(len(tokens)))
             self._seen[ids] = True
 
     def _scores(self, logits: Tensor, tails: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = self._real(logits)
         if self.params.logit_bias:
             logits = logits + self._bias
         if self.params.has_penalties:
             logits = penalise(logits, self.params, *self._before(tails))
-        if len(self._ends) and self.length < self.start:
+        if self.bans_ends:
             early = torch.tensor([p < self.start for p in positions], device=self.device)[:, None]
             held = logits[:, self._ends].masked_fill(early, -math.inf)
             logits = logits.index_copy(1, self._ends, held)
         return self.draw(logits, positions)
+
+    @staticmethod
+    def _real(logits: Tensor) -> Tensor:
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _before(self, tails: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """How often, and whether, each token occurs before each row, [rows or 1, vocabulary]."""
@@ -147,7 +173,71 @@ class Sampler:
         return counts, seen
 
 
-def _check(params: SamplingParams, vocabulary: int, ends: Set[int], sample: int) -> None:
+class Draws(Sequence[int]):
+    """The tokens picked after the rows of one tree, -1 after one whose values are not finite. Each is drawn
+    when it is first asked for, since the walk comes by few of the rows. What depends on the text so far is
+    drawn at once: the text will have grown."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        tree: Tree,
+        logits: Tensor,
+        picks: Sequence[int] | None,
+        finite: Sequence[bool],
+    ) -> None:
+        self._sampler, self._tree, self._logits, self._finite = sampler, tree, logits, finite
+        self._length = sampler.length
+        self._known: list[int | None] = [None] * len(logits) if picks is None else list(picks)
+        self._scores: Tensor | None = None
+        if picks is None and (sampler.params.has_penalties or sampler.bans_ends):
+            best = self.scores().argmax(-1).tolist()
+            self._known = [token if fine else -1 for token, fine in zip(best, finite, strict=False)]
+
+    def scores(self) -> Tensor:
+        """See `Step.scores`."""
+        if self._scores is None:
+            sampler = self._sampler
+            if sampler.params.has_penalties or sampler.bans_ends:
+                self._scores = sampler.scores(self._logits, _tails(self._tree, len(self)))
+            else:
+                logits = self._logits + sampler._bias if sampler.params.logit_bias else self._logits
+                positions = [self._length + depth for depth in self._tree.depth[: len(self)]]
+                self._scores = sampler.draw(logits, positions)
+        return self._scores
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @overload
+    def __getitem__(self, row: int) -> int: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[int]: ...
+
+    def __getitem__(self, row: int | slice) -> int | list[int]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        known = self._known[row]
+        if known is None:
+            known = -1
+            if self._finite[row]:
+                known = self._sampler.pick(self._logits[row], self._length + self._tree.depth[row])
+            self._known[row] = known
+        return known
+
+
+def _tails(tree: Tree, count: int) -> list[Sequence[int]]:
+    """Per row, of the first `count`, the tokens between the text and the one that the row predicts: its own
+    and its ancestors', the root's apart, which the text has already."""
+    tails: list[Sequence[int]] = [()]
+    for token, parent in zip(tree.tokens[1:count], tree.parents[1:count], strict=True):
+        tails.append((*tails[parent], token))
+    return tails
+
+
+def check_params(params: SamplingParams, vocabulary: int, ends: Set[int], sample: int) -> None:
+    """Raises InvalidOption as `Sampler` does."""
     if not 0 <= sample < 2**32:
         raise InvalidOption(f"sample must be in [0, 2**32); got {sample}")
     if params.logprobs is not None and params.logprobs > vocabulary:

@@ -66,6 +66,30 @@ class StopStrings:
         return next((i for i in starts if any(s.startswith(text[i:]) for s in self.strings)), len(text))
 
 
+class TextStream:
+    """The text of an answer in pieces, while its ids come. What was shown is never taken back: what may be
+    the beginning of a stop string is held."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Stop | None = None
+    ) -> None:
+        self._text = Detokenizer(tokenizer, prompt)
+        self._stop = stop if isinstance(stop, StopStrings) else None
+        self._held, self._shown = "", 0
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The text that these ids complete. They are not the last."""
+        self._held += self._text.add(ids)
+        safe = self._stop.safe(self._held) if self._stop is not None else len(self._held)
+        piece, self._held = self._held[:safe], self._held[safe:]
+        self._shown += safe
+        return piece
+
+    def finish(self, text: str) -> str:
+        """The last piece. text: the whole answer."""
+        return text[self._shown :]
+
+
 class StringWatch:
     """The search for stop strings in one answer, token by token, at a cost that does not grow with it."""
 

@@ -23,7 +23,7 @@ from ..engine.step import Step
 from ..engine.tree import Tree
 from ..models.loading import AnyModel
 from ..params import SamplingParams
-from ..sampling.gumbel import Generate
+from ..sampling.gumbel import NoiseSource
 from ..sampling.sampler import Sampler
 from .adversaries import Garbage, Oracle
 
@@ -206,9 +206,11 @@ def _difference(
     return Difference(check, *where, expected, got, margin, ulps, reproduces)
 
 
-def _scores(params: SamplingParams, text: Sequence[int], logits: Tensor, generate: Generate | None) -> Tensor:
+def _scores(
+    params: SamplingParams, text: Sequence[int], logits: Tensor, source: NoiseSource | None
+) -> Tensor:
     """Scores of the token after a text, [vocabulary]."""
-    return Sampler(params, text, len(logits), logits.device, generate=generate).scores(logits[None], [()])[0]
+    return Sampler(params, text, len(logits), logits.device, source=source).scores(logits[None], [()])[0]
 
 
 def _margin(
@@ -217,14 +219,14 @@ def _margin(
     logits: Tensor,
     expected: int,
     got: int,
-    generate: Generate | None,
+    source: NoiseSource | None,
 ) -> float:
     """How far logits would have to move for `got` to be picked: by its score, or past a filter's edge."""
-    scores = _scores(params, text, logits, generate)
+    scores = _scores(params, text, logits, source)
     if scores[got].isfinite():
         return float(scores[expected] - scores[got])
-    unfiltered = _scores(replace(params, top_k=0, top_p=1.0, min_p=0.0), text, logits, generate)
-    processed = _scores(replace(params, temperature=0.0), text, logits, generate)
+    unfiltered = _scores(replace(params, top_k=0, top_p=1.0, min_p=0.0), text, logits, source)
+    processed = _scores(replace(params, temperature=0.0), text, logits, source)
     short = processed[scores.isfinite()].min() - processed[got]
     return float(torch.maximum(unfiltered[expected] - unfiltered[got], short))
 

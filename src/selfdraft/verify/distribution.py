@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..params import SamplingParams
-from ..sampling.gumbel import Generate
+from ..sampling.gumbel import NoiseSource
 from ..sampling.sampler import Sampler
 
 SETTINGS: tuple[dict[str, float], ...] = (
@@ -58,25 +58,25 @@ class Fit:
         return self.p >= ALPHA and self.variation <= self.limit
 
 
-def fits(logits: Tensor, seed: int, picks: int = 2_000, generate: Generate | None = None) -> list[Fit]:
+def fits(logits: Tensor, seed: int, picks: int = 2_000, source: NoiseSource | None = None) -> list[Fit]:
     """Test all settings on next-token logits of the model, [rows, vocabulary]. generate: how it makes
     noise."""
-    return [_fit(setting, logits.float(), seed, picks, generate) for setting in SETTINGS]
+    return [_fit(setting, logits.float(), seed, picks, source) for setting in SETTINGS]
 
 
 def _fit(
-    setting: Mapping[str, float], logits: Tensor, seed: int, picks: int, generate: Generate | None
+    setting: Mapping[str, float], logits: Tensor, seed: int, picks: int, source: NoiseSource | None
 ) -> Fit:
     params = SamplingParams.read({**setting, "seed": seed})
     small = torch.tensor([2.0, 1.4, 0.9, 0.3, 0.0, -0.4, -1.0, -2.0])
-    p = _chi_square(_counts(params, small, PICKS, generate), _probabilities(setting, small))
-    rows = [_variation(params, row, _probabilities(setting, row), picks, generate) for row in logits]
+    p = _chi_square(_counts(params, small, PICKS, source), _probabilities(setting, small))
+    rows = [_variation(params, row, _probabilities(setting, row), picks, source) for row in logits]
     variation, expected, limit = max(rows, key=lambda row: row[0] - row[2])
     return Fit(dict(setting), p, variation, expected, limit)
 
 
-def _counts(params: SamplingParams, logits: Tensor, picks: int, generate: Generate | None) -> Tensor:
-    sampler = Sampler(params, (), len(logits), logits.device, generate=generate)
+def _counts(params: SamplingParams, logits: Tensor, picks: int, source: NoiseSource | None) -> Tensor:
+    sampler = Sampler(params, (), len(logits), logits.device, source=source)
     counts = torch.zeros(len(logits), dtype=torch.float64)
     for start in range(0, picks, BATCH):
         positions = range(start, min(start + BATCH, picks))
@@ -113,14 +113,14 @@ def _chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 def _variation(
-    params: SamplingParams, logits: Tensor, probabilities: Tensor, picks: int, generate: Generate | None
+    params: SamplingParams, logits: Tensor, probabilities: Tensor, picks: int, source: NoiseSource | None
 ) -> tuple[float, float, float]:
     """Total variation of the picks; its mean and a limit for the same number of independent draws.
 
     One draw moves the total variation by at most 1 / picks, so by McDiarmid's inequality it exceeds its
     mean by t with chance exp(-2 picks t^2) at most.
     """
-    found = (_counts(params, logits, picks, generate) / picks - probabilities).abs().sum() / 2
+    found = (_counts(params, logits, picks, source) / picks - probabilities).abs().sum() / 2
     generator = torch.Generator().manual_seed(params.seed or 0)
     draws = [
         torch.multinomial(probabilities, picks, replacement=True, generator=generator).bincount(

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, cast
@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 from ...drafting.method import Lookahead
 from ...errors import AdapterError, InvalidOption
 from ..kv_cache import Pair
+from ..protocol import PickMask
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROWS = 12  # of a forward that shows which layers run on rows
@@ -92,6 +93,29 @@ class SamplerHead(torch.nn.Module):
         both = torch.cat([_unit(hidden), _unit(embedded)], -1).to(self.inner.dtype)
         more = linear(silu(linear(both, self.inner)), self.outer)
         return hidden + more.to(hidden.dtype)
+
+
+def read_in_turn(
+    index: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    pick: PickMask,
+    read: Callable[[Sequence[Sequence[int]], Sequence[int]], Sequence[Tensor]],
+) -> list[list[Tensor]]:
+    """Logits of mask rows, mask after mask: a sampler head sees what the one before is taken to predict.
+
+    index, tokens, pick: as `protocol.Model.mask_logits` has them. read: logits of at most one row of each
+    request, [1, vocabulary] for each that has one; its second argument holds the token before for each of
+    these.
+    """
+    previous = list(tokens)
+    made: list[list[Tensor]] = [[] for _ in index]
+    for offset in range(max(len(own) for own in index)):
+        live = [i for i, own in enumerate(index) if len(own) > offset]
+        found = read([own[offset : offset + 1] for own in index], [previous[i] for i in live])
+        for i, row in zip(live, found, strict=True):
+            made[i].append(row)
+            previous[i] = pick(i, offset, row) if offset + 1 < len(index[i]) else -1
+    return made
 
 
 def _unit(rows: Tensor) -> Tensor:
@@ -257,13 +281,7 @@ def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, t
     if not targets:
         return {}
     inner = {name: size for name, module in _inner(model) if (size := features(module)) is not None}
-    last = {name: name.split(".")[-1] for name in inner}
-    missing = [target for target in targets if target not in last.values()]
-    if missing:
-        known = ", ".join(sorted(set(last.values()))) or "none"
-        raise AdapterError(
-            f"{model.config.model_type} has no linear layer {missing[0]}; its linear layers: {known}"
-        )
+    found = targeted(model.config.model_type, inner, targets)
     fit = all_targets(model)
     wrong = [target for target in targets if target not in fit]
     if wrong:
@@ -271,7 +289,22 @@ def linear_layers(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, t
             f"{model.config.model_type}: {wrong[0]} does not run on the rows of a text, like the experts "
             f"of a mixture; linear layers that do: {', '.join(fit)}"
         )
-    return {name: inner[name] for name in inner if last[name] in targets}
+    return found
+
+
+def targeted(
+    kind: str, layers: Mapping[str, tuple[int, int]], targets: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Those of the linear layers whose names end in one of `targets`. kind: of the model.
+
+    Raises AdapterError for a target without any.
+    """
+    last = {name: name.split(".")[-1] for name in layers}
+    missing = [target for target in targets if target not in last.values()]
+    if missing:
+        known = ", ".join(sorted(set(last.values()))) or "none"
+        raise AdapterError(f"{kind} has no linear layer {missing[0]}; its linear layers: {known}")
+    return {name: layers[name] for name in layers if last[name] in targets}
 
 
 def all_targets(model: PreTrainedModel) -> tuple[str, ...]:

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 LOADING = (
     *("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"),
@@ -23,8 +27,20 @@ CHUNK = 1 << 24  # weights hashed at a time
 
 def fingerprint(model: PreTrainedModel) -> str:
     """64 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(_settings(model.config.to_diff_dict()), sort_keys=True).encode())
-    for name, weight in sorted(model.named_parameters()):
+    return _hash(model.config, sorted(model.named_parameters()))
+
+
+def stored_fingerprint(config: PretrainedConfig, vector: Callable[[str], NDArray[np.float32]]) -> str:
+    """The same of a checkpoint that transformers has not loaded. vector: its weights by name, in float32."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = sorted((name, part.shape) for name, part in model.named_parameters())
+    return _hash(config, ((name, torch.tensor(vector(name)).view(shape)) for name, shape in shapes))
+
+
+def _hash(config: PretrainedConfig, weights: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(json.dumps(_settings(config.to_diff_dict()), sort_keys=True).encode())
+    for name, weight in weights:
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         for part in weight.detach().reshape(-1).split(CHUNK):
             kept = part.bfloat16() if part.is_floating_point() else part

@@ -10,23 +10,54 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..._common import options
 from ...drafting.method import Lookahead, Method
 from ...errors import AdapterError, InvalidOption
-from ..transformers import TransformersModel
-from .adapter import Adapter, AdapterConfig, LowRank, linear_layers
-from .fingerprint import fingerprint
+from ..kv_cache import Pair
+from .adapter import Adapter, AdapterConfig, LowRank
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PEFT = "base_model.model."  # before the names of layers, in peft's layout
+
+
+class Base(Protocol):
+    """A model that takes adapters: the decoder, or transformers' forward."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+
+    def adapter_shape(
+        self, targets: Sequence[str]
+    ) -> tuple[int, Sequence[Pair | None], Mapping[str, tuple[int, int]]]:
+        """What `Adapter` is made for, with LoRA on such linear layers. Raises AdapterError for a target that
+        the model has not."""
+
+    def adapted(self, adapter: Adapter) -> Self:
+        """The model with an adapter at work. Raises AdapterError where a part has no place in it."""
+
+
+AnyBase = TypeVar("AnyBase", bound=Base)
 
 
 def chosen(method: Method, label: str, name: str, given: str | None) -> str | None:
@@ -42,7 +73,7 @@ def chosen(method: Method, label: str, name: str, given: str | None) -> str | No
     return given
 
 
-def fit(model: TransformersModel, method: Method, label: str, source: str | None) -> TransformersModel:
+def fit(model: AnyBase, method: Method, label: str, source: str | None) -> AnyBase:
     """A model with that adapter. Raises AdapterError where it lacks what the method needs, or would do
     nothing."""
     if source is None:
@@ -59,7 +90,7 @@ def fit(model: TransformersModel, method: Method, label: str, source: str | None
     return model.adapted(adapter)
 
 
-def load(source: str, model: TransformersModel, bound: bool = True) -> Adapter:
+def load(source: str, model: Base, bound: bool = True) -> Adapter:
     """The adapter of a folder or a hub id, for a model, in its dtype.
 
     bound: refuse one that was trained for another base. False where its training is only continued.
@@ -69,15 +100,14 @@ def load(source: str, model: TransformersModel, bound: bool = True) -> Adapter:
     folder = _folder(source)
     config, about = _config(folder, source)
     base = about.get("base")
-    if bound and base != fingerprint(model.model):
+    if bound and base != model.fingerprint():
         raise AdapterError(
             f"adapter {source} was trained for {about.get('base_name')!r}, whose weights these are not: "
-            f"config and weights hash to {base!s:.12}..., those of {model.model.name_or_path or model.name} "
+            f"config and weights hash to {base!s:.12}..., those of {model.config.name_or_path or model.name} "
             "to something else; load the base it names, or train an adapter for this one"
         )
     weights = _weights(folder, source)
-    layers = linear_layers(model.model, config.targets if config.rank else ())
-    adapter = Adapter(config, model.width, model.read([0]), layers)
+    adapter = Adapter(config, *model.adapter_shape(config.targets if config.rank else ()))
     _fill(adapter, weights, source)
     adapter.odds, adapter.tuning_cost = about["odds"], about.get("tuning_cost")
     few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
@@ -87,7 +117,7 @@ def load(source: str, model: TransformersModel, bound: bool = True) -> Adapter:
 def save(
     folder: Path,
     adapter: Adapter,
-    model: TransformersModel,
+    model: Base,
     method: str,
     base_name: str,
     about: Mapping[str, Any],
@@ -113,7 +143,7 @@ def save(
         "sampler": config.sampler,
         "gated": config.gated,
         "filler": config.filler,
-        "base": fingerprint(model.model),
+        "base": model.fingerprint(),
         "base_name": base_name,
         "odds": adapter.odds,
         **about,

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,18 @@ WEIGHT_TYPES = {
     "IQ4_NL": WeightType(20, "q8"),
 }
 """By ggml's names. Scales of the types K are rounded to half precision, by at most 0.05 %."""
-SIZES = ("lanes", "pairs", "page", "part", "block_rows", "queries", "tree_slots", "scratch_bytes", "layers")
+SIZES = (
+    "lanes",
+    "pairs",
+    "page",
+    "part",
+    "block_rows",
+    "queries",
+    "tree_slots",
+    "scratch_bytes",
+    "layers",
+    "row_floats",
+)
 
 
 class Library:
@@ -93,16 +104,24 @@ class Library:
             ctypes.c_int,
             ctypes.c_void_p,
         ]
-        self._lib.selfdraft_step.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
-        self._lib.selfdraft_logits.argtypes = [
-            *[ctypes.c_void_p] * 2,
-            ctypes.c_int,
+        self._lib.selfdraft_draw.argtypes = [
             ctypes.c_void_p,
+            ctypes.c_float,
+            ctypes.c_uint64,
+            *[ctypes.c_uint32] * 2,
+            ctypes.c_int,
+        ]
+        self._lib.selfdraft_step.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int]
+        self._lib.selfdraft_logits.argtypes = [
+            *[ctypes.c_void_p] * 3,
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 2,
             ctypes.c_int,
         ]
         sizes = {name: int(self._lib.selfdraft_sizes(i)) for i, name in enumerate(SIZES)}
         self.lanes, self.page, self.block_rows = sizes["lanes"], sizes["page"], sizes["block_rows"]
         self.tree_slots, self.scratch_bytes = sizes["tree_slots"], sizes["scratch_bytes"]
+        self.row_floats = sizes["row_floats"]
 
     def padded(self, outs: int) -> int:
         """Outputs of a packed matrix: whole pairs of panels."""
@@ -139,20 +158,30 @@ class Library:
         memory: structures.Memory,
         batch: structures.Batch,
         work: structures.Work,
+        adapter: structures.Adapter | None,
         threads: int,
     ) -> None:
-        """Run rows through the model; see `cpu/step.h`."""
-        pointers = (ctypes.byref(part) for part in (model, memory, batch, work))
+        """Run rows through the model; see `cpu/step.h`. adapter: at work on the mask rows."""
+        pointers = (_address(part) for part in (model, memory, batch, work, adapter))
         if self._lib.selfdraft_step(*pointers, threads) < 1:
             raise AssertionError("the step was refused")
 
     def logits(
-        self, model: structures.Model, work: structures.Work, rows: Sequence[int], threads: int
+        self,
+        model: structures.Model,
+        work: structures.Work,
+        adapter: structures.Adapter | None,
+        rows: Sequence[int],
+        previous: Sequence[int] | None,
+        threads: int,
     ) -> None:
-        """Logits and picks of some rows of the last step."""
+        """Logits and picks of some rows of the last step. previous: per row the token that the adapter's
+        sampler head sees; None: without that head."""
         index = np.array(rows, np.int32)
-        pointers = ctypes.byref(model), ctypes.byref(work)
-        self._lib.selfdraft_logits(*pointers, len(index), index.ctypes.data, threads)
+        before = None if previous is None else np.array(previous, np.int32)
+        pointers = (_address(part) for part in (model, work, adapter))
+        told = None if before is None else before.ctypes.data
+        self._lib.selfdraft_logits(*pointers, len(index), index.ctypes.data, told, threads)
 
     def noise(self, seed: int, sample: int, positions: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
         """Gumbel noise, [positions, vocabulary]; see `cpu/noise.c`."""
@@ -160,6 +189,16 @@ class Library:
         for row, position in zip(out, positions, strict=True):
             self._lib.selfdraft_noise(seed, sample, position, vocabulary, row.ctypes.data)
         return out
+
+    def draw(
+        self, logits: int, temperature: float, seed: int, sample: int, position: int, vocabulary: int
+    ) -> int:
+        """The token with the best score. logits: the address of float32 [vocabulary]."""
+        return int(self._lib.selfdraft_draw(logits, temperature, seed, sample, position, vocabulary))
+
+
+def _address(structure: ctypes.Structure | None) -> Any:
+    return None if structure is None else ctypes.byref(structure)
 
 
 def flags() -> set[str]:

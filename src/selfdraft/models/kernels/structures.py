@@ -68,6 +68,33 @@ class Memory(Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("layer_bytes", c_int64)]
 
 
+class LowRank(Structure):
+    _fields_ = [
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("rank", c_int32),
+        ("ins", c_int32),
+        ("outs", c_int32),
+        ("at", c_int32),
+        ("wide", c_int32),
+        ("scale", c_float),
+    ]
+
+
+class Adapter(Structure):
+    _fields_ = [
+        ("low_rank", POINTER(LowRank)),
+        ("embeddings", c_void_p),
+        ("prefix_keys", c_void_p),
+        ("prefix_values", c_void_p),
+        ("prefix_table", c_void_p),
+        ("prefix_layer_bytes", c_int64),
+        ("sampler", LowRank),
+        ("prefix", c_int32),
+        ("embedding_scale", c_float),
+    ]
+
+
 class Batch(Structure):
     _fields_ = [
         ("rows", c_int32),
@@ -75,7 +102,6 @@ class Batch(Structure):
         ("table_width", c_int32),
         ("blocks", c_int32),
         ("token", c_void_p),
-        ("vectors", c_void_p),
         ("position", c_void_p),
         ("request", c_void_p),
         ("slot", c_void_p),
@@ -107,6 +133,7 @@ class Work(Structure):
         ("attended", c_void_p),
         ("inner", c_void_p),
         ("change", c_void_p),
+        ("low", c_void_p),
         ("logits", c_void_p),
         ("pick", c_void_p),
         ("finite", c_void_p),
@@ -114,7 +141,9 @@ class Work(Structure):
         ("scratch", c_void_p),
         ("partials", c_void_p),
         ("partial_floats", c_int64),
+        ("rank", c_int32),
+        ("unused", c_int32),
     ]
 
 
-__all__ = ["Batch", "Inputs", "Layer", "Matrix", "Memory", "Model", "Work", "ctypes"]
+__all__ = ["Adapter", "Batch", "Inputs", "Layer", "LowRank", "Matrix", "Memory", "Model", "Work", "ctypes"]

@@ -173,9 +173,9 @@ class StagedModel(TransformersModel):
     def _group(self) -> LoopedModel:
         return cast(LoopedModel, self.model.model)
 
-    def pool(self) -> Lanes:
+    def pool(self, memory: int | None = None) -> Lanes:
         if self.adapter is not None:  # its prefix differs from pass to pass; it does not run by stages
-            return super().pool()
+            return super().pool(memory)
         config = self.model.config
         return StageLanes(*self._stored(), loops=config.loops, unique=config.unique_layers)
 

@@ -41,10 +41,6 @@ typedef struct {
 /* What a partition contributes to one query: maximum, sum, and values' weighted sum [size]. */
 typedef struct { float most, total; float *values; } Partial;
 
-INLINE vf load_wide(const void *p, size_t i, int wide) {
-    return wide == 2 ? widen_bf16((const uint16_t *)p + i) : load((const float *)p + i);
-}
-
 INLINE const void *page_of(const void *memory, const Attention *a, int32_t page, int head) {
     return (const char *)memory + ((size_t)page * a->key_heads + head) * a->size * PAGE * a->wide;
 }
@@ -152,23 +148,28 @@ INLINE void add_slot(const Attention *a, int head, const int32_t *table, int slo
     }
 }
 
+/* The lanes [from, to) of a vector, and another value in the others. */
+INLINE vf only(vf v, int from, int to, float other) {
+    float lane[W];
+    store(lane, v);
+    for (int k = 0; k < W; k++)
+        if (k < from || k >= to) lane[k] = other;
+    return load(lane);
+}
+
 /* Scores of one partition to weights exp(score - maximum), those outside of [from, to) to 0. False if a score in
- * there is not a finite number. */
+ * there is not a finite number, which the cap would hide. */
 INLINE int soften(const Attention *a, float *scores, int from, int to, Partial *part) {
     const float none = -__builtin_inff();
     const int first = from / W * W, end = (to + W - 1) / W * W;
     vf finite = splat(0), most = splat(none), total = splat(0);
     for (int i = first; i < end; i += W) {
+        const int part_of_it = i < from || i + W > to;
         vf s = load(scores + i) * splat(a->scale);
+        if (part_of_it) s = only(s, from - i, to - i, 0);
+        finite = muladd(s, splat(0), finite);
         if (a->cap > 0) s = muladd(splat(2 * a->cap), sigmoid(s * splat(2 / a->cap)), splat(-a->cap)); /* tanh */
-        if (i < from || i + W > to) {
-            float lane[W];
-            store(lane, s);
-            for (int k = 0; k < W; k++)
-                if (i + k < from || i + k >= to) lane[k] = none;
-            s = load(lane);
-        }
-        finite = muladd(as_float(as_int(s) & ~(s == splat(none))), splat(0), finite);
+        if (part_of_it) s = only(s, from - i, to - i, none);
         most = max(most, s);
         store(scores + i, s);
     }

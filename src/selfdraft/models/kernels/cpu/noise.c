@@ -42,25 +42,57 @@ INLINE vu high_half(vu a, uint32_t b) {
     return __builtin_convertvector(__builtin_convertvector(a, vl) * (uint64_t)b >> 32, vu);
 }
 
-/* Noise of all tokens at one index of a text. out: [vocabulary]. */
-EXPORT void selfdraft_noise(uint64_t seed, uint32_t sample, uint32_t position, int vocabulary, float *out) {
+/* Noise of the tokens 4 block .. 4 (block + W) at one index of a text, in their order. */
+INLINE void noise_block(uint64_t seed, uint32_t sample, uint32_t position, int block, float *out) {
     vu lanes;
     for (int i = 0; i < W; i++) lanes[i] = (uint32_t)i;
-    for (int block = 0; block < (vocabulary + 3) / 4; block += W) {
-        vu c[4] = {lanes + (uint32_t)block, (vu){0} + position, (vu){0} + sample, (vu){0}};
-        uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-        for (int round = 0; round < 10; round++) {
-            vu first = c[0] * 0xD2511F53u, second = c[2] * 0xCD9E8D57u;
-            vu next[4] = {high_half(c[2], 0xCD9E8D57u) ^ c[1] ^ key[0], second,
-                          high_half(c[0], 0xD2511F53u) ^ c[3] ^ key[1], first};
-            memcpy(c, next, sizeof c);
-            key[0] += 0x9E3779B9u;
-            key[1] += 0xBB67AE85u;
-        }
-        vf made[4];
-        for (int k = 0; k < 4; k++) made[k] = noise_of(c[k]);
-        for (int i = 0; i < W; i++)
-            for (int k = 0; k < 4; k++)
-                if (4 * (block + i) + k < vocabulary) out[4 * (block + i) + k] = made[k][i];
+    vu c[4] = {lanes + (uint32_t)block, (vu){0} + position, (vu){0} + sample, (vu){0}};
+    uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    for (int round = 0; round < 10; round++) {
+        vu first = c[0] * 0xD2511F53u, second = c[2] * 0xCD9E8D57u;
+        vu next[4] = {high_half(c[2], 0xCD9E8D57u) ^ c[1] ^ key[0], second,
+                      high_half(c[0], 0xD2511F53u) ^ c[3] ^ key[1], first};
+        memcpy(c, next, sizeof c);
+        key[0] += 0x9E3779B9u;
+        key[1] += 0xBB67AE85u;
     }
+    vf made[4];
+    for (int k = 0; k < 4; k++) made[k] = noise_of(c[k]);
+    for (int i = 0; i < W; i++)
+        for (int k = 0; k < 4; k++) out[4 * i + k] = made[k][i];
+}
+
+/* Noise of all tokens at one index of a text. out: [vocabulary]. */
+EXPORT void selfdraft_noise(uint64_t seed, uint32_t sample, uint32_t position, int vocabulary, float *out) {
+    for (int at = 0; at < vocabulary; at += 4 * W) {
+        float made[4 * W];
+        noise_block(seed, sample, position, at / 4, made);
+        const int left = vocabulary - at;
+        memcpy(out + at, made, sizeof(float) * (size_t)(left < 4 * W ? left : 4 * W));
+    }
+}
+
+/* The token with the best score, logit + temperature * noise; of equal ones the first. Noise of 32-bit words lies
+ * below 22.9, so most blocks of tokens cannot win and need none. logits: [vocabulary]. */
+EXPORT int selfdraft_draw(const float *logits, float temperature, uint64_t seed, uint32_t sample, uint32_t position,
+                          int vocabulary) {
+    int best = 0, likeliest = 0;
+    for (int i = 1; i < vocabulary; i++)
+        if (logits[i] > logits[likeliest]) likeliest = i;
+    float score = -__builtin_inff();
+    const int first = likeliest / (4 * W) * (4 * W); /* whose score is high, so it comes first */
+    for (int step = -4 * W; step < vocabulary; step += 4 * W) {
+        const int at = step < 0 ? first : step;
+        if (step == first) continue;
+        const int count = vocabulary - at < 4 * W ? vocabulary - at : 4 * W;
+        float most = -__builtin_inff(), made[4 * W];
+        for (int i = 0; i < count; i++) most = logits[at + i] > most ? logits[at + i] : most;
+        if (most + temperature * 23.0f < score) continue;
+        noise_block(seed, sample, position, at / 4, made);
+        for (int i = 0; i < count; i++) {
+            const float mine = logits[at + i] + temperature * made[i];
+            if (mine > score || (mine == score && at + i < best)) score = mine, best = at + i;
+        }
+    }
+    return best;
 }

@@ -48,12 +48,12 @@ static void pack(const float *x, int n, int format, const Inputs *to, int row) {
     }
 }
 
-/* RMS norm: out = x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich, arXiv 1910.07467. */
+/* RMS norm: out = x / sqrt(mean(x^2) + eps) * weight; Zhang and Sennrich, arXiv 1910.07467. Without a weight: 1. */
 INLINE void rms_norm(const float *x, const float *weight, int n, float eps, float *out) {
     vf squares = splat(0);
     for (int i = 0; i < n; i += W) squares = muladd(load(x + i), load(x + i), squares);
     const vf scale = splat(1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps));
-    for (int i = 0; i < n; i += W) store(out + i, load(x + i) * scale * load(weight + i));
+    for (int i = 0; i < n; i += W) store(out + i, weight ? load(x + i) * scale * load(weight + i) : load(x + i) * scale);
 }
 
 /* Rotates a head by its position; Su et al., RoFormer, arXiv 2104.09864. The first `rotated` values: value i goes
@@ -79,6 +79,50 @@ INLINE void gated(int activation, const float *gate, const float *up, int n, flo
                        ? x
                        : splat(1.5957691216057308f) * muladd(x * x * x, splat(0.044715f), x); /* tanh as a sigmoid */
         store(out + i, x * sigmoid(inner) * load(up + i));
+    }
+}
+
+/* Values [i, i + W) of an array of bfloat16 (wide is 2) or float (4). */
+INLINE vf load_wide(const void *p, size_t i, int wide) {
+    return wide == 2 ? widen_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+/* Two products of low rank, y += scale * b^T (a x), for the rows of mask tokens: LoRA, Hu et al., arXiv 2106.09685. */
+typedef struct {
+    const void *a;                /* [rank][ins] */
+    const void *b;                /* [rank][outs] */
+    int32_t rank, ins, outs, at;  /* at: where its outputs begin among those of the layer; rank 0: there is none */
+    int32_t wide;                 /* bytes of a value of a and b: 2 is bfloat16, 4 is float */
+    float scale;
+} LowRank;
+
+/* low = scale * a x */
+INLINE void project_wide(const int wide, const LowRank *m, const float *x, float *low) {
+    enum { TOGETHER = 4 };
+    for (int r = 0; r < m->rank; r += TOGETHER) {
+        const int n = m->rank - r < TOGETHER ? m->rank - r : TOGETHER;
+        vf acc[TOGETHER];
+        size_t a[TOGETHER]; /* rows beyond the last repeat it */
+        for (int k = 0; k < TOGETHER; k++) {
+            acc[k] = splat(0);
+            a[k] = (size_t)(r + (k < n ? k : n - 1)) * m->ins;
+        }
+        for (int i = 0; i < m->ins; i += W)
+            UNROLL for (int k = 0; k < TOGETHER; k++) acc[k] = muladd(load_wide(m->a, a[k] + i, wide), load(x + i), acc[k]);
+        for (int k = 0; k < n; k++) low[r + k] = m->scale * sum(acc[k]);
+    }
+}
+
+/* y += b^T low */
+INLINE void add_wide(const int wide, const LowRank *m, const float *low, float *y) {
+    enum { VECTORS = 32 / W };
+    for (int i = 0; i < m->outs; i += 32) {
+        vf acc[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; v++) acc[v] = load(y + i + v * W);
+        for (int r = 0; r < m->rank; r++)
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                acc[v] = muladd(load_wide(m->b, (size_t)r * m->outs + i + v * W, wide), splat(low[r]), acc[v]);
+        UNROLL for (int v = 0; v < VECTORS; v++) store(y + i + v * W, acc[v]);
     }
 }
 

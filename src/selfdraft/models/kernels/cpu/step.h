@@ -34,10 +34,24 @@ typedef struct {
     int64_t layer_bytes; /* from one layer to the next */
 } Memory;
 
+/* What an adapter adds to a model for the rows of mask tokens alone. Parts that it has not are none or 0. */
+typedef struct {
+    const LowRank *low_rank;     /* [layers][PRODUCTS], in the order of a layer's matrices; or none */
+    const float *embeddings;     /* [masks][hidden] */
+    const void *prefix_keys;     /* keys that mask rows see before the history, [layers][pages][key heads][...] */
+    const void *prefix_values;
+    const int32_t *prefix_table; /* their pages: 0, 1, .. */
+    int64_t prefix_layer_bytes;  /* from one layer to the next */
+    LowRank sampler;             /* the sampler head: ins is 2 * hidden, outs hidden; without a rank: none */
+    int32_t prefix;              /* keys of each layer */
+    float embedding_scale;       /* of the tokens that the sampler head sees */
+} Adapter;
+
+enum { PRODUCTS = 7 };
+
 typedef struct {
     int32_t rows, wanted, table_width, blocks;
-    const int32_t *token;       /* [rows] id; -1 - i: row i of `vectors` */
-    const float *vectors;       /* [..][hidden] embeddings of tokens outside the vocabulary */
+    const int32_t *token;       /* [rows] id; -1 - i: mask token i of the adapter */
     const int32_t *position;    /* [rows] */
     const int32_t *request;     /* [rows] */
     const int32_t *slot;        /* [rows] where its key and value go in the request's pages */
@@ -56,13 +70,15 @@ typedef struct {
     float *attended;  /* [rows][heads * size] */
     float *inner;     /* [rows][2 * inner] */
     float *change;    /* [rows][hidden] output of a part */
+    float *low;       /* [rows][3][rank] inputs of an adapter's products, projected */
     float *logits;    /* [wanted][vocabulary], the vocabulary padded to whole pairs of panels */
-    int32_t *pick;    /* [wanted] likeliest token; -1 where a row is not finite */
+    int32_t *pick;    /* [wanted] likeliest token, -1 where a row is not finite; or none */
     uint8_t *finite;  /* [rows] */
     Inputs inputs;    /* for the widest product */
     Scratch *scratch; /* [threads] */
     float *partials;  /* [partial_floats] for partitions that threads share */
     int64_t partial_floats;
+    int32_t rank, unused; /* the largest of the adapter's products */
 } Work;
 
 #endif

@@ -66,6 +66,7 @@ static void change(_Atomic int32_t *word, int32_t value) {
 }
 
 void barrier(Barrier *b) {
+    if (b->count == 1) return;
     const int32_t round = atomic_load_explicit(&b->round, memory_order_relaxed);
     if (atomic_fetch_add(&b->arrived, 1) + 1 == b->count) {
         atomic_store_explicit(&b->arrived, 0, memory_order_relaxed);
@@ -125,16 +126,18 @@ static int start_workers(int threads) {
 
 int pool_run(Job job, void *argument, int threads, Barrier *b) {
     if (threads > MAX_THREADS) threads = MAX_THREADS;
-    pthread_mutex_lock(&pool.lock);
-    if (threads > 1) threads = start_workers(threads);
     b->count = threads;
+    if (threads == 1) { /* needs no worker, so it waits for nobody's job */
+        job(argument, 0, 1);
+        return 1;
+    }
+    pthread_mutex_lock(&pool.lock);
+    b->count = threads = start_workers(threads);
     pool.job = job;
     pool.argument = argument;
     atomic_store(&pool.left, threads - 1);
-    if (threads > 1) {
-        const int32_t turn = atomic_load(&pool.turn);
-        change(&pool.turn, (int32_t)(((uint32_t)turn & ~0xffu) + 256u) | threads);
-    }
+    const int32_t turn = atomic_load(&pool.turn);
+    change(&pool.turn, (int32_t)(((uint32_t)turn & ~0xffu) + 256u) | threads);
     job(argument, 0, threads);
     for (int32_t left; (left = atomic_load(&pool.left)) > 0;) wait_change(&pool.left, left);
     pthread_mutex_unlock(&pool.lock);

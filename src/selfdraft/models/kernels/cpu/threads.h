@@ -20,7 +20,7 @@ typedef void (*Job)(void *argument, int thread, int threads);
 
 /* Runs a job on so many threads, the caller being thread 0, and returns when all are done. b is made ready for
  * them. Returns the number of threads, which is smaller where the system does not start more. One job runs at a
- * time in a process; a second caller waits. */
+ * time in a process; a second caller waits, unless it asks for one thread. */
 int pool_run(Job job, void *argument, int threads, Barrier *b);
 
 /* Waits until all threads of a job are here. */

@@ -1,0 +1,277 @@
+"""The engine behind `AsyncLLM`: one loop that takes requests from a queue and reports what each step brought.
+
+It runs in a thread of the caller's process or is the main loop of a process of its own; both speak the same
+messages. Whatever goes wrong in one request is that request's end.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from .encoding import Prompt
+from .engine.request import Request, TokenLogprob
+from .errors import EngineClosed, SelfdraftError
+from .llm import LLM
+from .outputs import Completion
+from .params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """What one request asks. See `AsyncLLM.submit`."""
+
+    ids: Sequence[int]
+    params: SamplingParams
+    references: Sequence[Prompt] = ()
+    method: str | None = None
+    sample: int = 0
+    salt: str = ""
+    timeout: float | None = None
+    chat: bool = False
+    """The prompt went through the chat template."""
+
+
+@dataclass(frozen=True)
+class Submit:
+    number: int
+    inquiry: Inquiry
+
+
+@dataclass(frozen=True)
+class Cancel:
+    number: int
+
+
+@dataclass(frozen=True)
+class Close:
+    """Take no more requests; those under way may go on for so many seconds."""
+
+    grace: float
+
+
+Command = Submit | Cancel | Close
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a caller has to know of the model, once it is loaded."""
+
+    name: str
+    context: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    method: str
+    weights: str
+    grade: str
+    route: str
+    kv_tokens: int | None
+    """How many tokens the memory for keys and values holds; None where it grows as it is needed."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What one request gained in a step."""
+
+    number: int
+    ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+    end: Completion | SelfdraftError | None = None
+    """The whole answer, once it has ended; the error, where the request could not begin."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The state of an engine, and what it has done so far."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_tokens: int | None = None
+    kv_tokens_used: int | None = None
+    """Of what the running requests hold."""
+    steps: int = 0
+    seconds: float = 0.0
+    """Time of the steps."""
+    rows: int = 0
+    """Rows of the decoding requests' trees."""
+    prompt_tokens: int = 0
+    """Of the requests that ended."""
+    reused_tokens: int = 0
+    """Those of them that were remembered and not read again."""
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step brought, to all requests."""
+
+    fresh: Sequence[Fresh]
+    stats: Stats
+
+
+@dataclass
+class EngineLoop:
+    """Runs the requests of a model."""
+
+    llm: LLM
+    send: Callable[[Report], None]
+    commands: queue.SimpleQueue[Command] = field(default_factory=queue.SimpleQueue)
+    live: dict[int, tuple[Request, Inquiry, int]] = field(default_factory=dict)
+    """By number: the request, what it asked, and how many tokens were sent."""
+    stats: Stats = field(default_factory=Stats)
+    _methods: dict[str, LLM] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Serve until a `Close` comes. Requests that are under way then end as cancelled, if time runs
+        out."""
+        closing: float | None = None
+        while True:
+            try:
+                command = (
+                    self.commands.get(block=not self.live and closing is None) if self._asked() else None
+                )
+            except queue.Empty:
+                command = None
+            if isinstance(command, Close):
+                closing = time.monotonic() + command.grace
+            elif command is not None:
+                self._obey(command, closing is not None)
+                continue
+            if closing is not None and (not self.live or time.monotonic() >= closing):
+                self._cancel_all()
+                return
+            if self.live:
+                self._step()
+
+    def _asked(self) -> bool:
+        """True if a command is there, or nothing else is to be done."""
+        return not self.live or not self.commands.empty()
+
+    def _obey(self, command: Command, closing: bool) -> None:
+        if isinstance(command, Submit):
+            try:
+                if closing:
+                    raise EngineClosed("the engine is closing and takes no more requests")
+                self.live[command.number] = (self._request(command.inquiry), command.inquiry, 0)
+            except SelfdraftError as error:
+                self.send(Report([Fresh(command.number, end=error)], self._now()))
+        elif isinstance(command, Cancel) and command.number in self.live:
+            self.llm.engine.cancel(self.live[command.number][0])
+            self._report()
+
+    def _request(self, asked: Inquiry) -> Request:
+        llm = self.llm
+        if asked.method is not None and asked.method != llm.method_name:
+            if asked.method not in self._methods:
+                self._methods[asked.method] = llm.using(asked.method)
+            llm = self._methods[asked.method]
+        return llm.submit(
+            asked.ids,
+            asked.references,
+            asked.params,
+            sample=asked.sample,
+            salt=asked.salt,
+            timeout=asked.timeout,
+        )
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        self.llm.engine.step()
+        took = time.perf_counter() - start
+        self.stats = replace(self.stats, steps=self.stats.steps + 1, seconds=self.stats.seconds + took)
+        self._report()
+
+    def _report(self) -> None:
+        fresh = []
+        for number, (request, asked, sent) in list(self.live.items()):
+            ids, start = request.tokens[len(request.prompt) + sent :], sent
+            ended = request.finish_reason is not None
+            if not ids and not ended:
+                continue
+            end = self.llm.completion(request, asked.chat) if ended else None
+            fresh.append(Fresh(number, ids, request.logprobs[start:], end))
+            if ended:
+                del self.live[number]
+                self._count(request)
+            else:
+                self.live[number] = (request, asked, sent + len(ids))
+        self.send(Report(fresh, self._now()))
+
+    def _count(self, request: Request) -> None:
+        steps, had = len(request.runs), self.stats
+        self.stats = replace(
+            had,
+            rows=had.rows + request.rows,
+            prompt_tokens=had.prompt_tokens + len(request.prompt),
+            reused_tokens=had.reused_tokens + request.reused,
+            generated_tokens=had.generated_tokens + request.added,
+            drafted_tokens=had.drafted_tokens + request.rows - steps,
+            accepted_tokens=had.accepted_tokens + max(0, request.added - steps),
+        )
+
+    def _now(self) -> Stats:
+        scheduler, pool = self.llm.engine.scheduler, self.llm.engine.pool
+        used = None if pool.tokens is None or pool.free is None else pool.tokens - pool.free
+        return replace(
+            self.stats,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_tokens=pool.tokens,
+            kv_tokens_used=used,
+            preemptions=scheduler.preemptions,
+        )
+
+    def _cancel_all(self) -> None:
+        for request, *_ in self.live.values():
+            self.llm.engine.cancel(request)
+        if self.live:
+            self._report()
+
+
+def facts(llm: LLM) -> Facts:
+    return Facts(
+        name=llm.name,
+        context=llm.model.context,
+        vocab_size=llm.model.vocab_size,
+        eos_ids=frozenset(llm.eos_ids),
+        method=llm.method_name,
+        weights=llm.model.weights_label,
+        grade=llm.model.grade,
+        route=llm.route,
+        kv_tokens=llm.engine.pool.tokens,
+    )
+
+
+def serve(connection: Connection, model: str, options: Mapping[str, Any]) -> None:
+    """The main function of an engine's own process: load the model, say what it is (`Facts`, or the error),
+    then answer commands with reports until a `Close` comes or the other end is gone."""
+    try:
+        llm = LLM(model, **options)
+    except SelfdraftError as error:
+        connection.send(error)
+        return
+    connection.send(facts(llm))
+    loop = EngineLoop(llm, connection.send)
+
+    def listen() -> None:
+        while True:
+            try:
+                command = connection.recv()
+            except (EOFError, OSError):  # nobody is there to answer
+                command = Close(0.0)
+            loop.commands.put(command)
+            if isinstance(command, Close):
+                return
+
+    threading.Thread(target=listen, daemon=True).start()
+    with suppress(BrokenPipeError, ConnectionResetError):  # the other end is gone
+        loop.run()

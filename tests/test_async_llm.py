@@ -1,0 +1,162 @@
+"""Many callers, one engine, in a thread or a process of its own: the texts of the library, and clean ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdraft import LLM, SamplingParams
+from selfdraft.async_llm import AsyncLLM, Process
+from selfdraft.engine.engine import Engine
+from selfdraft.engine.scheduler import Limits
+from selfdraft.errors import EngineClosed, InvalidOption, InvalidPrompt, ModelNotFound, QueueFull
+
+PROMPTS = ["def add", "class Tree", "for i in", "return self"]
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder), "llma")
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def served(request: pytest.FixtureRequest, folder: Path) -> Iterator[AsyncLLM]:
+    with AsyncLLM.load(str(folder), process=request.param == "process", method="llma") as made:
+        yield made
+
+
+def params(i: int, **others: Any) -> SamplingParams:
+    return SamplingParams(
+        **{"max_new_tokens": 20, "temperature": 0.8 * (i % 2), "seed": i, "logprobs": 1, **others}
+    )
+
+
+def test_callers_get_what_the_library_says(served: AsyncLLM, llm: LLM) -> None:
+    tickets = [
+        served.submit(served.prompt_ids(PROMPTS[i % 4]), params(i), method=("llma", "jacobi", "plain")[i % 3])
+        for i in range(12)
+    ]
+    for i, ticket in enumerate(tickets):
+        pieces = list(ticket)
+        right = llm.generate(PROMPTS[i % 4], params(i))
+        assert [token for piece in pieces for token in piece.ids] == right.ids
+        assert [one.token for piece in pieces for one in piece.logprobs] == right.ids
+        assert ticket.wait().text == right.text
+        assert ticket.wait().finish_reason == right.finish_reason
+    assert served.stats.running == 0
+    assert served.stats.generated_tokens >= 12
+
+
+def test_event_loops_are_not_held_up(served: AsyncLLM, llm: LLM) -> None:
+    async def read(i: int) -> list[int]:
+        ticket = served.submit(served.prompt_ids(PROMPTS[i]), params(i))
+        ids = [token async for piece in ticket for token in piece.ids]
+        assert ids == (await ticket.result()).ids
+        return ids
+
+    async def all_of_them() -> list[list[int]]:
+        return await asyncio.gather(*[read(i) for i in range(4)])
+
+    assert asyncio.run(all_of_them()) == [llm.generate(PROMPTS[i], params(i)).ids for i in range(4)]
+
+
+def test_a_slow_reader_misses_nothing(served: AsyncLLM, llm: LLM) -> None:
+    slow = served.submit(served.prompt_ids(PROMPTS[0]), params(1))
+    served.submit(served.prompt_ids(PROMPTS[1]), params(2, max_new_tokens=60)).wait()
+    pieces = [piece.ids for piece in slow]
+    assert len(pieces) == 1, "what came meanwhile is one piece"
+    assert pieces[0] == llm.generate(PROMPTS[0], params(1)).ids
+
+
+def test_cancelled_within_a_step(served: AsyncLLM) -> None:
+    ticket = served.submit(served.prompt_ids(PROMPTS[0]), params(0, max_new_tokens=200, ignore_eos=True))
+    for _ in ticket:
+        ticket.cancel()
+    result = ticket.wait()
+    assert result.finish_reason == "cancelled"
+    assert result.tokens < 200
+
+
+def test_bad_requests_are_refused_at_once(served: AsyncLLM) -> None:
+    with pytest.raises(InvalidPrompt, match="empty"):
+        served.submit([], params(0))
+    with pytest.raises(InvalidPrompt, match="context"):
+        served.submit([5] * 1000, params(0))
+    with pytest.raises(InvalidOption, match="logit_bias"):
+        served.submit([5], params(0, logit_bias={99999: 1.0}))
+    with pytest.raises(InvalidOption, match="timeout"):
+        served.submit([5], params(0), timeout=-1.0).wait()
+
+
+def test_the_queue_has_an_end(folder: Path) -> None:
+    limits = Limits(max_requests=1, max_queue=1)
+    with AsyncLLM.load(str(folder), limits=limits) as served:
+        long = params(0, max_new_tokens=200, ignore_eos=True)
+        tickets = [served.submit([5, 6], long) for _ in range(2)]
+        with pytest.raises(QueueFull, match="try again later"):
+            served.submit([5, 6], long)
+        for ticket in tickets:
+            ticket.cancel()
+            ticket.wait()
+        served.submit([5, 6], params(0)).wait()
+
+
+@pytest.mark.parametrize("process", [False, True])
+def test_closing_lets_requests_finish_or_ends_them(folder: Path, process: bool) -> None:
+    served = AsyncLLM.load(str(folder), process=process)
+    short = served.submit([5, 6], params(0))
+    long = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
+    if process:
+        next(iter(long))
+    served.close(grace=0.0 if process else 30.0)
+    with pytest.raises(EngineClosed):
+        served.submit([5, 6], params(0))
+    assert short.wait().finish_reason == "length" or process
+    assert long.wait().finish_reason == ("cancelled" if process else "length")
+    assert not any(thread.name.startswith("selfdraft-") for thread in threading.enumerate())
+    if isinstance(served._runner, Process):
+        assert not served._runner._process.is_alive()
+
+
+def test_a_process_that_dies_is_started_again(folder: Path) -> None:
+    with AsyncLLM.load(str(folder), process=True) as served:
+        assert isinstance(served._runner, Process)
+        right = served.submit([5, 6], params(0)).wait().ids
+        lost = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
+        next(iter(lost))
+        os.kill(served._runner._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineClosed, match="exit code -9"):
+            lost.wait()
+        for _ in range(200):
+            try:
+                again = served.submit([5, 6], params(0)).wait()
+                break
+            except EngineClosed:
+                time.sleep(0.1)
+        assert again.ids == right
+
+
+def test_a_model_that_cannot_be_loaded() -> None:
+    for process in (False, True):
+        with pytest.raises(ModelNotFound):
+            AsyncLLM.load("./no/such/model", process=process)
+
+
+def test_an_engine_that_breaks_ends_its_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = AsyncLLM.load(str(folder))
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(Engine, "step", lambda self: 1 / 0)
+    ticket = served.submit([5, 6], params(0))
+    with pytest.raises(EngineClosed, match="ZeroDivisionError"):
+        ticket.wait()
+    with pytest.raises(EngineClosed):
+        served.submit([5, 6], params(0))
+    served.close()
