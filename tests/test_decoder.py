@@ -36,7 +36,8 @@ from selfdraft.drafting.plain import Plain
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.tree import Tree
 from selfdraft.errors import InvalidOption, InvalidTree, ModelCorrupt, NotFinite
-from selfdraft.models.decoder import Decoder, unsupported
+from selfdraft.models.decoder import Decoder
+from selfdraft.models.decoder_config import unsupported
 from selfdraft.models.kernels import library as kernels
 from selfdraft.models.kernels.crowding import Crowding
 from selfdraft.models.kernels.library import FORMATS, WEIGHT_TYPES, Library

@@ -25,7 +25,7 @@ from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError, InvalidTree
-from selfdraft.models import batch, decoder
+from selfdraft.models import batch, decoder_build, decoder_work
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters import packed
 from selfdraft.models.adapters.adapter import Adapter, merge
@@ -141,8 +141,8 @@ def outputs_of_the_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def mask_embeddings_not_scaled(patch: pytest.MonkeyPatch) -> None:
-    sizes = decoder._Build.sizes
-    patch.setattr(decoder._Build, "sizes", lambda *given: replace(sizes(*given), mask_scale=1.0))
+    sizes = decoder_build.Build.sizes
+    patch.setattr(decoder_build.Build, "sizes", lambda *given: replace(sizes(*given), mask_scale=1.0))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def drafters_see_the_picks() -> None:
 
 def test_drafters_see_the_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     drafters_see_the_picks()
-    monkeypatch.setattr(decoder.Work, "reading", lambda self, rows: (self.structure, self.logits[:rows]))
+    monkeypatch.setattr(decoder_work.Work, "reading", lambda self, rows: (self.structure, self.logits[:rows]))
     with pytest.raises(AssertionError):
         drafters_see_the_picks()
 

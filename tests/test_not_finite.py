@@ -17,7 +17,8 @@ from selfdraft.engine.engine import Engine
 from selfdraft.engine.request import Request
 from selfdraft.engine.tree import Tree
 from selfdraft.errors import NotFinite
-from selfdraft.models.decoder import Decoder, DecoderPool, DecoderRows
+from selfdraft.models.decoder import Decoder, DecoderRows
+from selfdraft.models.decoder_work import DecoderPool
 from selfdraft.models.kernels import library as kernels
 from selfdraft.models.weights import Stored
 from selfdraft.verify.adversaries import Oracle

@@ -36,7 +36,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from . import cache_folder, hub, smollm2
-from .decoder import Decoder, unsupported
+from .decoder import Decoder
+from .decoder_config import unsupported
 from .gguf.convert import convert, convert_weights
 from .gguf.reader import GgufFile
 from .kernels.library import library
