@@ -125,13 +125,14 @@ def scale_left_out(patch: pytest.MonkeyPatch) -> None:
 
 
 def masks_a_place_further(patch: pytest.MonkeyPatch) -> None:
-    shape = batch.shape
+    make = batch.Batch.__init__
 
-    def shift(parents: tuple[int, ...]) -> Any:
-        found = shape(parents)
-        return replace(found, depth=found.depth + (found.depth > 0))
+    def shift(self: Any, *given: Any) -> None:
+        make(self, *given)
+        token, position = self._numbers[: 2 * self.rows].reshape(2, -1)
+        position[token < 0] += 1
 
-    patch.setattr(batch, "shape", shift)
+    patch.setattr(batch.Batch, "__init__", shift)
 
 
 def outputs_of_the_first(patch: pytest.MonkeyPatch) -> None:
@@ -208,7 +209,7 @@ def test_ordinary_rows_taken_for_mask_rows_are_seen(monkeypatch: pytest.MonkeyPa
     def all_masks(self: Any, trees: Any, caches: Any, wanted: Any, block: int, size: int, masks: int) -> None:
         make(self, trees, caches, wanted, block, size, masks)
         if masks:
-            self._arrays["token"][:] = -1
+            self._numbers[: self.rows] = -1
 
     monkeypatch.setattr(batch.Batch, "__init__", all_masks)
     with pytest.raises(AssertionError):

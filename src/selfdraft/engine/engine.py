@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from itertools import pairwise
 
 from torch import Tensor
@@ -264,13 +265,16 @@ class Engine:
     ) -> None:
         """Read the rows of these requests, and let each have its picks. counts: ordinary rows of the
         trees."""
-        logits = self.model.head(rows, [range(count) for count in counts])
-        likeliest = rows.picks if rows.picks is not None else [None] * len(live)
+        logits = cache(lambda: self.model.head(rows, [range(count) for count in counts]))
+        picks: Sequence[Sequence[int] | None] = rows.picks or [None] * len(live)
+        finite, done = rows.finite, rows.done
         steps = [
-            request.advance(tree, request.sampler.draws(tree, own, picks, finite), own, done)
-            for request, tree, own, picks, finite, done in zip(
-                live, trees, logits, likeliest, rows.finite, rows.done, strict=True
+            request.advance(
+                trees[i],
+                request.sampler.draws(trees[i], counts[i], partial(_item, logits, i), picks[i], finite[i]),
+                done[i],
             )
+            for i, request in enumerate(live)
         ]
         for request, step in zip(live, steps, strict=True):
             if not step.path and not step.in_flight and request.error is None:
@@ -347,6 +351,10 @@ def check_prompt(
         raise InvalidReference(
             f"a reference holds token id {strange[0]}, which is not in the model's vocabulary of {vocabulary}"
         )
+
+
+def _item(of: Callable[[], Sequence[Tensor]], i: int) -> Tensor:
+    return of()[i]
 
 
 def _drafter(method: Method, context: DraftContext) -> Drafter:

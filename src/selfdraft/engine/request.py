@@ -190,9 +190,8 @@ class Request:
         self.keep(range(count), [])
         self.prefills += 1
 
-    def advance(self, tree: Tree, draws: Draws, logits: Tensor, done: Sequence[bool]) -> Step:
-        """Take the picks of one forward: extend the text and keep the accepted rows. logits: of the ordinary
-        rows, [rows, vocabulary]."""
+    def advance(self, tree: Tree, draws: Draws, done: Sequence[bool]) -> Step:
+        """Take the picks of one forward: extend the text and keep the accepted rows."""
         walked, in_flight = accept(tree, draws, done)
         picks = [draws[row] for row in walked]
         try:
@@ -204,7 +203,7 @@ class Request:
         step = Step(tree, draws.scores, draws, path, in_flight)
         emitted = picks[: len(path)]
         if self.params.logprobs is not None:
-            self.logprobs += _logprobs(logits, path, emitted, self.params.logprobs)
+            self.logprobs += _logprobs(draws.logits, path, emitted, self.params.logprobs)
         self.tokens += emitted
         self.keep(path, in_flight)
         self.sampler.take(emitted)

@@ -7,45 +7,26 @@ order.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..engine.tree import Tree, is_chain
 from .kernels import structures
 from .paged_cache import PagedCache
 
-Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What follows from the parents of a tree alone."""
-
-    depth: Ints
-    seen: Ints
-    """History keys that a row sees beyond the cache's length: of a chain, its own and those before."""
-    above: Ints
-    """Rows that it sees otherwise, row after row: ancestors and itself, from the root down."""
-    above_count: Ints
-
 
 @lru_cache(maxsize=512)
-def shape(parents: tuple[int, ...]) -> Shape:
-    count = len(parents)
-    own = np.arange(count, dtype=np.int32)
-    if is_chain(parents):
-        return Shape(own, own + 1, own[:0], np.zeros(count, np.int32))
+def above(parents: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What each row of a tree sees among its rows, row after row: its ancestors and itself, from the root
+    down; and where each row's end."""
     paths: list[tuple[int, ...]] = []
     for row, parent in enumerate(parents):
         paths.append((*(paths[parent] if parent >= 0 else ()), row))
-    counts = np.array([len(path) for path in paths], np.int32)
-    flat = np.fromiter((row for path in paths for row in path), np.int32, int(counts.sum()))
-    return Shape(counts - 1, np.zeros(count, np.int32), flat, counts)
+    return tuple(row for path in paths for row in path), tuple(accumulate(map(len, paths)))
 
 
 class Batch:
@@ -63,42 +44,65 @@ class Batch:
     ) -> None:
         """wanted: per request, for how many rows, from the first, logits are wanted. block_rows: rows that
         attention takes together, at most. masks: mask tokens of an adapter, the ids from `vocabulary` on."""
-        shapes = [shape(tree.parents) for tree in trees]
-        counts = [len(tree) for tree in trees]
-        lengths = np.repeat(np.array([cache.length for cache in caches], np.int32), counts)
-        within = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
-        starts = np.cumsum([0, *counts])
-        tokens = np.array([token for tree in trees for token in tree.tokens], np.int32)
-        self.outside = bool(tokens.min() < 0 or tokens.max() >= vocabulary + masks)
+        # Lists, joined at the end: of a few rows a step, each array operation costs more than all of them.
+        token: list[int] = []
+        position: list[int] = []
+        request: list[int] = []
+        slot: list[int] = []
+        seen: list[int] = []
+        others: list[int] = []
+        others_start = [0]
+        block: list[int] = []
+        want: list[int] = []
+        self.starts: list[int] = []
+        """First row of each request."""
+        row = 0
+        for which, (tree, cache, wishes) in enumerate(zip(trees, caches, wanted, strict=True)):
+            count, length = len(tree.tokens), cache.length
+            token += tree.tokens
+            request += [which] * count
+            slot += range(length, length + count)
+            if is_chain(tree.parents):
+                position += range(length, length + count)
+                seen += range(length + 1, length + count + 1)
+                others_start += [len(others)] * count
+            else:
+                rows, ends = above(tree.parents)
+                position += [length + depth for depth in tree.depth]
+                seen += [length] * count
+                others_start += [len(others) + end for end in ends]
+                others += [length + one for one in rows]
+            block += range(row, row + count, block_rows)
+            want += range(row, row + wishes)
+            self.starts.append(row)
+            row += count
+        block.append(row)
+        self.rows, self.wanted, self.last_position = row, len(want), max(position)
+        most = max(token)
+        self.outside = min(token) < 0 or most >= vocabulary + masks
         """True where a token is neither in the vocabulary nor a mask token."""
-        tokens = np.where(tokens < vocabulary, tokens, vocabulary - 1 - tokens).astype(np.int32)
+        if most >= vocabulary:
+            token = [one if one < vocabulary else vocabulary - 1 - one for one in token]
         width = max(len(cache.pages) for cache in caches)
-        tables = np.zeros((len(caches), width), np.int32)
-        for table, cache in zip(tables, caches, strict=True):
-            table[: len(cache.pages)] = cache.pages
-        above = np.concatenate([one.above + cache.length for one, cache in zip(shapes, caches, strict=True)])
-        above_start = np.zeros(starts[-1] + 1, np.int32)
-        np.cumsum(np.concatenate([one.above_count for one in shapes]), out=above_start[1:])
-        blocks = [row for a, b in pairwise(starts) for row in range(a, b, block_rows)]
-        want = np.concatenate(
-            [np.arange(a, a + n, dtype=np.int32) for a, n in zip(starts, wanted, strict=False)]
-        )
-        positions = lengths + np.concatenate([one.depth for one in shapes])
-        self.last_position = int(positions.max())
-        self.starts = starts[:-1].tolist()
-        self.rows, self.wanted = int(starts[-1]), len(want)
-        self._arrays = {
-            "token": tokens,
-            "position": positions,
-            "request": np.repeat(np.arange(len(trees), dtype=np.int32), counts),
-            "slot": lengths + within,
-            "seen": lengths + np.concatenate([one.seen for one in shapes]),
-            "above": above.astype(np.int32),
-            "above_start": above_start,
-            "tables": tables,
-            "block": np.array([*blocks, self.rows], np.int32),
+        self.structure = structures.Batch(row, len(want), width, len(block) - 1)
+        parts = {
+            "token": token,
+            "position": position,
+            "request": request,
+            "slot": slot,
+            "seen": seen,
+            "above": others,
+            "above_start": others_start,
+            "block": block,
             "want": want,
         }
-        self.structure = structures.Batch(self.rows, self.wanted, width, len(blocks))
-        for name, array in self._arrays.items():
-            setattr(self.structure, name, array.ctypes.data)
+        self._numbers = np.array([number for part in parts.values() for number in part], np.int32)
+        at = int(self._numbers.ctypes.data)
+        for name, part in parts.items():
+            setattr(self.structure, name, at)
+            at += 4 * len(part)
+        self._tables = array("i")
+        for cache in caches:
+            self._tables += cache.pages
+            self._tables.frombytes(bytes(4 * (width - len(cache.pages))))
+        self.structure.tables = self._tables.buffer_info()[0]

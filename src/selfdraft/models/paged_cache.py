@@ -14,6 +14,7 @@ bits of keys and values depend on the text alone, a shared page is what a fresh 
 from __future__ import annotations
 
 import mmap
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class PagedCache:
 
     def __init__(self, pool: PagePool, salt: str = "") -> None:
         self.pool = pool
-        self.pages: list[int] = []
+        self.pages = array("i")
         self.length = 0
         self._last: Beginning = salt
         self._remembered = 0
@@ -177,11 +178,8 @@ class PagedCache:
             self.pages[at] = self._note(self.pool.remember(self.key(tokens), self.pages[at]))
 
     def close(self) -> None:
-        pages, self.pages, self.length = (
-            self.pages,
-            [],
-            0,
-        )  # first, so that no interrupt gives them back twice
+        # Forgotten first, so that no interrupt gives them back twice.
+        pages, self.pages, self.length = self.pages, array("i"), 0
         self.pool.give_back(pages)
 
     def key(self, tokens: Sequence[int]) -> tuple[Beginning, tuple[int, ...]]:

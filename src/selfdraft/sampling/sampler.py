@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import overload
 
 import torch
@@ -81,10 +81,18 @@ class Sampler:
         """True if the next token may not end the text."""
         return self.length < self.start and len(self._ends) > 0
 
-    def draws(self, tree: Tree, logits: Tensor, picks: Sequence[int] | None, finite: Sequence[bool]) -> Draws:
-        """The picks after the rows of a tree. logits: [rows, vocabulary], of the first rows. picks: the
-        likeliest tokens after them, where they are known. finite: whether each row's values are."""
-        return Draws(self, tree, logits, picks if self.is_argmax else None, finite)
+    def draws(
+        self,
+        tree: Tree,
+        count: int,
+        read: Callable[[], Tensor],
+        picks: Sequence[int] | None,
+        finite: Sequence[bool],
+    ) -> Draws:
+        """The picks after the first rows of a tree. count: how many these are. read: gives their logits,
+        [count, vocabulary]. picks: the likeliest tokens after them, where they are known. finite: whether
+        each row's values are."""
+        return Draws(self, tree, count, read, picks if self.is_argmax else None, finite)
 
     def pick(self, logits: Tensor, position: int) -> int:
         """The token with the best score at an index of the text, if no penalty and no ban depends on what
@@ -182,26 +190,36 @@ class Draws(Sequence[int]):
         self,
         sampler: Sampler,
         tree: Tree,
-        logits: Tensor,
+        count: int,
+        read: Callable[[], Tensor],
         picks: Sequence[int] | None,
         finite: Sequence[bool],
     ) -> None:
-        self._sampler, self._tree, self._logits, self._finite = sampler, tree, logits, finite
+        self._sampler, self._tree, self._read, self._finite = sampler, tree, read, finite
         self._length = sampler.length
-        self._known: list[int | None] = [None] * len(logits) if picks is None else list(picks)
+        self._known: list[int | None] = [None] * count if picks is None else list(picks)
+        self._logits: Tensor | None = None
         self._scores: Tensor | None = None
-        if picks is None and (sampler.params.has_penalties or sampler.bans_ends):
+        at_once = sampler.params.has_penalties or sampler.bans_ends or sampler.device.type != "cpu"
+        if picks is None and at_once:
             best = self.scores().argmax(-1).tolist()
             self._known = [token if fine else -1 for token, fine in zip(best, finite, strict=False)]
+
+    @property
+    def logits(self) -> Tensor:
+        """Of the rows, [rows, vocabulary]; until the next step."""
+        if self._logits is None:
+            self._logits = self._read()
+        return self._logits
 
     def scores(self) -> Tensor:
         """See `Step.scores`."""
         if self._scores is None:
             sampler = self._sampler
             if sampler.params.has_penalties or sampler.bans_ends:
-                self._scores = sampler.scores(self._logits, _tails(self._tree, len(self)))
+                self._scores = sampler.scores(self.logits, _tails(self._tree, len(self)))
             else:
-                logits = self._logits + sampler._bias if sampler.params.logit_bias else self._logits
+                logits = self.logits + sampler._bias if sampler.params.logit_bias else self.logits
                 positions = [self._length + depth for depth in self._tree.depth[: len(self)]]
                 self._scores = sampler.draw(logits, positions)
         return self._scores
@@ -222,7 +240,7 @@ class Draws(Sequence[int]):
         if known is None:
             known = -1
             if self._finite[row]:
-                known = self._sampler.pick(self._logits[row], self._length + self._tree.depth[row])
+                known = self._sampler.pick(self.logits[row], self._length + self._tree.depth[row])
             self._known[row] = known
         return known
 
