@@ -165,6 +165,12 @@ def _circumstances(report: Report) -> Iterator[str]:
     yield f"prompts: {bench_report.asked(run)}, each answered {run['repeats']} times"
     yield f"hardware: {bench_report.hardware(machine)}"
     yield f"memory: {report['bound']['bandwidth'] / 1e9:.1f} GB/s in a copy"
+    steps = report["bound"]["rows"]
+    costs = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in steps["ratio"].items())
+    yield (
+        f"rows of a step: one takes {1e3 * steps['seconds']:.1f} ms; n rows take so many times as long: "
+        f"{costs}. Drafts of the adaptive methods are sized by that, so their figures belong to this machine"
+    )
     yield f"other work on the machine: {report['background']['said']}"
     engines = (run.get("peers") or {}).items()
     versions = [f"torch {machine['torch']}", f"transformers {machine['transformers']} (`generate`, `lookup`)"]

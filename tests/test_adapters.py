@@ -196,6 +196,34 @@ def compare(adapted: TransformersModel, observed: Sequence[Observed], params: Sa
             torch.testing.assert_close(one.step.mask_scores, scores, atol=1e-4, rtol=1e-4)
 
 
+def calibrated_as_decoded(base: TransformersModel) -> None:
+    """The logits that calibration counts are those that a greedy drafter observes."""
+    own = adapter(base, 3, *PARTS[-1])
+    oracle = MaskOracle(run(base, Plain(), PROMPT, greedy(30)).emitted)
+    run(base.adapted(own), oracle, PROMPT, greedy(30))
+    texts = [one.text for one in oracle.observed]
+    anchors = torch.tensor([[len(text) - 2 for text in texts]])
+    found = Student(base, own, Loss()).as_decoded(torch.tensor([texts[-1]]), anchors)
+    seen = 0
+    for one, group in zip(oracle.observed, found.split(3), strict=True):
+        if one.step.mask_scores is not None:
+            torch.testing.assert_close(one.step.mask_scores.float(), group[: one.group], atol=1e-4, rtol=1e-4)
+            seen += one.group
+    assert seen > 10
+
+
+def test_calibration_sees_what_decoding_sees(double: TransformersModel) -> None:
+    calibrated_as_decoded(double)
+
+
+def test_a_calibration_that_is_told_the_truth_is_seen(
+    double: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Student, "as_decoded", lambda self, *given: self.scores(*given)[0].detach())
+    with pytest.raises(AssertionError):
+        calibrated_as_decoded(double)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 def test_decoding_sees_what_training_saw(double: TransformersModel, parts: tuple[int, ...], way: str) -> None:

@@ -25,7 +25,7 @@ from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError, InvalidTree
-from selfdraft.models import batch, decoder_build, decoder_work
+from selfdraft.models import batch, decoder, decoder_build, decoder_work
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters import packed
 from selfdraft.models.adapters.adapter import Adapter, merge
@@ -42,7 +42,7 @@ from adapting import Helped, MaskOracle, adapter, defined
 from conftest import VOCABULARY, Run
 from gguf_files import write_gguf
 from runs import greedy, random_prompt, run, sampled
-from test_decoder import BASE, CONFIGS, BlockWeights, build, made, tree_at
+from test_decoder import BASE, CONFIGS, BlockWeights, build, distance, made, tree_at
 from test_decoder import decoder as tiny
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,6 +53,67 @@ MASKS = range(VOCABULARY, VOCABULARY + 3)
 Save = Callable[..., str]
 WAYS = {"greedy": greedy(16), "sampled": sampled(0.8, 3, 16)}
 PROMPT = random_prompt(30, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler head corrects all tokens, as it is defined; a test asks what it does to a shortlist."""
+    monkeypatch.setattr(decoder, "SHORTLIST", VOCABULARY)
+
+
+def shortlisted(size: int, parts: str = "all") -> None:
+    """The likeliest tokens without the sampler head have the logits that they have with it; others none."""
+    own = tiny("f32")
+    part = adapter(own, 3, *PARTS[parts], targets=ALL)
+    adapted, ids = own.adapted(part), random_prompt(60, seed=1)
+    bare = own.adapted(without_sampler(part))
+    tree, group = Tree.chain(ids[40:41]).hang(0, MASKS), range(1, 4)
+    given = (tree, ids[:40], group, ids[41:44])
+    whole, raw = read_masks(adapted, *given), read_masks(bare, *given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "SHORTLIST", size)
+        found = read_masks(adapted, *given)
+    kept = raw.topk(size).indices
+    torch.testing.assert_close(found.gather(1, kept), whole.gather(1, kept))
+    assert (found.scatter(1, kept, -torch.inf) == -torch.inf).all()
+    assert (found > -torch.inf).sum() == 3 * size
+
+
+def without_sampler(part: Adapter) -> Adapter:
+    bare = copy.deepcopy(part)
+    bare.sampler, bare.config = None, replace(part.config, sampler=0)
+    return bare
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 64, 319])
+def test_a_sampler_head_corrects_the_likeliest_tokens(size: int) -> None:
+    shortlisted(size)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+@pytest.mark.parametrize("name", kernels.builds())
+def test_a_sampler_head_reads_every_format(name: str, kind: str) -> None:
+    """One that changes nothing leaves the logits of the output layer. (Mutant: a plane of bits left out.)"""
+    config = LlamaConfig(**{**BASE, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64})
+    own = Decoder(config, BlockWeights(made(config), kind, kind), build(name), activations=16, threads=1)
+    part = adapter(own, 3, sampler=8)
+    assert part.sampler is not None
+    part.sampler.outer.data.zero_()
+    given = Tree.chain(PROMPT[:1]).hang(0, MASKS), [], range(1, 4), [7, 8, 9]
+    with_it, bare = (read_masks(own.adapted(one), *given) for one in (part, without_sampler(part)))
+    assert distance(with_it, bare) < (0.02 if kind == "BF16" else 0.001)
+
+
+def test_a_shortlist_of_other_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    shortlist = kernels.Library.shortlist
+
+    def of_the_least(self: kernels.Library, *given: Any) -> None:
+        given[-2][:] *= -1  # the logits
+        shortlist(self, *given)
+
+    monkeypatch.setattr(kernels.Library, "shortlist", of_the_least)
+    with pytest.raises(AssertionError):
+        shortlisted(17)
 
 
 def targets(model: Decoder) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import DraftContext, Step, Tree
+from selfdraft.drafting import mask_tree
 from selfdraft.drafting.acceptance import Budget
 from selfdraft.drafting.bita import Bita
-from selfdraft.drafting.mask_tree import HAZARDS, GroupDrafter, Node, Plan, candidates
+from selfdraft.drafting.mask_tree import HAZARDS, FixedDrafter, GroupDrafter, Node, Plan, candidates
 from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.space import Space
 from selfdraft.engine.engine import _group
@@ -69,6 +70,37 @@ def test_right_guesses_are_run_to_the_end_with_masks_behind_them() -> None:
     assert len(spine) >= 3
     deepest = max(row for row in spine if last.depth[row] == 3)
     assert sum(last.visible[row, deepest] for row in range(len(last))) == 4  # itself and three masks
+
+
+def stands_on_the_trunk() -> None:
+    """Candidates stand below the likeliest ones alone; and only there do their rates learn."""
+    drafter, trees = GroupDrafter(LOOK, lambda rows: 1.0, 64), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        scores = torch.randn(3, VOCABULARY) * 3
+        drafter.observe(Step(Tree.chain([1]), torch.empty(0), [2], [0], [], scores))
+        tree, first = drafter.propose([1, 2]), scores.argmax(-1).tolist()
+        for row in range(1, tree.ordinary(VOCABULARY)):
+            above = tree.visible[row].nonzero().flatten().tolist()[1:-1]
+            assert [tree.tokens[i] for i in above] == first[: len(above)]
+        trees += max(tree.depth[: tree.ordinary(VOCABULARY)]) > 1
+        counts = {kind: list(count) for kind, count in drafter.rates.counts.items()}
+        second = [2, scores[0].topk(2).indices[1].item(), first[1]]
+        drafter.observe(Step(Tree.chain(second[:1]), torch.empty(0), second[1:], [0, 0], []))
+        changed = {kind for kind, count in drafter.rates.counts.items() if count != counts[kind]}
+        assert changed
+        assert not any(kind[0] == 1 for kind in changed if isinstance(kind, tuple))
+    assert trees > 10
+
+
+def test_candidates_stand_below_the_likeliest_ones() -> None:
+    stands_on_the_trunk()
+
+
+def test_children_off_the_trunk_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_tree, "Node", lambda *given: Node(*given[:4]))
+    with pytest.raises(AssertionError):
+        stands_on_the_trunk()
 
 
 def test_wrong_guesses_end_in_silence_that_is_broken_now_and_then() -> None:
@@ -173,6 +205,85 @@ def test_the_trunk_holds_the_first_guesses() -> None:
     assert [tree.tokens[by_depth[d][0]] for d in (1, 2, 3)] == [10, 20, 30]
     for d in (2, 3):
         assert {tree.parents[i] for i in by_depth[d]} == {by_depth[d - 1][0]}
+
+
+def published(method: Bita | Space, masks: int) -> set[tuple[int, ...]]:
+    """The paths of candidates, as (offset, rank) numbered 10 * (offset + 1) + rank: SPACE's only chain; of
+    BiTA's Figure 3 all candidates of an offset, under the first candidates of the offsets before it."""
+    if isinstance(method, Space):
+        return {tuple(10 * (offset + 1) for offset in range(deep + 1)) for deep in range(masks)}
+    if method.tree == "full":
+        ranks = [range(10 * offset + 10, 10 * offset + 10 + method.width) for offset in range(masks)]
+        return {path for deep in range(masks) for path in itertools.product(*ranks[: deep + 1])}
+    narrower = method.tree == "upper-triangle"
+    return {
+        (*(10 * (above + 1) for above in range(offset)), 10 * (offset + 1) + rank)
+        for offset in range(masks)
+        for rank in range(method.width - offset * narrower)
+    }
+
+
+LAYOUTS = [
+    Space(faithful=True),
+    Bita(faithful=True),
+    Bita(faithful=True, tree="half"),
+    Bita(faithful=True, tree="full", width=2),
+]
+
+
+def as_published(method: Bita | Space) -> None:
+    """Every candidate stands where the paper has it, with the token of its own rank."""
+    drafter = method.drafter(DraftContext([1], lookahead=LOOK))
+    scores = torch.zeros(3, VOCABULARY)
+    for offset in range(3):
+        scores[offset, 10 * (offset + 1) : 10 * (offset + 1) + 9] = torch.arange(9, 0, -1.0)
+    drafter.observe(Step(Tree.chain([1]), torch.empty(0), [2], [0], [], scores))
+    tree = drafter.propose([1, 2])
+    paths = []
+    for row in range(1, tree.ordinary(VOCABULARY)):
+        above = tree.visible[row].nonzero().flatten().tolist()
+        paths.append(tuple(tree.tokens[i] for i in above[1:]))
+    assert len(paths) == len(set(paths))
+    assert set(paths) == published(method, 3)
+
+
+@pytest.mark.parametrize("method", LAYOUTS, ids=str)
+def test_candidates_stand_as_published(method: Bita | Space) -> None:
+    as_published(method)
+
+
+Nodes = Sequence[tuple[int, int, int]]
+
+
+def hung_flat(nodes: Nodes) -> Nodes:
+    """All candidates stand under the root."""
+    return [(0, offset, rank) for _, offset, rank in nodes]
+
+
+def of_one_rank(nodes: Nodes) -> Nodes:
+    """All candidates are the likeliest ones."""
+    return [(parent, offset, 0) for parent, offset, _ in nodes]
+
+
+def of_wrong_rank(nodes: Nodes) -> Nodes:
+    """Leaves have the candidate one rank further down."""
+    return [(parent, offset, rank + (rank > 0)) for parent, offset, rank in nodes]
+
+
+def with_leaves_elsewhere(nodes: Nodes) -> Nodes:
+    """Candidates of the second offset stand under the second candidate of the first."""
+    return [(2 if offset == 1 else parent, offset, rank) for parent, offset, rank in nodes]
+
+
+@pytest.mark.parametrize("fault", [hung_flat, of_one_rank, of_wrong_rank, with_leaves_elsewhere])
+def test_candidates_elsewhere_are_seen(
+    fault: Callable[[Nodes], Nodes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = FixedDrafter.__init__
+    monkeypatch.setattr(FixedDrafter, "__init__", lambda self, look, nodes: init(self, look, fault(nodes)))
+    method = LAYOUTS[0] if fault is hung_flat else LAYOUTS[1]
+    with pytest.raises(AssertionError):
+        as_published(method)
 
 
 @pytest.mark.parametrize("method", [Bita(), Space(), Bita(faithful=True), Space(faithful=True)])

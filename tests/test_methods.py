@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, hook
 from selfdraft.drafting import available, create, resolve
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
-from selfdraft.drafting.jacobi import Jacobi
+from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.step import accept
@@ -191,6 +191,34 @@ def test_jacobi_opens_its_window_as_far_as_guesses_come_true(right: float, rows:
     published = replay(Jacobi(faithful=True).drafter(context), text[:100], text[100:], right)
     assert statistics.median(mine.rows) >= rows
     assert mine.speed > 0.95 * published.speed if right < 0.9 else mine.speed > 1.1 * published.speed
+
+
+def test_jacobi_refills_its_window_from_discarded_tails() -> None:
+    """What the model picked after two tokens off the text is a candidate where the two come again."""
+    text = list(range(60))
+    drafter = JacobiDrafter(8, DraftContext(text))
+    first = drafter.propose(text)
+    assert len(first) == 8, "rows cost nothing here"
+    picks = [100 + row for row in range(8)]
+    drafter.observe(Step(first, torch.empty(0), picks, [0], []))
+    text.append(picks[0])
+    for token in first.tokens[6:]:
+        tree = drafter.propose(text)
+        drafter.observe(Step(tree, torch.empty(0), [token] * len(tree), [0], []))
+        text.append(token)
+    assert drafter.propose(text).child(0, picks[7]) is not None
+
+
+def test_a_pool_that_stays_empty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = JacobiDrafter._remember
+
+    def forget(self: JacobiDrafter, step: Step) -> None:
+        remember(self, step)
+        self.pool.clear()
+
+    monkeypatch.setattr(JacobiDrafter, "_remember", forget)
+    with pytest.raises(AssertionError):
+        test_jacobi_refills_its_window_from_discarded_tails()
 
 
 def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,11 @@ from selfdraft.bench import job, report, source, suite
 HOME = Path(__file__).parents[1]
 SECRET = "a_secret_text"
 ROWS = [{"id": f"{SECRET}-{i}", "prompt": f"def {SECRET}_{i}(a, b):\n"} for i in range(2)]
-BOUND = {"bandwidth": 1.23456789e10, "weight_bytes": 2e7, "rows": {"ratio": {"1": 1.0}}}
+BOUND = {
+    "bandwidth": 1.23456789e10,
+    "weight_bytes": 2e7,
+    "rows": {"seconds": 0.005, "ratio": {"1": 1.0, "8": 2.5}},
+}
 TUNED = "jacobi:adapter=/a/b,window=1"
 COST = {"tokens": 9, "loss": [3.0, 3.01], "agreement": 0.9, "repeated": None}
 
@@ -72,6 +76,7 @@ def test_the_page_has_the_figures_of_the_reports(results: ModuleType, kept: Path
     assert "loss on held-out text 3.0000 -> 3.0100 nats per token" in page
     assert "1,234 parameters" in page
     assert "12.3 GB/s" in page
+    assert "one takes 5.0 ms; n rows take so many times as long: 1: 1.00, 8: 2.50." in page
     record = json.loads((kept / "smollm2.json").read_text())
     record["suites"]["mine"]["arms"]["llma"]["cut"]["against_plain"]["median"] = 1.51
     (kept / "smollm2.json").write_text(json.dumps(record))

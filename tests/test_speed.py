@@ -20,7 +20,7 @@ from selfdraft import DraftContext, Engine, Method, Request, SamplingParams, Ste
 from selfdraft.drafting import create
 from selfdraft.drafting.method import Loops
 from selfdraft.drafting.plain import Plain
-from selfdraft.drafting.speed import Depth, Speed, SpeedDrafter
+from selfdraft.drafting.speed import CHOSEN, Depth, Speed, SpeedDrafter
 from selfdraft.engine.request import FinishReason
 from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
 from selfdraft.llm import LLM
@@ -532,3 +532,25 @@ def test_the_depth_is_chosen_by_time() -> None:
         learning.learn([4, 5, 5])
     assert math.isclose(learning.right[0] / learning.seen, 1 / 41)
     assert learning.choose() == 2, "2 * 1.6 > 2 * 1.3"
+
+
+def test_the_depth_follows_what_was_seen_on_the_way() -> None:
+    """An agreement that was measured elsewhere is outweighed, in time, by this text's own picks."""
+    agreed = Loops(3, [0.95, 0.97, 1.0])
+    depth = Depth(agreed, lambda rows: 1 + 0.3 * (rows - 1), 0)
+    assert depth.spawn == 1
+    for _ in range(8 * CHOSEN):
+        depth.learn([5, 7, 7])  # the first pass is wrong, the second right
+        depth.count()
+    assert depth.spawn == 2
+    fixed = Depth(agreed, lambda rows: 1 + 0.3 * (rows - 1), 1)
+    for _ in range(8 * CHOSEN):
+        fixed.learn([5, 7, 7])
+        fixed.count()
+    assert fixed.spawn == 1
+
+
+def test_a_depth_that_is_never_chosen_anew_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Depth, "count", lambda self: None)
+    with pytest.raises(AssertionError):
+        test_the_depth_follows_what_was_seen_on_the_way()

@@ -17,15 +17,18 @@ from transformers import TrainerCallback
 from selfdraft.drafting import mask_tree
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import AdapterError
+from selfdraft.models import transformers_inputs
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.train import calibration, sequences, trainer
+from selfdraft.train import student as student_module
 from selfdraft.train.calibration import calibrate
 from selfdraft.train.sequences import Batches, Draws
-from selfdraft.train.student import IGNORED, Loss, Student, anchored, fresh, started
+from selfdraft.train.student import IGNORED, Loss, Student, Tape, anchored, fresh, started
 from selfdraft.train.trainer import Schedule, accuracies, train
 
+import adapting
 from conftest import tiny_llama
 from runs import greedy, random_prompt, run
 
@@ -236,6 +239,129 @@ def test_a_wrong_loss_is_seen(
         check()
 
 
+def at_once(student: Student, ids: Tensor, anchors: Tensor, labels: Tensor) -> Tensor:
+    """The loss of all masks in one forward over the whole tree, through whole tables of logits."""
+    model, length, fixed = student.model, ids.shape[1], student.adapter.config.prefix
+    assert model.lookahead is not None
+    pairs = zip(ids.tolist(), anchors.tolist(), strict=True)
+    grown = [anchored(text, where, model.lookahead.ids) for text, where in pairs]
+    width, tape = len(grown[0]), Tape(student.adapter)
+    laid = model.layout(grown, [0] * len(grown), width, fixed + width)
+    made = transformers_inputs.kind_masks(model.kinds, laid.seen, laid.positions, fixed)
+    with torch.no_grad():
+        seen = {name: mask[..., : fixed + length] for name, mask in made.items()}
+        text = model.call(laid, seen, tape, 0, length)
+    masks = model.call(laid, made, tape, length, width)
+    size = labels.shape[-1]
+    true = (anchors[..., None] + 1 + torch.arange(size)).clamp(max=length - 1)
+    lane = torch.arange(len(ids))[:, None, None]
+    states = model.apply_sampler_head(masks.flatten(0, 1), ids[lane, true].flatten())
+    own = model.output(text[lane, true].flatten(0, 2)).float().softmax(-1)
+    label = labels.flatten()
+    aim = own if student.loss.kind == "distill" else label.clamp(min=0)
+    each = torch.nn.functional.cross_entropy(model.output(states).float(), aim, reduction="none")
+    weights = student.loss.decay ** torch.arange(size).repeat(len(label) // size) * (label != IGNORED)
+    return (each * weights).sum() / weights.sum()
+
+
+def same_gradients(model: TransformersModel, rows: Any, kind: Literal["distill", "tokens"]) -> None:
+    adapter = adapting.adapter(model, 3, 4, 4, 8).float()
+    student = Student(model, adapter.requires_grad_(), Loss(kind, 0.8))
+    given = batch(rows, 3)
+    names, parts = zip(*adapter.named_parameters(), strict=True)
+    losses = student(**given)["loss"], at_once(student, **given)
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, *pair in zip(names, *(torch.autograd.grad(loss, parts) for loss in losses), strict=True):
+        assert pair[0].any(), name
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["distill", "tokens"])
+@pytest.mark.parametrize("rows_at_once", [24, 512])
+def test_losses_and_gradients_are_those_of_all_masks_at_once(
+    model: TransformersModel, rows: Any, kind: Any, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the masks and the logits are cut into pieces."""
+    monkeypatch.setattr(student_module, "ROWS", (rows_at_once, 0))
+    monkeypatch.setattr(student_module, "PIECE", 7)
+    same_gradients(model, rows, kind)
+
+
+def test_the_prefix_is_left_out_in_part_while_it_learns(model: TransformersModel, rows: Any) -> None:
+    """Another part in each forward, and none of it when it is measured."""
+    adapter = adapting.adapter(model, 3, 4)
+    given = batch(rows, 3)
+
+    def losses(dropout: float, learns: bool) -> set[float]:
+        student = Student(model, adapter, Loss("tokens", 1.0, dropout)).train(learns)
+        return {student(**given)["loss"].item() for _ in range(4)}
+
+    whole = losses(0.0, learns=True)
+    assert len(whole) == 1
+    assert losses(0.5, learns=False) == whole
+    assert len(losses(0.5, learns=True) | whole) == 5
+
+
+def a_gradient_too_few(patch: pytest.MonkeyPatch) -> None:
+    """The gradient of a piece of logits lacks the target."""
+    vecdot, sub = torch.linalg.vecdot, Tensor.sub_
+    patch.setattr(torch.linalg, "vecdot", vecdot)
+    patch.setattr(Tensor, "sub_", lambda self, other: sub(self, other) if other.shape[-1] == 1 else self)
+
+
+def aims_one_on(patch: pytest.MonkeyPatch) -> None:
+    """Masks share the distribution of the place after their own."""
+    own = Student._own
+
+    def late(self: Student, *given: Tensor) -> tuple[Tensor, Tensor]:
+        shares, index = own(self, *given)
+        return shares, (index + 1).clamp(max=len(shares) - 1)
+
+    patch.setattr(Student, "_own", late)
+
+
+def text_cut_short(patch: pytest.MonkeyPatch) -> None:
+    """A piece of groups does not see the row of its last anchor."""
+    behind = Tape.behind
+
+    def short(self: Tape, text: Tape, length: int) -> Tape:
+        made = behind(self, text, length)
+        made.kept = {
+            layer: (k, torch.cat([v[:, :, :-1], v[:, :, :1]], 2)) for layer, (k, v) in made.kept.items()
+        }
+        return made
+
+    patch.setattr(Tape, "behind", short)
+
+
+@pytest.mark.parametrize("fault", [a_gradient_too_few, aims_one_on, text_cut_short])
+def test_wrong_gradients_are_seen(
+    model: TransformersModel, rows: Any, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        same_gradients(model, rows, "distill")
+
+
+def test_batches_are_of_texts_of_about_one_length(rows: Any) -> None:
+    """Each use once, in an order that every start draws alike, and with few pads."""
+    texts = [{"prompt": [1] * (index % 17), "answer": [1] * (index % 5)} for index in range(50)]
+    uses = Draws(texts, 400)
+
+    def order(seed: int) -> list[int]:
+        return list(trainer.ByLength(uses, 4, seed))
+
+    assert sorted(order(0)) == list(range(400))
+    assert order(0) == order(0) != order(1)
+
+    def pads(order: Sequence[int]) -> int:
+        lengths = [len(uses[use]["prompt"]) + len(uses[use]["answer"]) for use in order]
+        batches = [lengths[start : start + 4] for start in range(0, 400, 4)]
+        return sum(4 * max(batch) - sum(batch) for batch in batches)
+
+    assert pads(order(0)) < pads(range(400)) / 4
+
+
 @pytest.mark.parametrize("kind", ["distill", "tokens"])
 @pytest.mark.parametrize("config", [BITA, SPACE, WHOLE], ids=["bita", "space", "whole"])
 def test_it_learns_and_the_model_stays(
@@ -394,8 +520,8 @@ class Told:
                 for token, share in known.items():
                     row[token] = share
 
-    def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        return self.given.log().flatten(0, 1), self.given.log().flatten(0, 1)
+    def as_decoded(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        return self.given.log().flatten(0, 1)
 
 
 def test_calibration_counts_what_a_walk_comes_to() -> None:
@@ -417,12 +543,12 @@ def test_calibration_counts_what_a_walk_comes_to() -> None:
     odds(0, 0.55, 2, 4)
     odds(0, 0.35 / 0.45, 1, 2)  # the second guess, where the first was wrong
     odds(0, 0.065 / 0.1, 0, 1)
-    odds(1, 0.75, 1, 2)  # not where no guess told the first token
-    odds(1, 0.23 / 0.25, 1, 1)
+    odds(1, 0.75, 1, 1)  # not where the likeliest guess was not the first token
+    odds(1, 0.23 / 0.25, 0, 0)
     odds(1, 0.25, 0, 0)
     onward = [
         (3 + mask_tree.FIRST_ONWARD * least) / (4 + least),
-        (2 + mask_tree.FIRST_ONWARD * least) / (2 + least),
+        (1 + mask_tree.FIRST_ONWARD * least) / (2 + least),
     ]
     assert found.odds[mask_tree.ONWARD][0] == pytest.approx(onward)
 

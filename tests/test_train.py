@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+
+from selfdraft.cli.train import BITA, CLLM, SPACE_TUNED
 
 from conftest import TEXT, Run
 
@@ -82,6 +85,55 @@ def test_from_prompts_to_drafts(
 
     again = json.loads(train(command, method, folder, answers, out, *more, "--json")[1].splitlines()[-1])
     assert again["accuracy"] == about["accuracy"]  # nothing was left to train
+
+
+def published_flags(about: str) -> list[str]:
+    """The options that a command's help names as the published training."""
+    found = re.search(r"published\s+training\s+is\s+`([^`]+)`", about)
+    assert found is not None
+    return found[1].split()
+
+
+def trains_as_published(
+    command: Run, method: str, folder: Path, prompts: Path, tmp_path: Path, *more: str
+) -> None:
+    """With the options that the help names nothing differs; with one more the card says what."""
+    data, make = tmp_path / "data", "trajectories" if method == "cllm" else "distill"
+    words = ["--prompts", str(prompts), "--model", str(folder), "--out", str(data), "-n", "24"]
+    words += ["--greedy-share", "1"] if method != "space-tuned" else []
+    words += ["--block", "8"] if method == "cllm" else []
+    assert command(make, *words)[0] == 0
+    flags = published_flags({"bita": BITA, "space-tuned": SPACE_TUNED, "cllm": CLLM}[method])
+    out, small = tmp_path / "out", SMALL[:8]
+    words = ["--model", str(folder), "--data", str(data), "--out", str(out), *small, *flags, *more]
+    code, _, err = command("train", method, *words)
+    assert code == 0, err
+    assert "The settings of the training are the published ones." in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["bita", "space-tuned", "cllm"])
+def test_the_published_training_is_what_the_help_says(
+    command: Run, folder: Path, prompts: Path, tmp_path: Path, method: str
+) -> None:
+    trains_as_published(command, method, folder, prompts, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("bita", ("--sampler-head", "8")),
+        ("space-tuned", ("--anchors", "2")),
+        ("cllm", ("--smoothing", "0")),
+    ],
+)
+def test_another_training_is_not_called_published(
+    command: Run, folder: Path, prompts: Path, tmp_path: Path, method: str, more: tuple[str, str]
+) -> None:
+    with pytest.raises(AssertionError):
+        trains_as_published(command, method, folder, prompts, tmp_path, *more)
+    field = {"--sampler-head": "sampler", "--anchors": "anchors", "--smoothing": "smoothing"}[more[0]]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(rf"The training is not the published one: \w+\.{field} [\d.]+ \(published: ", card)
 
 
 def test_verify_finds_an_adapter_exact(

@@ -196,11 +196,13 @@ def by_hand(model: TransformersModel, rows: datasets.Dataset, loss: TunedLoss, n
         for at in (labels != IGNORED).nonzero().flatten().tolist():
             known = own[at].log_softmax(-1)
             divergence = (known.exp() * (known - new[at])).sum()
-            kept.append(float(divergence if loss.keep == "base" else -new[at, labels[at]]))
+            told = -(1 - loss.smoothing) * new[at, labels[at]] - loss.smoothing * new[at].mean()
+            kept.append(float(divergence if loss.keep == "base" else told))
     out = learner(**batch)
-    assert float(out["loss"].detach()) == pytest.approx(
-        draft / weights + loss.weight * sum(kept) / len(kept), rel=1e-4
-    )
+    expected = draft / weights + loss.weight * sum(kept) / len(kept)
+    if loss.joint:
+        expected = (draft + loss.weight * sum(kept)) / (weights + len(kept))
+    assert float(out["loss"].detach()) == pytest.approx(expected, rel=1e-4)
     hits = out["hits"][out["hits"] != IGNORED]
     assert len(hits) == weighed
 
@@ -210,6 +212,8 @@ LOSSES = [
     (TunedLoss(keep="tokens", weight=3.0), NOISES[0]),
     (TunedLoss(draft="tokens", decay=0.7), NOISES[2]),
     (TunedLoss(decay=0.5), NOISES[3]),
+    (TunedLoss(draft="tokens", keep="tokens", weight=1.0, joint=True), NOISES[0]),
+    (TunedLoss(keep="tokens", smoothing=0.1), NOISES[0]),
 ]
 
 

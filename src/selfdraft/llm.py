@@ -199,6 +199,7 @@ class LLM(PromptEncoder):
         self.eos_ids = end_ids(model.config, model.generation_config, tokenizer)
         check_early(self.method, self.model)
         self.engine = Engine(self.model, self._limits)
+        self.model.cost(1)  # measured now, if it is not known, and not within somebody's request
 
     def using(
         self, method: str | Method, options: Mapping[str, object] | None = None, adapter: str | None = None

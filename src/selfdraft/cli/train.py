@@ -65,6 +65,9 @@ Kind = Annotated[
         "--loss", help="distill: learn the model's distribution; tokens: learn the next token, as published."
     ),
 ]
+Dropout = Annotated[
+    float, typer.Option("--prefix-dropout", help="Share of the prefix that is left out at random.")
+]
 Decay = Annotated[float, typer.Option(help="Weight of each mask's loss relative to the one before.")]
 Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences per step.")]
@@ -93,6 +96,13 @@ Keep = Annotated[
 KeepWeight = Annotated[
     float, typer.Option(help="Weight of --keep in the loss; a higher weight lowers the tuning cost.")
 ]
+Smoothing = Annotated[float, typer.Option(help="Label smoothing of --keep tokens.")]
+Joint = Annotated[
+    bool,
+    typer.Option(
+        "--joint-mean", help="One mean over the text's tokens and masks, as published, instead of one each."
+    ),
+]
 TUNED_RATE = "Learning rate of LoRA or of all weights. Default: 2e-3, with --full 2e-5."
 TunedRate = Annotated[float | None, typer.Option("--rate", help=TUNED_RATE)]
 TunedRank = Annotated[int | None, typer.Option(min=1, help="Rank of the LoRA. Default: 32.")]
@@ -118,7 +128,8 @@ chain of such candidates, and the loss of --keep (kept, in nats).
 BITA = f"""Train mask tokens and a soft prefix that only they see: BiTA (arXiv 2401.12522).
 
 The adapter has some hundredths of a percent of the model's parameters, and more with a sampler head. The
-published training is `--sampler-head 0 --loss tokens --decay 1 --rate 0.03`.
+published training is `--sampler-head 0 --loss tokens --decay 1 --rate 0.03 --prefix-dropout 0.1`, on greedy
+answers (`distill --greedy-share 1`). The card says in what a training differs from it.
 {STOPS}
 Examples:
 
@@ -149,7 +160,8 @@ CLLM = f"""Train the model to map any state of a Jacobi trajectory to its final 
 This changes the weights and thereby the text: drafting is lossless to the tuned weights only. The tuning
 cost is measured at the end. Decode with `--method jacobi --adapter`. `--window 8 --noise progressive`
 trains on several blocks in a row with increasing noise (Jacobi Forcing). The published training is
-`--full --unknown random --copies 1 --on-policy 0 --decay 1 --keep tokens`, on greedy trajectories.
+`--full --unknown random --copies 1 --on-policy 0 --decay 1 --keep tokens --smoothing 0.1`, on greedy
+trajectories (`--greedy-share 1`); its texts are always the model's own here, never a data set's.
 {LEARNS}
 Examples:
 
@@ -170,7 +182,7 @@ SPACE_TUNED = f"""Train mask tokens and the weights together: SPACE as published
 
 This changes the weights and thereby the text: drafting is lossless to the tuned weights only. The tuning
 cost is measured at the end. The published training is `--full --masks 5 --shared-mask --sampler-head 0
---anchors 1 --draft tokens --keep tokens --keep-weight 1 --decay 1`.
+--anchors 1 --draft tokens --keep tokens --keep-weight 1 --decay 1 --joint-mean`.
 {LEARNS}
 Examples:
 
@@ -216,6 +228,7 @@ def cllm(
     ] = 0.35,
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
+    smoothing: Smoothing = 0.0,
     decay: Annotated[
         float, typer.Option(help="Weight of each row after the first wrong one, relative to the one before.")
     ] = 0.85,
@@ -244,7 +257,13 @@ def cllm(
         what,
         {"method": "cllm", "model": model, "data": data, "out": out, "full": full, "share": share},
         {"masks": 0} | _lora(full, rank, target),
-        {"keep": keep, "weight": keep_weight, "decay": decay, "refresh": on_policy},
+        {
+            "keep": keep,
+            "weight": keep_weight,
+            "decay": decay,
+            "refresh": on_policy,
+            "smoothing": smoothing,
+        },
         {
             "steps": steps,
             "batch": batch,
@@ -278,6 +297,7 @@ def space_tuned(
     draft: Draft = "distill",
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
+    joint_mean: Joint = False,
     decay: Decay = 0.9,
     steps: Steps = 2000,
     batch: Batch = 4,
@@ -307,7 +327,7 @@ def space_tuned(
         "train space-tuned",
         {"method": "space-tuned", "model": model, "data": data, "out": out, "full": full, "share": share},
         shape | _lora(full, rank, target),
-        {"draft": draft, "keep": keep, "weight": keep_weight, "decay": decay},
+        {"draft": draft, "keep": keep, "weight": keep_weight, "decay": decay, "joint": joint_mean},
         times | {"rate": rate, "lora_rate": _rate(full, lora_rate)},
         {"start": start, "dtype": dtype, "device": device},
     )
@@ -386,6 +406,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         sampler: Sampler = 256,
         loss: Kind = "distill",
         decay: Decay = 0.9,
+        dropout: Dropout = 0.0,
         steps: Steps = 2000,
         batch: Batch = 4,
         length: Length = 512,
@@ -422,7 +443,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
             data,
             out,
             options.read(AdapterConfig, shape | {"targets": tuple(target or ())}, what),
-            options.read(Loss, {"kind": loss, "decay": decay}, what),
+            options.read(Loss, {"kind": loss, "decay": decay, "dropout": dropout}, what),
             options.read(Schedule, times | {"rate": rate, "lora_rate": lora_rate, "seed": seed}, what),
             start,
             dtype,

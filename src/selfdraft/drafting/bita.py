@@ -1,7 +1,7 @@
 """BiTA (arXiv 2401.12522): a frozen model drafts a tree in the pass that verifies the last one.
 
 Mask tokens behind a row guess the tokens after the next one; they see a soft prefix that no other row sees
-(section 3). By default the tree is sparse and grown from how sure the guesses are (`groups`).
+(section 3). By default the tree is sparse and grown from how sure the guesses are (`mask_tree`).
 
 `faithful` draws it up as published, the same shape at every step, `width` candidates per offset and a
 whole group of masks under every row. Only the first guess of an offset has others under it, save in

@@ -38,6 +38,7 @@ from .ngrams import PRIOR, NgramCopies, Places
 UNTUNED = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)
 TUNED = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # of a model that was tuned for it but not calibrated
 RATES = "ahead"  # the name of calibrated rates in an adapter
+POOL = 4096  # n-grams of discarded tails that are kept
 POOL_RATE = 0.1  # acceptance rate of what once followed the same two tokens, off the text
 PROBE = 8  # rows of a window that is run to learn
 PROBING_TIME = 0.01  # share of the time that goes to such windows
@@ -72,7 +73,8 @@ class JacobiDrafter:
         self.dice = random.Random(context.seed)
         self.copies = NgramCopies((), context.prompt)
         self.drafts: dict[int, int] = {}  # index in the text -> the pick of the last pass
-        self.pool: dict[tuple[int, int], int] = {}  # two tokens -> what once followed them, off the text
+        # Two tokens -> what once followed them, off the text; the oldest first.
+        self.pool: dict[tuple[int, int], int] = {}
         look = context.lookahead
         self.filler = look.filler if look is not None else None
         prior = UNTUNED if look is None or self.filler is None else _calibrated(look)
@@ -169,7 +171,11 @@ class JacobiDrafter:
             if depth >= far:
                 self.drafts.setdefault(self.length + depth, step.picks[row])
             if row not in path and row:
-                self.pool[tree.tokens[tree.parents[row]], tree.tokens[row]] = step.picks[row]
+                before = tree.tokens[tree.parents[row]], tree.tokens[row]
+                self.pool.pop(before, None)
+                self.pool[before] = step.picks[row]
+        while len(self.pool) > POOL:
+            del self.pool[next(iter(self.pool))]
 
 
 def _distance(ahead: int) -> int:

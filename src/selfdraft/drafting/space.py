@@ -3,7 +3,7 @@
 The published method tunes all weights: `space-tuned`, whose text is that of the tuned model. In `space` what
 is tuned is a LoRA that works on the rows of mask tokens alone (Samragh et al., 2507.11851), so the text is
 the base model's. Both draft alike; what differs is the adapter. By default the tree is sparse and grown from
-how sure the guesses are (`groups`).
+how sure the guesses are (`mask_tree`).
 
 `faithful` draws it up as published: one candidate per mask, one under the other, and a whole group of masks
 under every row, so that wherever the walk ends the next candidates are at hand.

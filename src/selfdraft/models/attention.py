@@ -5,7 +5,8 @@ keys and values are never repeated. And the computation runs in the dtype of the
 exact mode hold float64, in which the order of the keys no longer survives rounding to the model's
 dtype, so that a row's bits do not depend on where its ancestors lie.
 
-Capped scores and attention sinks, which SDPA lacks, are computed step by step, from the same folded rows.
+Capped scores and attention sinks, which SDPA lacks, are computed step by step, from the same folded rows; so
+is attention with gradients on a CPU.
 
 A model that transformers itself drives (`model.generate`, training) works with it too.
 """
@@ -46,7 +47,9 @@ def attend(
     batch, heads, rows, dim = query.shape
     groups = heads // key.shape[1]
     query = query.to(key.dtype)
-    if softcap is not None or sinks is not None:
+    # On a CPU the gradients of SDPA's fused kernel take twice the time of the products themselves.
+    learns = query.requires_grad and not query.is_cuda
+    if softcap is not None or sinks is not None or learns:
         scores = _scores(query, key, attention_mask, scaling, softcap)
         out = _read(scores, value, sinks, dropout)
     elif attention_mask is None or (rows > FOLD and not key.is_cuda):

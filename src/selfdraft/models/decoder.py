@@ -45,6 +45,8 @@ from .weights import Weights
 
 ACTIVATIONS = (8, 16)
 """Bits of the inputs of products with quantised weights."""
+SHORTLIST = 64
+"""Likeliest tokens of a mask that a sampler head corrects."""
 
 
 class Decoder:
@@ -217,13 +219,17 @@ class Decoder:
         assert isinstance(rows, DecoderRows)
         if self.adapter is None or self.adapter.sampler is None:
             return rows.logits(index)
-        made = read_in_turn(
-            index,
-            tokens,
-            pick,
-            lambda asked, before: [row for row in rows.logits(asked, before) if len(row)],
-        )
-        return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
+        found = rows.logits(index)
+
+        def read(asked: Sequence[Sequence[int]], before: Sequence[int]) -> list[Tensor]:
+            live = [i for i, own in enumerate(asked) if own]
+            at = {i: list(index[i]).index(asked[i][0]) for i in live}
+            for i, token in zip(live, before, strict=True):
+                rows.shortlist(i, asked[i][0], token, found[i][at[i]])
+            return [found[i][at[i] : at[i] + 1] for i in live]
+
+        read_in_turn(index, tokens, pick, read)
+        return found
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -243,6 +249,7 @@ class Decoder:
         if self._times is None:
             identity = {
                 "decoder": self.library.name,
+                "kernels": self.library.digest,
                 "config": self.config.to_dict(),
                 "weights": self.weights_label,
                 "own_threads": self.threads,
@@ -322,3 +329,13 @@ class DecoderRows:
         )
         found = torch.from_numpy(logits[:, : decoder.vocab_size])
         return list(found.split([len(mine) for mine in index]))
+
+    def shortlist(self, request: int, row: int, previous: int, logits: Tensor) -> None:
+        """Let the adapter's sampler head, which sees a token, correct the SHORTLIST largest logits of a mask
+        row, [vocabulary], in place. The others become minus infinity."""
+        work, decoder = self.work, self.decoder
+        assert self.step == work.steps, "a later forward has taken the place of these rows"
+        assert decoder._beside is not None
+        at = self.starts[request] + row
+        own = decoder._built.model, work.structure, decoder._beside
+        decoder.library.shortlist(*own, at, previous, logits.numpy(), SHORTLIST)

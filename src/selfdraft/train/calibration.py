@@ -1,8 +1,10 @@
 """Calibration: how often an adapter's candidates are accepted, counted on held-out sequences.
 
 The counts by offset and rank are for the card; those by offset and hazard are for the drafter (`mask_tree`),
-which uses the probabilities of the candidates at hand. A candidate counts only where the walk would reach it:
-where the candidates before it, of any rank, were right.
+which uses the probabilities of the candidates at hand. Candidates are predicted as in decoding: a sampler
+head sees the model's own pick at the first mask, and at the others the likeliest candidate of the mask
+before. A candidate counts for the drafter only where it would stand in the tree and the walk would reach it:
+where the likeliest candidates before it were right.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def calibrate(student: Student, batches: Iterable[Mapping[str, Tensor]]) -> Cali
     """Count over batches whose labels are the model's own answers."""
     offsets = [Counts() for _ in range(student.adapter.config.masks)]
     for batch in batches:
-        scores, _ = student.scores(batch["ids"], batch["anchors"])
+        scores = student.as_decoded(batch["ids"], batch["anchors"])
         labels = batch["labels"].flatten(0, 1)
         for mine, came in zip(scores.split(len(offsets)), labels.tolist(), strict=True):
             if came[0] != IGNORED:
@@ -101,21 +103,21 @@ def window_acceptance(
 
 def _count(offsets: Sequence[Counts], proposed: Sequence[Sequence[Candidate]], came: Sequence[int]) -> None:
     """Add the candidates of one anchor. came: the tokens that followed it."""
-    walked = runs = True
+    trunk = walks = True
     for counts, offered, token in zip(offsets, proposed, came, strict=True):
         if token == IGNORED:
             return
         tokens = [candidate.token for candidate in offered]
-        if runs:
-            runs = token in tokens[:DRAFTED]
-            counts.onward[0] += runs
+        if walks:
+            walks = trunk and token in tokens[:DRAFTED]
+            counts.onward[0] += walks
             counts.onward[1] += 1
         for rank, candidate in enumerate(offered):
             counts.ranks[rank][0] += candidate.token == token
             counts.ranks[rank][1] += 1
-        for candidate in offered if walked else ():
+        for candidate in offered if trunk else ():
             counts.kinds[candidate.kind][0] += candidate.token == token
             counts.kinds[candidate.kind][1] += 1
             if candidate.token == token:
                 break
-        walked = walked and token in tokens
+        trunk = trunk and token == tokens[0]

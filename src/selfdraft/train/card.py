@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .published import sentence
+
 SHOWN = 4  # masks whose accuracy is logged and drawn
 TEMPLATE = """---
 base_model: {base}
@@ -137,7 +139,7 @@ def write_tuned(
         peak=f"{peak / 2**30:.2f} GiB" if peak else "unknown",
         version=machine["selfdraft"],
         config="tuning.json" if asked["full"] else "adapter_config.json",
-        origin=origin(asked),
+        origin=sentence(asked) + origin(asked),
         **about["tuning_cost"],
         **{key: asked["loss"][key] for key in ("draft", "keep", "weight")},
         **{key: asked["schedule"][key] for key in ("steps", "batch")},
@@ -211,7 +213,7 @@ def write(
         loss=asked["loss"]["kind"],
         decay=asked["loss"]["decay"],
         version=machine["selfdraft"],
-        origin=origin(asked),
+        origin=sentence(asked) + origin(asked),
         **{key: asked["schedule"][key] for key in ("steps", "batch", "anchors", "rate", "lora_rate")},
         **{
             key: machine[key] for key in ("processor", "threads", "device", "torch", "transformers", "commit")

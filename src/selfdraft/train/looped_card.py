@@ -25,15 +25,17 @@ This is a transformers folder of model type `{kind}`; `import selfdraft.models.l
 
 ## Readouts
 
-On {tokens:,} held-out tokens. Agreement: how often the most likely token is that of the last pass.
+On {tokens:,} held-out tokens. Agreement: how often the most likely token is that of the last pass; a token
+that starts after an earlier pass is revised in the other cases.
 
-| after pass | loss, nats per token | agreement |
-|---|---|---|
+| after pass | loss, nats per token | agreement | revised |
+|---|---|---|---|
 {rows}
 {compared}
 Trained for {steps:,} steps of {batch} windows of {length} tokens ({seen:,} tokens, of {windows:,} windows)
 in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}. The loss is the
-weighted sum of the losses after every pass (arXiv 2310.12072). The last pass learns {aim};
+weighted sum of the losses after every pass (arXiv 2310.12072). Layers are shared whole: without a LoRA per
+pass, and without layers of their own before and after. The last pass learns {aim};
 earlier passes learn {early}, at {exit_share:.0%} of the positions. Learning rates {rate} (Muon) and
 {outer_rate} (embeddings, head, norms). Made by selfdraft {version}, torch {torch}, transformers
 {transformers}, commit {commit}. `training.json` holds all options and the log.
@@ -82,7 +84,9 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
 
 def _table(exits: Mapping[str, Any]) -> str:
     pairs = zip(exits["loss"], exits["agreement"], strict=True)
-    return "\n".join(f"| {g} | {loss:.4f} | {same:.1%} |" for g, (loss, same) in enumerate(pairs, start=1))
+    return "\n".join(
+        f"| {g} | {loss:.4f} | {same:.1%} | {1 - same:.1%} |" for g, (loss, same) in enumerate(pairs, start=1)
+    )
 
 
 def _compared(asked: Mapping[str, Any], about: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ class Batches:
         if draw is None:
             chosen = start + torch.arange(count) * room // max(1, count)
         else:
-            chosen = start + torch.randperm(room, generator=_dice(draw))[:count]
+            chosen = start + torch.randperm(room, generator=_dice(draw))[:count].sort().values
         idle = torch.zeros(self.anchors - count, dtype=torch.long)
         known = torch.arange(self.anchors) < count
         return torch.cat([chosen, idle]), known

@@ -2,9 +2,10 @@
 
 A sequence is a tree: the text as a chain, with a group of mask tokens under each anchor. It uses the layout
 and the attention masks of decoding (`models.transformers_inputs`), so a mask row sees the same in training
-and in decoding. The text runs first, without gradients, and leaves its keys and values; its hidden states
-give the model's own distribution at the target positions. Then the mask rows run. Only they have gradients,
-so nothing is stored for the frozen weights.
+and in decoding. The text runs first, without the adapter and without gradients, and leaves its keys and
+values; its hidden states give the model's own distribution at the target positions, once for all masks that
+aim there. Then the mask rows run, some groups at a time behind the text that they see. Only they have
+gradients, so nothing is stored for the frozen weights.
 
 The loss of a mask is a cross-entropy, either with the next token (as both papers publish) or with the model's
 own distribution (distillation, as in PPD, arXiv 2405.18628, section 4). Its weight is decay ** offset.
@@ -12,14 +13,14 @@ own distribution (distillation, as in PPD, arXiv 2405.18628, section 4). Its wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any, Literal, cast
 
 import torch
 import transformers
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from ..engine.tree import Tree
@@ -31,6 +32,8 @@ from ..models.kv_cache import Pair
 from ..models.transformers import TransformersModel
 
 IGNORED = -100  # the label of a mask without a target
+PIECE = 64  # rows of logits at a time
+ROWS = (512, 16384)  # of masks in one forward, on a CPU and elsewhere
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Loss:
     kind: Literal["distill", "tokens"] = "distill"
     # Weight of each offset relative to the one before.
     decay: Annotated[float, Gt(0), Le(1)] = 0.9
+    # Share of the soft prefix's values that are left out at random in each forward.
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
 
 
 def fresh(model: TransformersModel, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -104,13 +109,19 @@ def anchored(text: Sequence[int], anchors: Sequence[int], group: Sequence[int]) 
 
 
 class Tape(transformers.Cache):
-    """The KV cache of one training forward: the adapter's prefix, the rows of the first call, which it keeps,
-    and the rows of a later call."""
+    """The KV cache of one training forward: the adapter's prefix, and the rows of the first call, which it
+    keeps for later calls."""
 
-    def __init__(self, adapter: Adapter | None) -> None:
+    def __init__(self, adapter: Adapter | None, dropout: float = 0.0) -> None:
         super().__init__(layers=[])
         self.pairs = adapter.pairs() if adapter is not None else []
+        self.dropout = dropout  # of the prefix
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def behind(self, text: Tape, length: int) -> Tape:
+        """This tape behind the first rows of a text that has run."""
+        self.kept = {layer: (k[:, :, :length], v[:, :, :length]) for layer, (k, v) in text.kept.items()}
+        return self
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -119,7 +130,10 @@ class Tape(transformers.Cache):
         pair = self.pairs[layer_idx] if layer_idx < len(self.pairs) else None
         if pair is not None:
             lanes = key_states.shape[0]
-            fixed = [part.to(key_states.dtype).expand(lanes, -1, -1, -1) for part in pair]
+            fixed = [
+                torch.nn.functional.dropout(part.to(key_states.dtype), self.dropout).expand(lanes, -1, -1, -1)
+                for part in pair
+            ]
             before.insert(0, (fixed[0], fixed[1]))
         if layer_idx not in self.kept:
             self.kept[layer_idx] = key_states, value_states
@@ -156,40 +170,161 @@ class Student(torch.nn.Module):
         ids: [lanes, length], of text. anchors: [lanes, groups], rows of it. labels: [lanes, groups, masks],
         the target tokens, IGNORED if there is none. hits: [lanes, groups, masks], 1, 0, or IGNORED.
         """
-        scores, own = self.scores(ids, anchors)
-        size, flat = labels.shape[-1], labels.flatten()
-        weights = (self.loss.decay ** torch.arange(size, device=ids.device)).repeat(len(flat) // size)
-        weights = weights * (flat != IGNORED)
-        aim = flat.clamp(min=0) if self.loss.kind == "tokens" else own.softmax(-1)
-        each = torch.nn.functional.cross_entropy(scores, aim, reduction="none")
-        hits = (scores.argmax(-1) == own.argmax(-1)).long().masked_fill(flat == IGNORED, IGNORED)
-        loss = (each * weights).sum() / weights.sum().clamp(min=1e-6)
-        return {"loss": loss, "hits": hits.view(labels.shape)}
+        hits = torch.full_like(labels, IGNORED)
+        known = labels[..., 0] != IGNORED
+        used = known.any(0)
+        used[0] = True
+        first = anchors.masked_fill(~known, ids.shape[1] - 1).amin(1, keepdim=True)
+        anchors = torch.where(known, anchors, first)[:, used]
+        labels = labels[:, used]
+        text, masks = self.hidden(ids, anchors)
+        states = self.model.apply_sampler_head(masks.flatten(0, 1), self._told(ids, anchors))
+        shares, aims = self._own(text, anchors)
+        told = labels.flatten()
+        weights = self.loss.decay ** torch.arange(labels.shape[-1], device=ids.device)
+        weights = weights.expand(labels.shape).flatten() * (told != IGNORED)
+        weights = weights / weights.sum().clamp(min=1e-6)
+        targets = None if self.loss.kind == "distill" else told.clamp(min=0)
+        loss, best = cross_entropy(states, self.model.output, weights, shares, aims, targets)
+        right = (best == shares.argmax(-1)[aims]).long().masked_fill(told == IGNORED, IGNORED)
+        hits[:, used] = right.view(labels.shape)
+        return {"loss": loss, "hits": hits}
 
     def scores(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of all masks, and the model's own at their positions, without gradients; float32,
         [lanes * groups * masks, vocabulary]."""
         text, masks = self.hidden(ids, anchors)
-        lanes = torch.arange(len(ids), device=ids.device)[:, None, None]
-        true = anchors[..., None] + 1 + torch.arange(self.adapter.config.masks, device=ids.device)
+        states = self.model.apply_sampler_head(masks.flatten(0, 1), self._told(ids, anchors))
+        lane, true = self._places(text, anchors)
         with torch.no_grad():
-            own = self.model.output(text[lanes, true.clamp(max=ids.shape[1] - 1)].flatten(0, 2)).float()
-        before = ids[lanes, true.clamp(max=ids.shape[1] - 1)].flatten()
-        return self.model.output(self.model.apply_sampler_head(masks.flatten(0, 1), before)).float(), own
+            own = self.model.output(text[lane, true].flatten(0, 2)).float()
+        return self.model.output(states).float(), own
+
+    @torch.no_grad()
+    def as_decoded(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        """Logits of all masks as in decoding, where the sampler head sees the text's token at the first mask
+        of a group, and the prediction of the mask before at the others. As `scores`."""
+        _, masks = self.hidden(ids, anchors)
+        size = self.adapter.config.masks
+        before, made = self._told(ids, anchors)[::size], []
+        for states in masks.view(-1, size, masks.shape[-1]).unbind(1):
+            made.append(self.model.output(self.model.apply_sampler_head(states, before)).float())
+            before = made[-1].argmax(-1)
+        return torch.stack(made, 1).flatten(0, 1)
 
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of the text, [lanes, length, hidden], without gradients, and of the mask rows,
-        [lanes, groups * masks, hidden]."""
-        model, length = self.model, ids.shape[1]
+        """Hidden states of the text, [lanes, length, hidden], without gradients, as far as masks aim, and of
+        the mask rows, [lanes, groups * masks, hidden]."""
+        masks, lanes = self.adapter.config.masks, len(ids)
+        length = min(ids.shape[1], int(anchors.max()) + masks + 1)
+        text, tape = self._read(ids[:, :length])
+        groups = max(1, ROWS[ids.device.type != "cpu"] // (lanes * masks))
+        hung = [self._hung(ids, part, tape) for part in anchors.split(groups, 1)]
+        return text, torch.cat(hung, 1)
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor) -> tuple[Tensor, Tape]:
+        """Hidden states of a text without the adapter, and its keys and values."""
+        base, tape = self.model.base, Tape(None)
+        length = ids.shape[1]
+        laid = base.layout([Tree.chain(text) for text in ids.tolist()], [0] * len(ids), length, length)
+        made = transformers_inputs.kind_masks(base.kinds, laid.seen, laid.positions)
+        return base.call(laid, made, tape, 0, length), tape
+
+    def _hung(self, ids: Tensor, anchors: Tensor, text: Tape) -> Tensor:
+        """Hidden states of the masks of some groups, [lanes, groups * masks, hidden].
+
+        They are laid out as in decoding: behind a history up to the first anchor in trees of the rest of the
+        text that they see, and of the groups, which alone are run.
+        """
+        model = self.model
         assert model.lookahead is not None
-        group = tuple(model.lookahead.ids)
-        pairs = zip(ids.tolist(), anchors.tolist(), strict=True)
-        trees = [anchored(text, where, group) for text, where in pairs]
-        width, fixed = len(trees[0]), self.adapter.config.prefix
-        laid = model.layout(trees, [0] * len(trees), width, fixed + width)
+        group, fixed = tuple(model.lookahead.ids), self.adapter.config.prefix
+        start, stop = int(anchors.min()), int(anchors.max()) + 1
+        pairs = zip(ids[:, start:stop].tolist(), (anchors - start).tolist(), strict=True)
+        trees = [anchored(rows, where, group) for rows, where in pairs]
+        width = len(trees[0])
+        laid = model.layout(trees, [start] * len(trees), width, fixed + start + width)
         made = transformers_inputs.kind_masks(model.kinds, laid.seen, laid.positions, fixed)
-        tape = Tape(self.adapter)
-        with torch.no_grad():
-            seen = {name: mask[..., : fixed + length] for name, mask in made.items()}
-            text = model.call(laid, seen, tape, 0, length)
-        return text, model.call(laid, made, tape, length, width)
+        tape = Tape(self.adapter, self.loss.dropout if self.training else 0.0).behind(text, stop)
+        return model.call(laid, made, tape, stop - start, width)
+
+    def _places(self, text: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Lane, and the row of the text whose pick a mask is to predict, [lanes, groups, masks]."""
+        true = anchors[..., None] + 1 + torch.arange(self.adapter.config.masks, device=anchors.device)
+        lane = torch.arange(len(anchors), device=anchors.device)[:, None, None]
+        return lane, true.clamp(max=text.shape[1] - 1)
+
+    def _told(self, ids: Tensor, anchors: Tensor) -> Tensor:
+        """The token before the one that each mask predicts, [lanes * groups * masks]."""
+        return ids[self._places(ids, anchors)].flatten()
+
+    @torch.no_grad()
+    def _own(self, text: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's own distributions, float32 [places, vocabulary], and which of them each mask is to
+        predict, [lanes * groups * masks]: neighbouring anchors have most of them in common."""
+        lane, true = self._places(text, anchors)
+        places, index = torch.unique((lane * text.shape[1] + true).flatten(), return_inverse=True)
+        rows = text.flatten(0, 1)[places].split(PIECE)
+        return torch.cat([self.model.output(part).float().softmax(-1) for part in rows]), index
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Cross-entropies of predicted distributions with their targets, summed with weights, and the likeliest
+    tokens.
+
+    Logits are made in pieces, which stay in a processor's cache, and their gradients are taken at once: a
+    whole vocabulary for each of a thousand masks would pass through memory several times.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        head: Callable[[Tensor], Tensor],
+        weights: Tensor,
+        shares: Tensor,
+        aims: Tensor,
+        labels: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """states: [rows, hidden], from which `head` makes logits. weights, aims: [rows]. shares: target
+        distributions, [places, vocabulary], of which `aims` are the indices; or labels: target tokens,
+        [rows]. Returns the loss, and tokens [rows]."""
+        loss, best = weights.new_zeros(()), []
+        slopes: list[Tensor] = []
+        for start in range(0, len(states), PIECE):
+            piece = slice(start, start + PIECE)
+            with torch.enable_grad():
+                mine = states[piece].detach().requires_grad_()
+                made = head(mine)
+            logits = made.detach().float()
+            total = logits.logsumexp(-1)
+            best.append(logits.argmax(-1))
+            if labels is None:
+                target = shares[aims[piece]]
+                agreed = torch.linalg.vecdot(target, logits)
+            else:
+                own = labels[piece, None]
+                agreed = logits.gather(-1, own)[:, 0]
+            loss = loss + ((total - agreed) * weights[piece]).sum()
+            if ctx.needs_input_grad[0]:
+                slope = logits.sub_(total[:, None]).exp_()
+                if labels is None:
+                    slope.sub_(target)
+                else:
+                    slope.scatter_add_(-1, own, slope.new_full((), -1.0).expand(own.shape))
+                slope.mul_(weights[piece, None])
+                slopes += torch.autograd.grad(made, mine, slope.to(made.dtype))
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        tokens = torch.cat(best)
+        ctx.mark_non_differentiable(tokens)
+        return loss, tokens
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> Any:
+        (slopes,) = ctx.saved_tensors
+        return slopes * slope.to(slopes.dtype), None, None, None, None, None
+
+
+cross_entropy = cast(Callable[..., tuple[Tensor, Tensor]], CrossEntropy.apply)

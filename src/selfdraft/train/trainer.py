@@ -8,17 +8,18 @@ embeddings and prefixes (3e-2 in BiTA) is too high for them.
 from __future__ import annotations
 
 import json
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 import numpy as np
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 
 from .card import SHOWN
@@ -26,6 +27,7 @@ from .sequences import Batches, Draws
 from .student import IGNORED, Student
 from .tuned import TunedStudent
 
+SORTED = 16  # batches that are sorted by length together
 SECONDS = "seconds"  # key of the last log entry: duration of the run over all its starts
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
@@ -92,6 +94,30 @@ def train(
     return [*trainer.state.log_history, {SECONDS: clock.seconds}]
 
 
+class ByLength(Sampler[int]):
+    """Uses in random order, sorted by length within some batches, whose order is random too: texts in one
+    batch are padded to the longest. Every start draws the same order."""
+
+    def __init__(self, uses: Dataset[Any], batch: int, seed: int) -> None:
+        self.uses, self.batch, self.seed = uses, batch, seed
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.uses))
+
+    def __iter__(self) -> Iterator[int]:
+        dice = random.Random(self.seed)
+        order = dice.sample(range(len(self)), len(self))
+        for start in range(0, len(order), SORTED * self.batch):
+            part = sorted(order[start : start + SORTED * self.batch], key=self._length)
+            found = [part[at : at + self.batch] for at in range(0, len(part), self.batch)]
+            for batch in dice.sample(found, len(found)):
+                yield from batch
+
+    def _length(self, use: int) -> int:
+        row = self.uses[use]
+        return len(row["prompt"]) + len(row["answer"])
+
+
 class Clock(TrainerCallback):
     """The duration of a run, including earlier starts up to the checkpoint that it continues from."""
 
@@ -121,7 +147,10 @@ def last_checkpoint(folder: Path) -> str | None:
 
 class AdapterTrainer(Trainer):
     """A Trainer that logs how often each mask's first candidate is the model's pick, and, if the model is
-    tuned, the loss that keeps its text."""
+    tuned, the loss that keeps its text. Texts of about one length go together."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        return ByLength(cast(Any, self.train_dataset), self._train_batch_size, self.args.seed)
 
     def compute_loss(
         self,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from ..engine.tree import Tree
@@ -46,6 +46,10 @@ class TunedLoss:
     weight: Annotated[float, Ge(0)] = 10.0
     # Weight of each branch row relative to the one before, from the first that sees a wrong token.
     decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    # One mean over the rows of the text and the branch rows together, as SPACE publishes it; else one each.
+    joint: bool = False
+    # Label smoothing where the text's rows learn the next token; CLLM's published code has 0.1.
+    smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     # Share of the steps in which noisy blocks first make a pass through the student itself (on policy).
     refresh: Annotated[float, Ge(0), Le(1)] = 0.0
     # Token at the end of a block after such a pass; see `packed.NoiseConfig`.
@@ -124,7 +128,7 @@ class TunedStudent(torch.nn.Module):
         each = torch.nn.functional.cross_entropy(scores, target, reduction="none", ignore_index=IGNORED)
         offset = (counted.cumsum(-1) - 1)[counted]  # in the group, from its first row with a loss
         weights = self.loss.decay**offset
-        draft = (each * weights).sum() / weights.sum().clamp(min=1e-6)
+        draft, count = (each * weights).sum(), weights.sum()
         hits = torch.full_like(aims, IGNORED)
         own, group, _ = counted.nonzero(as_tuple=True)
         hits[own, group, offset] = (scores.argmax(-1) == reference.argmax(-1)).long()
@@ -132,8 +136,12 @@ class TunedStudent(torch.nn.Module):
         sums = torch.zeros(2, lanes, device=kept.device)
         sums[0].index_add_(0, home, kept.detach())
         sums[1].index_add_(0, home, torch.ones_like(kept))
+        if self.loss.joint:
+            loss = (draft + self.loss.weight * kept.sum()) / (count + len(kept))
+        else:
+            loss = draft / count.clamp(min=1e-6) + self.loss.weight * kept.mean()
         return {
-            "loss": draft + self.loss.weight * kept.mean(),
+            "loss": loss,
             "hits": hits,
             "kept": sums[0] / sums[1].clamp(min=1),
         }
@@ -165,7 +173,10 @@ class TunedStudent(torch.nn.Module):
     def _kept(self, scores: Tensor, tokens: Tensor, parents: Tensor, text: Tensor, label: Tensor) -> Tensor:
         """The loss of the text. scores: [len(text), vocabulary]; text: indices of its rows in the batch."""
         if self.loss.keep == "tokens":
-            return torch.nn.functional.cross_entropy(scores, label, reduction="none")
+            smoothing = self.loss.smoothing
+            return torch.nn.functional.cross_entropy(
+                scores, label, reduction="none", label_smoothing=smoothing
+            )
         with torch.no_grad():
             last = int((text % tokens.shape[1]).max()) + 1
             chains = [Tree.chain(row[:last]) for row in tokens.clamp(max=self.base.vocab_size - 1).tolist()]

@@ -9,6 +9,7 @@ forward.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import platform
@@ -83,6 +84,8 @@ class Library:
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
+        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        """Of the library's file."""
         self._lib = ctypes.CDLL(str(path))
         self._lib.selfdraft_packed_bytes.restype = ctypes.c_int64
         self._lib.selfdraft_packed_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
@@ -117,6 +120,12 @@ class Library:
             ctypes.c_int,
             *[ctypes.c_void_p] * 2,
             ctypes.c_int,
+        ]
+        self._lib.selfdraft_shortlist.restype = None
+        self._lib.selfdraft_shortlist.argtypes = [
+            *[ctypes.c_void_p] * 3,
+            *[ctypes.c_int] * 3,
+            ctypes.c_void_p,
         ]
         sizes = {name: int(self._lib.selfdraft_sizes(i)) for i, name in enumerate(SIZES)}
         self.lanes, self.page, self.block_rows = sizes["lanes"], sizes["page"], sizes["block_rows"]
@@ -182,6 +191,21 @@ class Library:
         pointers = (_address(part) for part in (model, work, adapter))
         told = None if before is None else before.ctypes.data
         self._lib.selfdraft_logits(*pointers, len(index), index.ctypes.data, told, threads)
+
+    def shortlist(
+        self,
+        model: structures.Model,
+        work: structures.Work,
+        adapter: structures.Adapter,
+        row: int,
+        previous: int,
+        logits: NDArray[np.float32],
+        size: int,
+    ) -> None:
+        """Let the adapter's sampler head, which sees a token, correct the largest logits of a mask row of the
+        last step, [vocabulary], in place: so many, at most 512. The others become minus infinity."""
+        pointers = (_address(part) for part in (model, work, adapter))
+        self._lib.selfdraft_shortlist(*pointers, row, previous, min(size, len(logits)), logits.ctypes.data)
 
     def noise(self, seed: int, sample: int, positions: Sequence[int], vocabulary: int) -> NDArray[np.float32]:
         """Gumbel noise, [positions, vocabulary]; see `cpu/noise.c`."""

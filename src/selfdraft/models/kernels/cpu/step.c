@@ -4,6 +4,7 @@
 
 #include "blocks.h"
 #include "products.h"
+#include "unpack.h"
 
 #include <time.h>
 
@@ -364,6 +365,53 @@ static void read_out(Step *s, int stage, int thread, int threads) {
         if (!cap_logits(m, logits, (int)padded)) w->finite[b->want[k]] = 0;
         if (w->pick) w->pick[k] = w->finite[b->want[k]] ? pick(logits, m->vocabulary) : -1;
     }
+}
+
+/* ---- The sampler head on a shortlist. A call of the output layer for each mask in turn would read all its weights as
+ * often; so one call gives the logits of all masks without that head, which then only corrects the likeliest. */
+
+/* Lets the token at i sink in a heap whose first has the smallest of their logits. */
+static void sink(const float *logits, int32_t *heap, int n, int i) {
+    for (int child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && logits[heap[child + 1]] < logits[heap[child]]) child++;
+        if (!(logits[heap[child]] < logits[heap[i]])) return;
+        const int32_t token = heap[i];
+        heap[i] = heap[child];
+        heap[child] = token;
+    }
+}
+
+/* The n tokens with the largest logits, in no order. */
+static void likeliest(const float *logits, int vocabulary, int n, int32_t *heap) {
+    for (int i = 0; i < n; i++) heap[i] = i;
+    for (int i = n / 2; i-- > 0;) sink(logits, heap, n, i);
+    for (int i = n; i < vocabulary; i += W) {
+        const int end = i + W < vocabulary ? i + W : vocabulary;
+        if (end == i + W && !(logits[heap[0]] < largest(load(logits + i)))) continue;
+        for (int k = i; k < end; k++)
+            if (logits[heap[0]] < logits[k]) heap[0] = k, sink(logits, heap, n, 0);
+    }
+}
+
+/* Brings the token before the one that a mask row of the last step predicts into its n largest logits; the others become
+ * minus infinity. */
+EXPORT void selfdraft_shortlist(const Model *model, const Work *work, const Adapter *adapter, int row, int32_t previous,
+                                int n, float *logits) {
+    const Step s = {.model = model, .work = work, .adapter = adapter};
+    int32_t tokens[MAX_SHORTLIST];
+    float corrected[MAX_SHORTLIST] = {0}, *x = work->scratch[0].row, *weights = x + model->hidden;
+    likeliest(logits, model->vocabulary, n, tokens);
+    normalise(&s, model->final_norm, row, x);
+    condition(&s, previous, x);
+    for (int k = 0; k < n; k++) {
+        unpack_output(&model->head, tokens[k], weights);
+        vf total = splat(0);
+        for (int i = 0; i < model->hidden; i += W) total = muladd(load(x + i), load(weights + i), total);
+        corrected[k] = sum(total);
+    }
+    cap_logits(model, corrected, MAX_SHORTLIST);
+    for (int i = 0; i < model->vocabulary; i++) logits[i] = -__builtin_inff();
+    for (int k = 0; k < n; k++) logits[tokens[k]] = corrected[k];
 }
 
 /* ---- The sequence of stages. */

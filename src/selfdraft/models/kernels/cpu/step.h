@@ -47,7 +47,7 @@ typedef struct {
     float embedding_scale;       /* of the tokens that the sampler head sees */
 } Adapter;
 
-enum { PRODUCTS = 7 };
+enum { PRODUCTS = 7, MAX_SHORTLIST = 512 /* tokens that a sampler head corrects */ };
 
 typedef struct {
     int32_t rows, wanted, table_width, blocks;
