@@ -31,6 +31,10 @@ def llm(folder: Path) -> LLM:
 def served(request: pytest.FixtureRequest, folder: Path) -> Iterator[AsyncLLM]:
     with AsyncLLM.load(str(folder), process=request.param == "process", method="llma") as made:
         yield made
+        left = made.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
+    assert left.wait().finish_reason == "cancelled"
+    if isinstance(made._runner, Process):
+        assert not made._runner._process.is_alive(), "no child is left"
 
 
 def params(i: int, **others: Any) -> SamplingParams:
@@ -109,39 +113,36 @@ def test_the_queue_has_an_end(folder: Path) -> None:
         served.submit([5, 6], params(0)).wait()
 
 
-@pytest.mark.parametrize("process", [False, True])
-def test_closing_lets_requests_finish_or_ends_them(folder: Path, process: bool) -> None:
-    served = AsyncLLM.load(str(folder), process=process)
-    short = served.submit([5, 6], params(0))
-    long = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
-    if process:
-        next(iter(long))
-    served.close(grace=0.0 if process else 30.0)
-    with pytest.raises(EngineClosed):
-        served.submit([5, 6], params(0))
-    assert short.wait().finish_reason == "length" or process
-    assert long.wait().finish_reason == ("cancelled" if process else "length")
-    assert not any(thread.name.startswith("selfdraft-") for thread in threading.enumerate())
-    if isinstance(served._runner, Process):
-        assert not served._runner._process.is_alive()
+def test_closing_lets_requests_finish_or_ends_them(folder: Path) -> None:
+    for grace in (30.0, 0.0):
+        served = AsyncLLM.load(str(folder))
+        ticket = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
+        next(iter(ticket))
+        served.close(grace=grace)
+        with pytest.raises(EngineClosed):
+            served.submit([5, 6], params(0))
+        assert ticket.wait().finish_reason == ("length" if grace else "cancelled")
+    assert not any(thread.name == "selfdraft-engine" for thread in threading.enumerate())
 
 
-def test_a_process_that_dies_is_started_again(folder: Path) -> None:
-    with AsyncLLM.load(str(folder), process=True) as served:
-        assert isinstance(served._runner, Process)
-        right = served.submit([5, 6], params(0)).wait().ids
-        lost = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
-        next(iter(lost))
-        os.kill(served._runner._process.pid, signal.SIGKILL)
-        with pytest.raises(EngineClosed, match="exit code -9"):
-            lost.wait()
-        for _ in range(200):
-            try:
-                again = served.submit([5, 6], params(0)).wait()
-                break
-            except EngineClosed:
-                time.sleep(0.1)
-        assert again.ids == right
+def test_a_process_that_dies_is_started_again(served: AsyncLLM) -> None:
+    runner = served._runner
+    if not isinstance(runner, Process):
+        pytest.skip("of processes")
+    right = served.submit([5, 6], params(0)).wait().ids
+    lost = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
+    next(iter(lost))
+    assert runner._process.pid is not None
+    os.kill(runner._process.pid, signal.SIGKILL)
+    with pytest.raises(EngineClosed, match="exit code -9"):
+        lost.wait()
+    for _ in range(600):
+        try:
+            again = served.submit([5, 6], params(0)).wait()
+            break
+        except EngineClosed:
+            time.sleep(0.1)
+    assert again.ids == right
 
 
 def test_a_model_that_cannot_be_loaded() -> None:

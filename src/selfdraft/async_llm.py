@@ -288,9 +288,8 @@ class AsyncLLM(PromptEncoder):
     def _check_queue(self) -> None:
         most = self.limits.max_queue
         if most is not None and len(self._tickets) >= self.limits.max_requests + most:
-            raise QueueFull(
-                f"{self.limits.max_requests} requests run and {most} wait, as many as may; try again later"
-            )
+            there = len(self._tickets)
+            raise QueueFull(f"{there} requests run or wait already, as many as may; try again later")
 
 
 class Thread:

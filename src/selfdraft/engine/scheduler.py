@@ -65,9 +65,9 @@ class Scheduler:
     def check(self, prompt: Sequence[int]) -> None:
         """Raises QueueFull where no request may wait any more, and KVMemoryExhausted for a prompt that the
         memory never holds."""
-        most = self.limits.max_queue
-        if most is not None and len(self.waiting) >= most:
-            raise QueueFull(f"{len(self.waiting)} requests wait already, as many as may; try again later")
+        most, there = self.limits.max_queue, len(self.running) + len(self.waiting)
+        if most is not None and there >= self.limits.max_requests + most:
+            raise QueueFull(f"{there} requests run or wait already, as many as may; try again later")
         if self.pool.tokens is not None and len(prompt) >= self.pool.tokens:
             raise KVMemoryExhausted(
                 f"the prompt has {len(prompt)} tokens, and the memory for keys and values holds "

@@ -264,4 +264,11 @@ def library() -> Library | None:
         )
     elif name == "portable" and not asked:
         LOG.warning("this processor has neither AVX2 nor NEON's dot products: the portable kernels are slow")
-    return Library(LIB / f"{name}{SUFFIX}", name) if name else None
+    try:
+        return Library(LIB / f"{name}{SUFFIX}", name) if name else None
+    except AttributeError:  # a symbol is missing
+        LOG.warning(
+            "the CPU kernels are older than this package, so models go through transformers' forward, "
+            "which is slower; build them anew: python -m selfdraft.models.kernels.build"
+        )
+        return None
