@@ -47,7 +47,8 @@ sanitize: $(INSTALLED)-dev
 		$(BIN)/python -m pytest -q -p no:cacheprovider $(KERNEL_TESTS)
 
 KERNELS := src/selfdraft/models/kernels/cpu
-SELFTEST := -std=gnu11 -O2 -ffp-contract=off -I $(KERNELS) tests/selftest.c $(KERNELS)/pack.c $(KERNELS)/noise.c -lm
+SELFTEST := -std=gnu11 -O2 -ffp-contract=off -I $(KERNELS) tests/selftest.c $(KERNELS)/pack.c $(KERNELS)/noise.c \
+	$(KERNELS)/threads.c -pthread -lm
 
 test-arm: $(INSTALLED)
 	$(BIN)/python -m pip install -q ziglang

@@ -32,6 +32,7 @@ def write_gguf(
     without: str | None = None,
     add: str | None = None,
     quantise: gguf.GGMLQuantizationType | None = None,
+    head: int = HEAD,
 ) -> Path:
     """A random model of LAYERS layers. `without` names a tensor to leave out, `add` one too many."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -42,6 +43,7 @@ def write_gguf(
         "feed_forward_length": WIDE,
         "attention.head_count": HEADS,
         "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": head,
     }
     for key, value in (numbers | (metadata or {})).items():
         if isinstance(value, int):
@@ -52,7 +54,7 @@ def write_gguf(
     if tokenizer is not None:
         _write_tokenizer(writer, tokenizer, pre, merges, eot, add_bos)
     random = np.random.default_rng(0)
-    for name, shape in shapes(bias).items():
+    for name, shape in shapes(bias, head).items():
         if name == without:
             continue
         array = random.normal(0, 0.1, shape).astype(np.float32)
@@ -69,7 +71,7 @@ def write_gguf(
     return path
 
 
-def shapes(bias: bool = False) -> dict[str, tuple[int, ...]]:
+def shapes(bias: bool = False, head: int = HEAD) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (len(TOKENS), HIDDEN),
         "output_norm.weight": (HIDDEN,),
@@ -77,10 +79,10 @@ def shapes(bias: bool = False) -> dict[str, tuple[int, ...]]:
     for layer in range(LAYERS):
         part = {
             "attn_norm.weight": (HIDDEN,),
-            "attn_q.weight": (HEADS * HEAD, HIDDEN),
-            "attn_k.weight": (KV_HEADS * HEAD, HIDDEN),
-            "attn_v.weight": (KV_HEADS * HEAD, HIDDEN),
-            "attn_output.weight": (HIDDEN, HEADS * HEAD),
+            "attn_q.weight": (HEADS * head, HIDDEN),
+            "attn_k.weight": (KV_HEADS * head, HIDDEN),
+            "attn_v.weight": (KV_HEADS * head, HIDDEN),
+            "attn_output.weight": (HIDDEN, HEADS * head),
             "ffn_norm.weight": (HIDDEN,),
             "ffn_gate.weight": (WIDE, HIDDEN),
             "ffn_up.weight": (WIDE, HIDDEN),
@@ -88,9 +90,9 @@ def shapes(bias: bool = False) -> dict[str, tuple[int, ...]]:
         }
         if bias:
             part |= {
-                "attn_q.bias": (HEADS * HEAD,),
-                "attn_k.bias": (KV_HEADS * HEAD,),
-                "attn_v.bias": (KV_HEADS * HEAD,),
+                "attn_q.bias": (HEADS * head,),
+                "attn_k.bias": (KV_HEADS * head,),
+                "attn_v.bias": (KV_HEADS * head,),
             }
         found |= {f"blk.{layer}.{name}": shape for name, shape in part.items()}
     return found

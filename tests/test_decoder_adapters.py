@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,13 +25,14 @@ from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.space import Space
 from selfdraft.errors import AdapterError, InvalidTree
-from selfdraft.models import batch, decoder
+from selfdraft.models import batch, decoder, decoder_build, decoder_work
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.models.adapters import packed
 from selfdraft.models.adapters.adapter import Adapter, merge
 from selfdraft.models.adapters.fingerprint import fingerprint
 from selfdraft.models.decoder import Decoder
 from selfdraft.models.kernels import library as kernels
+from selfdraft.models.kernels.library import FORMATS, WEIGHT_TYPES
 from selfdraft.models.loading import load_pretrained
 from selfdraft.models.protocol import PickMask
 from selfdraft.models.transformers import MARK, TransformersModel
@@ -40,7 +42,7 @@ from adapting import Helped, MaskOracle, adapter, defined
 from conftest import VOCABULARY, Run
 from gguf_files import write_gguf
 from runs import greedy, random_prompt, run, sampled
-from test_decoder import BASE, CONFIGS, PackedWeights, build, made, tree_at
+from test_decoder import BASE, CONFIGS, BlockWeights, build, distance, made, tree_at
 from test_decoder import decoder as tiny
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -86,6 +88,20 @@ def without_sampler(part: Adapter) -> Adapter:
 @pytest.mark.parametrize("size", [1, 2, 17, 64, 319])
 def test_a_sampler_head_corrects_the_likeliest_tokens(size: int) -> None:
     shortlisted(size)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+@pytest.mark.parametrize("name", kernels.builds())
+def test_a_sampler_head_reads_every_format(name: str, kind: str) -> None:
+    """One that changes nothing leaves the logits of the output layer. (Mutant: a plane of bits left out.)"""
+    config = LlamaConfig(**{**BASE, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64})
+    own = Decoder(config, BlockWeights(made(config), kind, kind), build(name), activations=16, threads=1)
+    part = adapter(own, 3, sampler=8)
+    assert part.sampler is not None
+    part.sampler.outer.data.zero_()
+    given = Tree.chain(PROMPT[:1]).hang(0, MASKS), [], range(1, 4), [7, 8, 9]
+    with_it, bare = (read_masks(own.adapted(one), *given) for one in (part, without_sampler(part)))
+    assert distance(with_it, bare) < (0.02 if kind == "BF16" else 0.001)
 
 
 def test_a_shortlist_of_other_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,14 +157,14 @@ def compare(model: PreTrainedModel, own: Decoder, part: Adapter) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_mask_rows_say_what_is_defined(name: str, parts: str) -> None:
     model = made(CONFIGS[name])
-    own = Decoder(CONFIGS[name], PackedWeights(model), build(), threads=2)
+    own = Decoder(CONFIGS[name], ModuleWeights(model), build(), threads=2)
     compare(model, own, adapter(own, 3, *PARTS[parts], targets=targets(own)))
 
 
 def test_one_embedding_and_a_long_prefix() -> None:
     """One embedding for all masks; more keys in the prefix than a partition of attention has."""
     model = made(CONFIGS["llama"])
-    own = Decoder(CONFIGS["llama"], PackedWeights(model), build(), threads=2)
+    own = Decoder(CONFIGS["llama"], ModuleWeights(model), build(), threads=2)
     compare(model, own, adapter(own, 3, distinct=False))
     compare(model, own, adapter(own, 3, 300))
 
@@ -187,8 +203,8 @@ def outputs_of_the_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def mask_embeddings_not_scaled(patch: pytest.MonkeyPatch) -> None:
-    sizes = decoder._Build.sizes
-    patch.setattr(decoder._Build, "sizes", lambda *given: replace(sizes(*given), mask_scale=1.0))
+    sizes = decoder_build.Build.sizes
+    patch.setattr(decoder_build.Build, "sizes", lambda *given: replace(sizes(*given), mask_scale=1.0))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +360,7 @@ def drafters_see_the_picks() -> None:
 
 def test_drafters_see_the_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     drafters_see_the_picks()
-    monkeypatch.setattr(decoder.Work, "reading", lambda self, rows: (self.structure, self.logits[:rows]))
+    monkeypatch.setattr(decoder_work.Work, "reading", lambda self, rows: (self.structure, self.logits[:rows]))
     with pytest.raises(AssertionError):
         drafters_see_the_picks()
 
@@ -365,20 +381,18 @@ def test_adapters_work_side_by_side() -> None:
         read_masks(one, Tree.chain([5]).hang(0, [VOCABULARY + 2]), [], [1], [7])
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_merged_weights_are_those_of_the_other_way(kind: str) -> None:
-    """LoRA that tunes the model: with bfloat16 weights, too, the sums are rounded to the same bits."""
+    """LoRA that tunes the model: with weights of 16 bits, too, the sums are rounded to the same bits."""
     config = LlamaConfig(**BASE)
-    model = made(config)
-    if kind == "bf16":
-        model = model.bfloat16()
-    own = Decoder(config, PackedWeights(model, kind), build(), threads=2)
+    model = made(config).to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind])
+    own = Decoder(config, BlockWeights(model, kind, kind), build(), threads=2)
     part = adapter(own, 3, *PARTS["all"], targets=ALL, gated=False)
     tuned = own.adapted(part)
-    theirs = Decoder(config, PackedWeights(merge(model, part), kind), build(), threads=2)
+    theirs = Decoder(config, BlockWeights(merge(model, part), kind, kind), build(), threads=2)
     assert (tuned.grade, tuned.base.grade, own.grade) == ("tuned", "tuned", "base")
     assert (tuned.loaded, own.adapter, tuned.base.adapter) == (own, None, None)
-    for mine, other in zip(tuned._built.arrays, theirs._built.arrays, strict=True):
+    for mine, other in zip(tuned._built.arrays.values(), theirs._built.arrays.values(), strict=True):
         assert (mine == other).all()
     plain = run(tuned.base, Plain(), PROMPT, greedy(16)).emitted
     assert plain != run(own, Plain(), PROMPT, greedy(16)).emitted
@@ -386,24 +400,29 @@ def test_merged_weights_are_those_of_the_other_way(kind: str) -> None:
         assert run(tuned, method, PROMPT, greedy(16)).emitted == plain, method
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_1"])
 def test_few_bits_are_merged_in_eight(kind: str) -> None:
-    """Nearer to the sum than the format in which the weights are stored could be."""
+    """The sum, not yet rounded, to be packed in 8 bits unless another format is asked for."""
     config = LlamaConfig(**BASE)
-    stored = PackedWeights(made(config), kind)
-    own = Decoder(config, stored, build(), threads=1)
+    stored = BlockWeights(made(config), kind)
+    own = Decoder(config, stored, build(), threads=1, activations=16)
     part = adapter(own, 0, rank=4, gated=False)
     name = "model.layers.1.self_attn.q_proj"
     low: Any = part.lora[part.names.index(name)]
     expected = stored.linear(f"{name}.weight").float32() + (part.config.scale * low.b @ low.a).numpy()
-    tuned = packed.TunedWeights(stored, part, own._built.places, "as-stored")
+    tuned = packed.TunedWeights(stored, part, own._built.places)
     found = tuned.linear(f"{name}.weight")
-    assert found.kind == "q8"
-    assert abs(found.float32() - expected).max() <= 0.005 * abs(expected).max()
-    assert tuned.linear("model.layers.1.self_attn.k_proj.weight").kind == kind
-    assert tuned.label == ("float32, tuned layers in 8 bits" if kind == "q4" else "float32")
-    asked = packed.TunedWeights(stored, part, own._built.places, "q4").linear(f"{name}.weight")
-    assert (asked.kind, abs(asked.values - expected).max() < 1e-5) == ("f32", True)
+    assert found.format == "q8"
+    np.testing.assert_allclose(found.float32(), expected, atol=1e-5)
+    assert tuned.linear("model.layers.1.self_attn.k_proj.weight").format == WEIGHT_TYPES[kind].format
+    assert tuned.label == ("float32" if kind == "Q8_0" else "float32, tuned layers in 8 bits")
+    adapted = own.adapted(part)
+    assert adapted.weights_label == f"{tuned.label}, 16-bit activations"
+    asked = Decoder(config, stored, build(), kind="q4", activations=16).adapted(part)
+    assert asked.weights_label == "q4, 16-bit activations"
+    for model, format in ((adapted, "q8"), (asked, "q4")):
+        place = own._built.places[name]
+        assert model._built.model.layers[place.layer].qkv[place.product].format == FORMATS[format]
 
 
 def test_what_has_no_place_is_refused() -> None:
@@ -484,8 +503,7 @@ def test_a_fingerprint_needs_no_loading(folder: Path) -> None:
 def test_an_adapter_of_a_gguf_file_goes_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is bound to the weights that transformers loads of the file, whatever the decoder makes of them."""
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
-    heads = {"attention.head_count": 2, "attention.head_count_kv": 1}
-    file = write_gguf(tmp_path / "a.gguf", metadata=heads, quantise=gguf.GGMLQuantizationType.Q4_1)
+    file = write_gguf(tmp_path / "a.gguf", quantise=gguf.GGMLQuantizationType.Q4_1, head=32)
     model = TransformersModel(load_pretrained(str(file))[0])
     for name, gated in (("space", True), ("cllm", False)):
         made = adapter(model, 3 * gated, 0, 4, gated=gated)
@@ -498,13 +516,13 @@ def test_an_adapter_of_a_gguf_file_goes_either_way(tmp_path: Path, monkeypatch: 
     ids = [one.generate(prompt, max_new_tokens=12).ids for one in (plain, space, tuned, tuned.using("plain"))]
     assert ids[0] == ids[1]
     assert ids[2] == ids[3]
-    assert tuned.model.weights_label.endswith("tuned layers in 8 bits")
+    assert tuned.model.weights_label == "Q4_1, tuned layers in 8 bits, 8-bit activations"
     assert LLM(str(file), "plain", weights="q8").using("space", adapter=str(tmp_path / "space"))
 
 
 def test_weights_that_were_tuned_as_a_whole_are_told() -> None:
     config = LlamaConfig(**BASE)
     setattr(config, MARK, {"method": "cllm", "filler": 7, "odds": {"first": [[0.5]]}})
-    own = Decoder(config, PackedWeights(made(config)), build())
+    own = Decoder(config, ModuleWeights(made(config)), build())
     assert own.grade == "tuned"
     assert own.lookahead == Lookahead((), {"first": [[0.5]]}, 7)

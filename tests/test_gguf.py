@@ -18,9 +18,12 @@ from selfdraft.bench.peers import gguf_folder
 from selfdraft.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 from selfdraft.models import cache_folder, loading, smollm2
 from selfdraft.models.gguf.architectures import halves_apart
-from selfdraft.models.gguf.reader import GgufFile
+from selfdraft.models.gguf.reader import GgufFile, Tensor
 from selfdraft.models.gguf.tokenizer import GgufTokenizer
+from selfdraft.models.kernels import library as kernels
+from selfdraft.models.kernels.library import WEIGHT_TYPES
 from selfdraft.models.loading import end_ids, load_pretrained
+from selfdraft.models.weights import GgufWeights
 
 from gguf_files import TOKENS, shapes, write_gguf
 
@@ -66,9 +69,27 @@ def test_the_second_load_converts_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     file = write_gguf(tmp_path / "tiny.gguf")
     first, _ = load_pretrained(str(file))
     monkeypatch.setattr(loading, "convert", None)
+    monkeypatch.setattr(loading, "convert_weights", None)
     second, tokenizer = load_pretrained(str(file))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert tokenizer.chat_template
+
+
+def test_the_decoder_converts_no_weights(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only transformers' forward needs them, and then finds them beside the tokenizer."""
+    file = write_gguf(tmp_path / "tiny.gguf", head=32)
+    monkeypatch.delenv(kernels.CHOICE, raising=False)
+    kernels.library.cache_clear()
+    made = loading.load_decoder(str(file))
+    assert isinstance(made, tuple), made
+    kernels.library.cache_clear()
+    (folder,) = (cache / "gguf").iterdir()
+    assert not (folder / "model.safetensors").exists()
+    before = {path.name for path in folder.iterdir()}
+    load_pretrained(str(file))
+    assert {path.name for path in folder.iterdir()} == before | {"model.safetensors"}
 
 
 def test_a_changed_file_is_another_model(tmp_path: Path) -> None:
@@ -236,12 +257,44 @@ def test_a_tensor_beyond_the_file(tmp_path: Path) -> None:
         load_pretrained(str(file))
 
 
-def test_a_type_that_cannot_be_dequantised(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf")
-    start, kind = tensor_info("output_norm.weight")
-    damaged(file, start + kind, start + struct.pack("<I", gguf.GGMLQuantizationType.I32))
-    with pytest.raises(ModelUnsupported, match=r"output_norm\.weight is stored as I32"):
-        load_pretrained(str(file))
+RUNS_AS_STORED = set(WEIGHT_TYPES)
+REQUANTISED = {*("Q2_K", "Q3_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M")} | {
+    *("IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4")
+}
+"""Those that every version of the package gguf reads that is asked for; newer ones may read more."""
+
+
+@pytest.mark.parametrize("kind", gguf.GGMLQuantizationType.__members__)
+def test_every_type_runs_or_is_refused_by_name(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As stored, in 8 bits, which is said once, or not at all."""
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    file = GgufFile(write_gguf(tmp_path / "tiny.gguf"))
+    names = [f"blk.{layer}.attn_output.weight" for layer in range(2)]
+    shape = (8, 2 * max(block, 32))
+    for name in names:
+        file.tensors[name] = Tensor(name, number, shape, 64, shape[0] * shape[1] // block * size)  # type: ignore[index]
+    held = GgufWeights(file, {})
+    own = [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(2)]
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):  # the bytes of other tensors as scales
+            stored = [held.linear(name) for name in own]
+    except ModelUnsupported as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+    if refusal:
+        assert kind not in RUNS_AS_STORED | REQUANTISED
+        assert f"attn_output.weight is stored as {kind}" in refusal
+        return
+    assert [part.format for part in stored] == [
+        WEIGHT_TYPES[kind].format if kind in RUNS_AS_STORED else "q8"
+    ] * 2
+    assert held.label == kind
+    said = [f"type {kind} are requantised to 8 bits" in message for message in caplog.messages]
+    assert said == ([] if kind in RUNS_AS_STORED else [True])
 
 
 def test_an_unknown_architecture(tmp_path: Path) -> None:

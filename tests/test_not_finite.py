@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,22 +11,24 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
+from selfdraft import SamplingParams
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.request import Request
 from selfdraft.engine.tree import Tree
 from selfdraft.errors import NotFinite
-from selfdraft.models.decoder import Decoder, DecoderPool, DecoderRows
+from selfdraft.models.decoder import Decoder, DecoderRows
+from selfdraft.models.decoder_work import DecoderPool
 from selfdraft.models.kernels import library as kernels
 from selfdraft.models.weights import Stored
 from selfdraft.verify.adversaries import Oracle
 
 from runs import greedy, random_prompt, run, sampled
-from test_decoder import BASE, PackedWeights, build, made
+from test_decoder import BASE, BlockWeights, build, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # scales of infinity
 BUILDS = kernels.builds()
-KINDS = ("f32", "bf16", "q8", "q4", "q6")
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_1", "Q5_1", "Q6_K")
 BAD = 300
 """The token whose embedding is not finite; prompts are of lower ids."""
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -35,44 +38,47 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 """Caps of scores and logits make numbers of NaN and infinity."""
 VALUES = (np.nan, np.inf, -np.inf)
 Change = Callable[[Stored], None]
+SCALES = {"Q8_0": (0, 2), "Q4_1": (0, 4), "Q5_1": (0, 4), "Q6_K": (208, 210)}
+"""Where the halves of a block lie: its scale, and its minimum if it has one."""
 
 
-class ChangedWeights(PackedWeights):
-    """Weights in one format, of which one matrix is changed."""
+class ChangedWeights(BlockWeights):
+    """Weights of one type, of which one matrix is changed."""
 
     def __init__(self, config: PreTrainedConfig, kind: str, name: str, change: Change) -> None:
-        super().__init__(made(config), "q8" if kind == "q6" else kind)
-        self._q6, self._name, self._change = kind == "q6", name, change
+        super().__init__(made(config), kind, kind)
+        self._name, self._change = name, change
 
     def linear(self, name: str) -> Stored:
         found = super().linear(name)
-        if self._q6:
-            found = Stored("q6", found.values, found.scales, found.scales)
         if name == self._name:
-            found = found.map_rows(np.copy)
+            found = replace(found, rows=found.rows.copy())
             self._change(found)
         return found
 
 
 def in_row(row: int, value: float) -> Change:
-    """Put a value into one row of a matrix: for a weight, or for the scales of a group."""
+    """Put a value into one row of a matrix: for a weight, or for the halves of a block."""
 
     def change(stored: Stored) -> None:
-        if stored.kind == "f32":
-            stored.values[row, 5] = value
-        elif stored.kind == "bf16":
-            stored.values[row, 5] = np.float32(value).view(np.uint32) >> 16
+        if stored.kind in SCALES:
+            first, last = SCALES[stored.kind]
+            stored.rows[row, first:last].view(np.float16)[:] = value
+        elif stored.kind == "BF16":
+            stored.rows[row].view(np.uint16)[5] = np.float32(value).view(np.uint32) >> 16
         else:
-            for part in (stored.scales, stored.minima):
-                if part is not None:
-                    part[row, 1] = np.float16(value).view(np.uint16)
+            stored.rows[row].view(np.float16 if stored.kind == "F16" else np.float32)[5] = value
 
     return change
 
 
 def decoder(name: str, kind: str, config: str, matrix: str = "", change: Change = lambda _: None) -> Decoder:
-    weights = ChangedWeights(CONFIGS[config], kind, matrix, change)
-    return Decoder(CONFIGS[config], weights, build(name), threads=2)
+    own = CONFIGS[config]
+    if kind == "Q6_K":  # rows of whole blocks
+        own = type(own)(
+            **{**own.to_diff_dict(), "hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
+        )
+    return Decoder(own, ChangedWeights(own, kind, matrix, change), build(name), threads=2)
 
 
 def end(engine: Engine) -> None:
@@ -84,18 +90,29 @@ def failed(request: Request) -> bool:
     return request.finish_reason == "error" and isinstance(request.error, NotFinite)
 
 
+def sound_text(model: Decoder, params: SamplingParams) -> tuple[list[int], list[int]]:
+    """A prompt, and a text after it without the bad token; one that comes to it ends there."""
+    for seed in range(5, 30):
+        prompt, engine = random_prompt(40, seed, vocabulary=290), Engine(model)
+        request = engine.submit(prompt, Plain(), params)
+        end(engine)
+        if not failed(request):
+            return prompt, request.emitted
+        assert request.emitted[-1] == BAD
+    raise AssertionError("no text without the bad token")
+
+
 def check_a_bad_token(model: Decoder) -> None:
     """In a prompt, at its end or before it; and as a draft token."""
-    sound = random_prompt(40, seed=5, vocabulary=290)
     for params in (greedy(20), sampled(tokens=20)):
-        plain = run(model, Plain(), sound, params)
+        sound, plain = sound_text(model, params)
         engine = Engine(model)
         prompts = [[*sound[:at], BAD, *sound[at:]] for at in (0, 10, len(sound))]
         bad = [engine.submit(prompt, Plain(), params) for prompt in prompts]
-        good = engine.submit(sound, Oracle([BAD, *plain.emitted[1:]]), params)
+        good = engine.submit(sound, Oracle([BAD, *plain[1:]]), params)
         end(engine)
         assert all(failed(request) and not request.emitted for request in bad)
-        assert good.emitted == plain.emitted
+        assert good.emitted == plain
 
 
 def check_a_bad_row(model: Decoder) -> None:
@@ -160,7 +177,7 @@ def poison(request: Request, which: Literal["keys", "values"], value: float) -> 
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("kind", ["f32", "bf16"])
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_key_or_value_that_is_not_finite(name: str, kind: str, config: str) -> None:
     model = decoder(name, kind, config)
@@ -203,7 +220,7 @@ def cache_laundered(patch: pytest.MonkeyPatch) -> None:
 def test_the_check_finds_faults(
     fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = decoder(BUILDS[0], "f32", "llama", "model.embed_tokens.weight", in_row(BAD, np.nan))
+    model = decoder(BUILDS[0], "F32", "llama", "model.embed_tokens.weight", in_row(BAD, np.nan))
     check_a_bad_token(model)
     fault(monkeypatch)
     with pytest.raises(AssertionError):

@@ -23,7 +23,7 @@ from .engine.request import Request
 from .engine.scheduler import Limits
 from .errors import InvalidOption, InvalidPrompt, InvalidReference
 from .models.adapters import folder as adapter_folder
-from .models.decoder import Decoder
+from .models.decoder import ACTIVATIONS, Decoder
 from .models.loading import DEFAULT_MODEL, AnyModel, drive, end_ids, load_decoder, load_pretrained
 from .models.transformers import Numerics
 from .outputs import Chunk, Completion
@@ -106,6 +106,7 @@ class LLM(PromptEncoder):
         adapter: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         weights: str | None = None,
+        activations: int | None = None,
         dtype: str | None = None,
         device: str | None = None,
         numerics: Numerics | None = None,
@@ -118,10 +119,12 @@ class LLM(PromptEncoder):
         may be. method: a name (see `selfdraft.drafting.available`), with its `options`, or a `Method`.
         adapter: a folder or a hub id, with which the method drafts (bita, space), or which tunes the model,
         for any method (`selfdraft train cllm`): then texts are those of the tuned weights. weights: the
-        format in which they run, "as-stored" (None), "bf16", "q8" or "q4". dtype: "float32" or "bfloat16"
-        instead. device: None is CUDA if there is one. numerics: "exact" gives every token the same bits
-        whatever the method, the batch or the step; "fast" does not promise that; None is exact on the CPU,
-        where it is possible. limits: what the engine may use, such as `Limits(kv_memory=2**30)`.
+        format in which they run, "as-stored" (None), "bf16", "q8" or "q4". activations: bits to which the
+        inputs of products with 4- to 8-bit weights are rounded, 8 (None) or 16. dtype: "float32" or
+        "bfloat16" instead of weights. device: None is CUDA if there is one. numerics: "exact" gives every
+        token the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
+        exact on the CPU, where it is possible. limits: what the engine may use, such as
+        `Limits(kv_memory=2**30)`.
 
         On a CPU the model runs on this package's own decoder where that knows it, with an adapter too, else
         through transformers' forward; `route` says which, and why.
@@ -130,12 +133,16 @@ class LLM(PromptEncoder):
         """
         if numerics not in (None, "exact", "fast"):
             raise InvalidOption(f"numerics must be 'exact' or 'fast'; got {numerics!r}", option="numerics")
+        if activations not in (None, *ACTIVATIONS):
+            raise InvalidOption(
+                f"activations must be 8 or 16 bits; got {activations!r}", option="activations"
+            )
         made, _ = drafting.resolve(method, options)  # a wrong name is reported before the weights are read
         self.route = "transformers' forward: the model was loaded already"
-        self._asked: tuple[str, str | None, str | None, Numerics | None] | None = None
+        self._asked: tuple[str, int | None, str | None, str | None, Numerics | None] | None = None
         self._limits = limits
         if isinstance(model, str):
-            self._asked = (model, dtype, device, numerics)
+            self._asked = (model, activations, dtype, device, numerics)
             loaded, own = self._load(weights, made)
             self._init(loaded, tokenizer or own, method, options, model, adapter)
         elif not isinstance(model, torch.nn.Module):
@@ -148,6 +155,8 @@ class LLM(PromptEncoder):
             )
         elif dtype is not None or device is not None:
             raise InvalidOption("dtype and device go with a model's name; a loaded model has its own")
+        elif activations is not None:
+            raise InvalidOption("activations go with a model's name: a loaded model's are its own")
         else:
             self._init(drive(model, numerics), tokenizer, method, options, None, adapter)
         _note_sampling_config(self)
@@ -155,16 +164,20 @@ class LLM(PromptEncoder):
     def _load(self, weights: str | None, method: Method) -> tuple[AnyModel, PreTrainedTokenizerBase]:
         """The model on the decoder, or where that cannot be, behind transformers' forward."""
         assert self._asked is not None
-        name, dtype, device, numerics = self._asked
+        name, activations, dtype, device, numerics = self._asked
         reason = "the method drafts from early picks of a looped model"
         if not getattr(method, "early", False):
-            found = load_decoder(name, weights, dtype, device)
+            found = load_decoder(name, weights, activations, dtype, device)
             if not isinstance(found, str):
                 self.route = f"decoder, kernels for {found[0].library.name}"
                 return found
             reason = found
         if weights not in (None, "as-stored", "bf16"):
             raise InvalidOption(f"weights={weights!r} needs the decoder: {reason}", option="weights")
+        if activations is not None:
+            raise InvalidOption(
+                f"activations={activations} needs the decoder: {reason}", option="activations"
+            )
         self.route = f"transformers' forward: {reason}"
         loaded, tokenizer = load_pretrained(name, dtype, device)
         return drive(loaded, numerics), tokenizer

@@ -50,6 +50,8 @@ class Job:
     seed: int = 0
     weights: str | None = None
     """Format in which the weights run; see `LLM`."""
+    activations: int | None = None
+    """Bits of the inputs of products with quantised weights; see `LLM`."""
     dtype: str | None = None
     device: str | None = None
     numerics: Numerics | None = None
@@ -72,6 +74,7 @@ class Job:
             self.model,
             PLAIN,
             weights=self.weights,
+            activations=self.activations,
             dtype=self.dtype,
             device=self.device,
             numerics=self.numerics,

@@ -74,6 +74,7 @@ def bench(
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed for a temperature above 0.")] = 0,
     weights: flags.Weights = None,
+    activations: flags.Activations = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16, float32 or float64; default: as stored.")
     ] = None,
@@ -141,6 +142,7 @@ def bench(
         temperature=temperature,
         seed=seed,
         weights=weights,
+        activations=activations,
         dtype=dtype,
         device=device,
         numerics=numerics,  # type: ignore[arg-type]

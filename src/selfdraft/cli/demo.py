@@ -61,7 +61,7 @@ def demo(
 
     screen = console(stderr=as_json)
     with screen.status(f"loading {model}") as status:
-        llm = flags.load(model, SHOWN, None, None, None, None, None, None)
+        llm = flags.load(model, SHOWN, None, None, None, None, None, None, None)
         status.update("measuring step times")
         llm.model.cost(1)
         arms = [llm.using(name) for name in METHODS]

@@ -38,6 +38,13 @@ Weights = Annotated[
         show_default=False,
     ),
 ]
+Activations = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of the inputs of products with 4- to 8-bit weights: 8 or 16. [default: 8]",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16, float32 or float64. [default: as stored]", show_default=False),
@@ -62,6 +69,7 @@ def load(
     option: Sequence[str] | None,
     adapter: str | None,
     weights: str | None,
+    activations: int | None,
     dtype: str | None,
     device: str | None,
     numerics: str | None,
@@ -75,6 +83,7 @@ def load(
         options=pairs("--option", option),
         adapter=adapter,
         weights=weights,
+        activations=activations,
         dtype=dtype,
         device=device,
         numerics=numerics,  # type: ignore[arg-type]

@@ -50,6 +50,7 @@ def generate(
     ignore_eos: sampling_flags.IgnoreEos = False,
     logprobs: sampling_flags.Logprobs = None,
     weights: flags.Weights = None,
+    activations: flags.Activations = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
@@ -103,7 +104,7 @@ def generate(
     _check(samples, settings, as_json, compare)
     references = [read_reference(path) for path in reference or ()]
     with console(stderr=True).status(f"loading {model}") as status:
-        llm = flags.load(model, method, option, adapter, weights, dtype, device, numerics)
+        llm = flags.load(model, method, option, adapter, weights, activations, dtype, device, numerics)
         if method != "plain":
             status.update("measuring step times")
             llm.model.cost(1)

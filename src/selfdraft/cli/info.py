@@ -16,6 +16,7 @@ def info(
     ] = flags.DEFAULT_MODEL,
     adapter: flags.Adapter = None,
     weights: flags.Weights = None,
+    activations: flags.Activations = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     as_json: flags.Json = False,
@@ -30,7 +31,7 @@ def info(
     from .paint import console
 
     with console(stderr=True).status(f"loading and checking {model}"):
-        facts = _facts(model, adapter, weights, dtype, device)
+        facts = _facts(model, adapter, weights, activations, dtype, device)
     if as_json:
         print(json.dumps(facts))
         return
@@ -41,12 +42,17 @@ def info(
 
 
 def _facts(
-    model: str, adapter: str | None, weights: str | None, dtype: str | None, device: str | None
+    model: str,
+    adapter: str | None,
+    weights: str | None,
+    activations: int | None,
+    dtype: str | None,
+    device: str | None,
 ) -> dict[str, Any]:
     from .. import drafting
     from ..models.adapters import folder
 
-    llm = flags.load(model, "plain", None, None, weights, dtype, device, None)
+    llm = flags.load(model, "plain", None, None, weights, activations, dtype, device, None)
     own = llm.model
     facts = {
         "model": model,

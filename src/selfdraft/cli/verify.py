@@ -72,6 +72,7 @@ def verify(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the first sampled answer.")] = 0,
     weights: flags.Weights = None,
+    activations: flags.Activations = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
@@ -115,7 +116,7 @@ def verify(
     )
     with _progress() as report:
         report(f"loading {model}")
-        llm = flags.load(model, method, option, adapter, weights, dtype, device, numerics)
+        llm = flags.load(model, method, option, adapter, weights, activations, dtype, device, numerics)
         ids = [llm.prompt_ids(text, raw=raw) for text in texts]
         pair = None
         if against is not None and isinstance(llm.model, Decoder):

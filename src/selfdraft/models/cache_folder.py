@@ -1,9 +1,10 @@
 """The folder where converted models are kept between runs: $SELFDRAFT_CACHE, or the platform's cache folder.
 
-    <cache>/gguf/<SHA-256 of the file>-v<version of the conversion>/   config.json, model.safetensors, ...
+    <cache>/gguf/<SHA-256 of the file>-v<version of the conversion>/   config.json, tokenizer.json, ...; and
+                                                                      model.safetensors once it was needed
     <cache>/digests/<name>.json                                       SHA-256 of a file seen before
 
-A folder appears under its name once it is whole, by one rename, so processes may race for it.
+A folder or a file appears under its name once it is whole, by one rename, so processes may race for it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 ABANDONED_AFTER = 24 * 3600.0  # seconds; an unfinished folder as old as that has no process any more
 LOG = logging.getLogger("selfdraft")
 
@@ -67,6 +68,18 @@ def build(digest: str, fill: Callable[[Path], None]) -> Path:
     return target
 
 
+def add(folder: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Writes a file into a folder where it is not there yet. Raises OSError."""
+    if (folder / name).is_file():
+        return
+    part = Path(tempfile.mkdtemp(dir=folder, prefix="part-"))
+    try:
+        write(part / name)
+        os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def sha256(path: Path) -> str:
     """A file's SHA-256, computed once for as long as its size and time of change stay. Raises OSError."""
     path = path.resolve()
@@ -93,7 +106,7 @@ def sha256(path: Path) -> str:
 
 def _remove_abandoned(folder: Path) -> None:
     """Deletes what killed processes have left."""
-    for part in folder.glob("part-*"):
+    for part in (*folder.glob("part-*"), *folder.glob("*/part-*")):
         try:
             if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
                 shutil.rmtree(part, ignore_errors=True)

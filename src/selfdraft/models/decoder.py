@@ -1,7 +1,7 @@
 """The decoder: one forward for the Llama family, configured, beneath which the CPU kernels run.
 
-It reads a transformers configuration, and weights from a folder or a GGUF file (`weights`). `unsupported`
-says what of a configuration it does not know; such models go through transformers' own forward
+It reads a transformers configuration, and weights from a folder or a GGUF file (`weights`). Models whose
+configuration it does not know (`decoder_config.unsupported`) go through transformers' own forward
 (`transformers`). Numerics are exact by construction: a row's bits depend on its own keys alone, so not on the
 tree, the batch, the chunk of a prompt, the pages or the number of threads (see `kernels/cpu/attention.h`,
 `products.h`).
@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..drafting.method import Lookahead, Loops
 from ..engine.tree import Tree
@@ -31,48 +28,25 @@ from ..errors import InvalidTree, KVMemoryExhausted, ModelUnsupported
 from ..sampling.gumbel import Noise
 from .adapters.adapter import Adapter, read_in_turn, targeted
 from .adapters.fingerprint import stored_fingerprint
-from .adapters.packed import PackedAdapter, Place, Sizes, TunedWeights
+from .adapters.packed import PackedAdapter, TunedWeights
 from .batch import Batch
+from .decoder_build import Build
+from .decoder_config import unsupported
+from .decoder_work import DecoderPool, Work
 from .kernels import structures
 from .kernels.crowding import Crowding
-from .kernels.library import FORMATS, Library
+from .kernels.library import Library
 from .numerics import RowRange
 from .paged_cache import PagedCache, PagePool, page_limit
 from .protocol import Cache, PickMask, Rows
 from .step_cost import StepTimes, step_times
 from .transformers import MARK, Grade, Numerics
-from .weights import GROUP, Stored, Weights, quantised, rounded
+from .weights import Weights
 
-ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
-ROTATIONS = ("default", "linear", "llama3", "yarn")
-TYPES = ("llama", "mistral", "qwen2", "qwen3", "granite", "smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")
-"""Model types whose forward the tests have found equal to transformers'."""
-PARTIAL_FLOATS = 1 << 22
-MAX_TILE = 8
-SHORTLIST = 64  # likeliest tokens of a mask that a sampler head corrects
-"""Rows that products take together, at most: inputs have room for whole tiles."""
-
-
-def unsupported(config: PretrainedConfig) -> str | None:
-    """What of a configuration the decoder does not know, in words; None if it knows all of it."""
-    if config.model_type not in TYPES:
-        return f"model type {config.model_type}"
-    head = _head_size(config)
-    if config.hidden_size % GROUP or config.intermediate_size % GROUP or head % 32 or head > 512:
-        return f"hidden size {config.hidden_size}, inner size {config.intermediate_size}, head size {head}"
-    if config.num_attention_heads * 8 > 64 * config.num_key_value_heads:
-        return f"{config.num_attention_heads // config.num_key_value_heads} heads share a key head"
-    if _activation(config) not in ACTIVATIONS:
-        return f"activation {_activation(config)}"
-    for name, parameters in _rotations(config).items():
-        kind = parameters.get("rope_type", "default")
-        if kind not in ROTATIONS:
-            return f"rotary positions of the type {kind}"
-        if int(head * parameters.get("partial_rotary_factor", 1.0)) % 32:
-            return f"rotation of a part of each head ({name})"
-    if getattr(config, "quantization_config", None):
-        return "quantised weights"
-    return None
+ACTIVATIONS = (8, 16)
+"""Bits of the inputs of products with quantised weights."""
+SHORTLIST = 64
+"""Likeliest tokens of a mask that a sampler head corrects."""
 
 
 class Decoder:
@@ -89,13 +63,12 @@ class Decoder:
         library: Library,
         *,
         kind: str = "as-stored",
+        activations: int = 8,
         generation_config: GenerationConfig | None = None,
-        checkpoint: Weights | None = None,
         threads: int | None = None,
     ) -> None:
-        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. checkpoint: the
-        weights as transformers would load them, if that is another file; adapters are bound to them. Raises
-        ModelUnsupported, ModelCorrupt."""
+        """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. activations: bits of
+        the inputs of products with quantised weights, 8 or 16. Raises ModelUnsupported, ModelCorrupt."""
         reason = unsupported(config)
         if reason is not None:
             raise ModelUnsupported(f"the decoder does not know {reason}")
@@ -118,25 +91,28 @@ class Decoder:
         self.grade: Grade = "tuned" if about else "base"
         self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
         self._packed: PackedAdapter | None = None
-        self._weights, self._kind, self._checkpoint = weights, kind, checkpoint or weights
+        self._weights, self._kind, self._activations = weights, kind, activations
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
-        self._built = _Build(config, weights, library, kind)
+        self._built = Build(config, weights, library, kind, self.threads)
         self.dtype = torch.float32 if self._built.wide == 4 else torch.bfloat16
+        self.quantised = self._built.quantised
         self.weights_label = weights.label if kind == "as-stored" else kind
+        if self.quantised:
+            self.weights_label += f", {activations}-bit activations"
         self.weight_bytes = self._built.read_bytes
         self.parameters = self._built.parameters
 
     def weights_sha256(self) -> str:
         """SHA-256 of the configuration and of all weights as they are packed."""
         digest = hashlib.sha256(self.config.to_json_string().encode())
-        for array in self._built.arrays:
+        for array in self._built.arrays.values():
             digest.update(array.data)
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """That of the checkpoint; see `adapters.fingerprint`."""
-        return stored_fingerprint(self.config, self.loaded._checkpoint.vector)
+        return stored_fingerprint(self.config, self.loaded._weights.vector)
 
     def adapter_shape(
         self, targets: Sequence[str]
@@ -161,9 +137,10 @@ class Decoder:
             return twin
         tuned = Decoder(
             self.config,
-            TunedWeights(self._weights, adapter, self._built.places, self._kind),
+            TunedWeights(self._weights, adapter, self._built.places),
             self.library,
             kind=self._kind,
+            activations=self._activations,
             generation_config=self.generation_config,
             threads=self.threads,
         )
@@ -184,7 +161,8 @@ class Decoder:
         built, page = self._built, self.library.page
         wide = 2 * built.layers * page * built.key_heads * built.head_size * built.wide
         pages = page_limit(memory, wide, -(-self.context // page))
-        work = Work(built, self.library, self.threads, 0 if self._packed is None else self._packed.rank)
+        rank = 0 if self._packed is None else self._packed.rank
+        work = Work(built, self.library, self.threads, self._activations, rank)
         return DecoderPool(built.layers, built.key_heads, built.head_size, built.wide, page, pages, work)
 
     def forward(
@@ -361,311 +339,3 @@ class DecoderRows:
         at = self.starts[request] + row
         own = decoder._built.model, work.structure, decoder._beside
         decoder.library.shortlist(*own, at, previous, logits.numpy(), SHORTLIST)
-
-
-class DecoderPool(PagePool):
-    """The pages of one engine's requests, and the scratch memory and results of its steps."""
-
-    def __init__(
-        self, layers: int, key_heads: int, head_size: int, wide: int, page: int, capacity: int, work: Work
-    ) -> None:
-        super().__init__(layers, key_heads, head_size, wide, page, capacity)
-        self.work = work
-
-
-class Work:
-    """Scratch memory and results of an engine's steps, which grow with the rows."""
-
-    def __init__(self, built: _Build, library: Library, threads: int, rank: int = 0) -> None:
-        """rank: of an adapter's LoRA."""
-        self._built, self._library, self._rank = built, library, rank
-        self.steps = 0
-        self._rows = self._wanted = 0
-        self._arrays: dict[str, NDArray[Any]] = {
-            "scratch": np.zeros(threads * library.scratch_bytes, np.uint8),
-            "partials": np.zeros(PARTIAL_FLOATS, np.float32),
-        }
-        self.structure = structures.Work()
-        self.grow(64, 64)
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        return self._arrays["logits"]
-
-    @property
-    def picks(self) -> NDArray[np.int32]:
-        """Likeliest tokens of the rows whose logits were wanted; -1 of a row that is not finite."""
-        return self._arrays["pick"]
-
-    @property
-    def finite(self) -> NDArray[np.uint8]:
-        return self._arrays["finite"]
-
-    def reading(self, rows: int) -> tuple[structures.Work, NDArray[np.float32]]:
-        """The same with logits of their own, to read rows of the last step: others may still be looked at."""
-        self.grow(rows, 0)
-        logits = np.empty((rows, self.logits.shape[1]), np.float32)
-        structure = structures.Work.from_buffer_copy(self.structure)
-        structure.logits, structure.pick = logits.ctypes.data, None
-        return structure, logits
-
-    def grow(self, rows: int, wanted: int) -> None:
-        """Have room for so many rows, and for the logits of so many."""
-        if rows <= self._rows and wanted <= self._wanted:
-            return
-        built, padded = self._built, self._library.padded
-        self._rows, self._wanted = max(self._rows, rows), max(self._wanted, wanted)
-        rows, most = max(self._rows, self._wanted) + MAX_TILE, max(self._wanted, 1)
-        wide = padded((built.heads + 2 * built.key_heads) * built.head_size)
-        shapes: dict[str, tuple[tuple[int, ...], type]] = {
-            "hidden": ((rows, built.hidden), np.float32),
-            "qkv": ((rows + 1, wide), np.float32),
-            "attended": ((rows + 1, built.heads * built.head_size), np.float32),
-            "inner": ((rows + 1, padded(2 * built.inner)), np.float32),
-            "change": ((rows + 1, padded(built.hidden)), np.float32),
-            "low": ((rows, 3, self._rank), np.float32),
-            "logits": ((most, padded(built.vocabulary)), np.float32),
-            "pick": ((most,), np.int32),
-            "finite": ((rows,), np.uint8),
-            "bytes": ((rows, built.widest), np.int8),
-            "scales": ((rows, built.widest // GROUP, 4), np.float32),
-            "floats": ((rows, built.widest), np.float32),
-            "halves": ((rows, built.widest), np.uint16),
-        }
-        for name, (shape, dtype) in shapes.items():
-            old = self._arrays.get(name)
-            if old is not None and old.shape == shape:
-                continue
-            self._arrays[name] = np.zeros(shape, dtype)
-            if old is not None and name in ("hidden", "finite"):  # rows whose logits may still be asked for
-                self._arrays[name][: len(old)] = old
-        for name in ("hidden", "qkv", "attended", "inner", "change", "low", "logits", "pick", "finite"):
-            setattr(self.structure, name, self._arrays[name].ctypes.data)
-        self.structure.rank = self._rank
-        inputs = (self._arrays[name].ctypes.data for name in ("bytes", "scales", "floats", "halves"))
-        self.structure.inputs = structures.Inputs(*inputs, built.widest // GROUP)
-        self.structure.scratch = self._arrays["scratch"].ctypes.data
-        self.structure.partials = self._arrays["partials"].ctypes.data
-        self.structure.partial_floats = PARTIAL_FLOATS
-
-
-class _Build:
-    """A model's structures for the kernels, and the arrays that they point to."""
-
-    def __init__(self, config: PretrainedConfig, weights: Weights, library: Library, kind: str) -> None:
-        self._library, self._weights, self._kind = library, weights, kind
-        self.places: dict[str, Place] = {}
-        """Linear layers by name."""
-        self.arrays: list[NDArray[Any]] = []
-        self.read_bytes = self.parameters = 0
-        self.layers = int(config.num_hidden_layers)
-        self.hidden, self.inner = int(config.hidden_size), int(config.intermediate_size)
-        self.heads, self.key_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
-        self.head_size, self.vocabulary = _head_size(config), int(config.vocab_size)
-        self.widest = max(self.hidden, self.inner, self.heads * self.head_size)
-        offset = 1.0 if config.model_type.startswith("gemma") else 0.0
-        self._offset = np.float32(offset)
-        rotations = _angles(config, self.head_size)
-        layers = (structures.Layer * self.layers)()
-        for i in range(self.layers):
-            layers[i] = self._layer(config, i, rotations)
-        tied = "lm_head.weight" not in weights
-        table = weights.linear("model.embed_tokens.weight")
-        head = table if tied else weights.linear("lm_head.weight")
-        self.wide = 4 if head.kind == "f32" and kind == "as-stored" else 2
-        self.model = structures.Model(
-            layers,
-            self._matrix([head]),
-            self._norm("model.norm.weight"),
-            *self._embedding(table, tied),
-            self.layers,
-            self.hidden,
-            self.heads,
-            self.key_heads,
-            self.head_size,
-            rotations.rotated,
-            self.inner,
-            self.vocabulary,
-            ACTIVATIONS[_activation(config)],
-            config.rms_norm_eps,
-            _attention_scale(config, self.head_size),
-            getattr(config, "attn_logit_softcapping", None) or 0.0,
-            _embedding_scale(config, self.wide),
-            getattr(config, "residual_multiplier", 1.0),
-            1.0 / getattr(config, "logits_scaling", 1.0),
-            getattr(config, "final_logit_softcapping", None) or 0.0,
-            self.wide,
-            config.model_type == "olmo2",
-        )
-
-    def sizes(self, config: PretrainedConfig) -> Sizes:
-        """What an adapter has to fit. Gemma scales embeddings within the table, Granite what comes out of
-        it."""
-        scale = self.model.embedding_scale
-        inside = config.model_type.startswith("gemma")
-        shape = self.hidden, self.layers, self.key_heads, self.head_size, self.wide
-        return Sizes(*shape, 1.0 if inside else scale, scale if inside else 1.0)
-
-    def _layer(self, config: PretrainedConfig, i: int, rotations: _Angles) -> structures.Layer:
-        at = f"model.layers.{i}."
-        own = at + "self_attn."
-        fused = config.model_type == "phi3"
-        qkv = [f"{own}{name}_proj" for name in (["qkv"] if fused else "qkv")]
-        gate_up = [f"{at}mlp.{name}_proj" for name in (["gate_up"] if fused else ["gate", "up"])]
-        before_mlp, after = {
-            "gemma": ("pre_feedforward_layernorm", True),
-            "olmo2": ("none", True),
-        }.get(config.model_type[:5], ("post_attention_layernorm", False))
-        windows = _windows(config)
-        return structures.Layer(
-            self._parts(i, 0, qkv, 3),
-            self._parts(i, 3, [own + "o_proj"], 1)[0],
-            self._parts(i, 4, gate_up, 2),
-            self._parts(i, 6, [at + "mlp.down_proj"], 1)[0],
-            self._norm(at + "input_layernorm.weight"),
-            self._norm(f"{at}{before_mlp}.weight"),
-            self._norm(at + "post_attention_layernorm.weight") if after else None,
-            self._norm(at + "post_feedforward_layernorm.weight") if after else None,
-            self._norm(own + "q_norm.weight"),
-            self._norm(own + "k_norm.weight"),
-            self._pointer(rotations.of(config, i)),
-            windows[i],
-        )
-
-    def _parts(self, layer: int, product: int, names: Sequence[str], most: int) -> Any:
-        """Linear layers that take the same inputs, side by side: neighbours of one format are one matrix.
-        product: the number of the first among those of the layer."""
-        parts = [self._converted(self._weights.linear(f"{name}.weight")) for name in names]
-        at = 0
-        for i, (name, part) in enumerate(zip(names, parts, strict=True)):
-            outs, ins = part.values.shape
-            self.places[name] = Place(layer, product + i, ins, outs, at)
-            at += outs
-        made, at = (structures.Matrix * most)(), 0
-        runs = [list(run) for _, run in groupby(range(len(parts)), lambda i: parts[i].kind)]
-        for i, run in enumerate(runs):
-            made[i] = self._matrix([parts[k] for k in run], [f"{names[k]}.bias" for k in run])
-            made[i].at = at
-            at += made[i].outs
-        return made
-
-    def _matrix(self, parts: Sequence[Stored], biases: Sequence[str] = ()) -> structures.Matrix:
-        """One matrix of the outputs of several in one format."""
-        parts = [self._converted(part) for part in parts]
-        kind, ins = parts[0].kind, parts[0].values.shape[1]
-        outs = sum(len(part.values) for part in parts)
-        out = self._library.empty(kind, outs, ins)
-        at = 0
-        for part in parts:
-            self._library.pack(kind, part.values, part.scales, part.minima, at, out)
-            at += len(part.values)
-        self.read_bytes += out.nbytes
-        self.parameters += outs * ins
-        bias = None
-        if any(name in self._weights for name in biases):
-            padded = np.zeros(self._library.padded(outs), np.float32)
-            given = [self._weights.vector(name) for name in biases]
-            padded[:outs] = np.concatenate(given)
-            bias = self._pointer(padded)
-        return structures.Matrix(self._pointer(out), bias, FORMATS[kind], outs, ins)
-
-    def _converted(self, part: Stored) -> Stored:
-        if self._kind == "as-stored" or part.kind == self._kind:
-            return part
-        return _as(part, self._kind)
-
-    def _embedding(self, table: Stored, tied: bool) -> tuple[int | None, int]:
-        """The table of embeddings and the bytes of a value: none where the head is packed from it."""
-        if tied:
-            return None, 0
-        if table.kind == "bf16":
-            return self._pointer(np.ascontiguousarray(table.values)), 2
-        return self._pointer(np.ascontiguousarray(table.float32())), 4
-
-    def _norm(self, name: str) -> int | None:
-        if name not in self._weights:
-            return None
-        return self._pointer(self._weights.vector(name) + self._offset)
-
-    def _pointer(self, array: NDArray[Any] | None) -> int | None:
-        if array is None:
-            return None
-        self.arrays.append(array)
-        return int(array.ctypes.data)
-
-
-def _as(part: Stored, kind: str) -> Stored:
-    if kind == "f32":
-        return Stored("f32", part.float32())
-    return rounded(part.float32()) if kind == "bf16" else quantised(part.float32(), kind)
-
-
-# ---- What configurations say.
-
-
-def _head_size(config: PretrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _activation(config: PretrainedConfig) -> str:
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
-
-
-def _attention_scale(config: PretrainedConfig, head_size: int) -> float:
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    if scalar is not None:
-        return math.sqrt(1.0 / float(scalar))
-    return float(getattr(config, "attention_multiplier", head_size**-0.5))
-
-
-def _embedding_scale(config: PretrainedConfig, wide: int) -> float:
-    if config.model_type.startswith("gemma"):  # which transformers rounds to the dtype of its weights
-        scale = torch.tensor(config.hidden_size**0.5)
-        return (scale if wide == 4 else scale.to(torch.bfloat16)).item()
-    return float(getattr(config, "embedding_multiplier", 1.0))
-
-
-def _windows(config: PretrainedConfig) -> list[int]:
-    """Keys that a row sees in each layer, itself included; 0 for all."""
-    size = getattr(config, "sliding_window", None) or 0
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        uses = getattr(config, "use_sliding_window", True)
-        return [size if uses else 0] * config.num_hidden_layers
-    return [size if kind == "sliding_attention" else 0 for kind in kinds]
-
-
-def _rotations(config: PretrainedConfig) -> Mapping[str, Mapping[str, Any]]:
-    """Rotary parameters by layer type; of most models one set for all."""
-    parameters: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if parameters and all(found is None or isinstance(found, Mapping) for found in parameters.values()):
-        return {kind: found for kind, found in parameters.items() if found}
-    return {"": parameters}
-
-
-class _Angles:
-    """Cosines and sines of all positions by layer type, [context, rotated]: cosines, then sines."""
-
-    def __init__(self, rotated: int, tables: Mapping[str, NDArray[np.float32]]) -> None:
-        self.rotated, self._tables = rotated, tables
-
-    def of(self, config: PretrainedConfig, layer: int) -> NDArray[np.float32] | None:
-        rotates = getattr(config, "no_rope_layers", None)
-        if rotates is not None and not rotates[layer]:
-            return None
-        return self._tables["" if "" in self._tables else config.layer_types[layer]]
-
-
-def _angles(config: PretrainedConfig, head_size: int) -> _Angles:
-    tables, rotated = {}, head_size
-    for name, parameters in _rotations(config).items():
-        rotated = int(head_size * parameters.get("partial_rotary_factor", 1.0))
-        kind, scaling = parameters.get("rope_type", "default"), 1.0
-        frequencies = 1.0 / parameters["rope_theta"] ** (torch.arange(0, rotated, 2).float() / rotated)
-        if kind != "default":
-            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        positions = torch.arange(config.max_position_embeddings).float()
-        angles = torch.outer(positions, frequencies.float())
-        both = torch.cat([angles.cos(), angles.sin()], 1) * scaling
-        tables[name] = np.ascontiguousarray(both.numpy())
-    return _Angles(rotated, tables)

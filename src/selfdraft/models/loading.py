@@ -6,7 +6,8 @@
     owner/name                a transformers model on the Hugging Face hub
     owner/name:file.gguf      a GGUF file on the hub
 
-A GGUF file is converted once into a transformers folder in the cache (`cache_folder`).
+Of a GGUF file the configuration and the tokenizer are converted once into a transformers folder in the cache
+(`cache_folder`), and the weights where transformers' forward needs them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import InvalidOption, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 from . import cache_folder, hub, smollm2
-from .decoder import Decoder, unsupported
-from .gguf.convert import convert
+from .decoder import Decoder
+from .decoder_config import unsupported
+from .gguf.convert import convert, convert_weights
 from .gguf.reader import GgufFile
 from .kernels.library import library
 from .looped.decoder import LoopedForCausalLM  # which also makes looped models known to transformers
@@ -49,6 +51,7 @@ AnyModel = Decoder | TransformersModel
 DEFAULT_MODEL = smollm2.NAME
 EMBEDDED = {"looped-tiny": Path(__file__).parent / "looped" / "looped-tiny"}
 KNOWN = (DEFAULT_MODEL, *EMBEDDED)
+WEIGHTS_FILE = "model.safetensors"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 HUB_FILE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<file>.+\.gguf)", re.IGNORECASE)
 
@@ -80,6 +83,8 @@ def load_pretrained(
     where = torch_device(device)
     kind = "auto" if dtype is None else getattr(torch, _one_of("dtype", dtype, DTYPES))
     with _source(name) as source, _quiet():
+        if source.gguf is not None:
+            _write_weights(name, source.gguf, Path(source.path))
         try:
             model, report, tokenizer = _load(source, kind)
         except (InvalidOption, ModelUnsupported) as error:  # raised by the config of a looped model
@@ -98,13 +103,18 @@ def drive(model: torch.nn.Module, numerics: Numerics | None = None) -> Transform
 
 
 def load_decoder(
-    name: str = DEFAULT_MODEL, weights: str | None = None, dtype: str | None = None, device: str | None = None
+    name: str = DEFAULT_MODEL,
+    weights: str | None = None,
+    activations: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
 ) -> tuple[Decoder, PreTrainedTokenizerBase] | str:
     """The model on the CPU kernels with its tokenizer; or why it goes through transformers' forward, in
     words.
 
     weights: the format in which linear layers run, as-stored (None), bf16, q8 or q4. dtype: bfloat16 or
-    float32 instead. Raises as `load_pretrained`.
+    float32 instead. activations: see `Decoder`. Raises as `load_pretrained`, and InvalidOption for
+    activations where no weights are quantised.
     """
     kind = _weights_kind(weights, dtype)
     kernels = library()
@@ -123,9 +133,8 @@ def load_decoder(
                 return reason
             folder = Path(source.path) if source.is_folder else hub.snapshot(source.path, source.download)
             tokenizer = _tokenizer(source, where)
-            checkpoint = FolderWeights(folder)
             stored: Weights = (
-                checkpoint
+                FolderWeights(folder)
                 if source.gguf is None
                 else GgufWeights(GgufFile(source.gguf, name), config.to_dict())
             )
@@ -134,8 +143,8 @@ def load_decoder(
                 stored,
                 kernels,
                 kind=kind,
+                activations=activations or 8,
                 generation_config=_generation_config(source.path, where),
-                checkpoint=checkpoint,
             )
         except (InvalidOption, ModelUnsupported) as error:
             return str(error)
@@ -143,6 +152,11 @@ def load_decoder(
             raise
         except Exception as error:  # whatever a damaged file can raise in the libraries that read it
             raise _named(name, source, error) from error
+    if activations is not None and not decoder.quantised:
+        raise InvalidOption(
+            f"activations={activations} goes with quantised weights; {name} runs in {decoder.weights_label}",
+            option="activations",
+        )
     return decoder, tokenizer
 
 
@@ -221,9 +235,9 @@ def _source(name: str) -> Iterator[Source]:
     """Finds what the name means. Raises ModelNotFound, ModelCorrupt or ModelUnsupported."""
     path = Path(EMBEDDED.get(name) or Path(name).expanduser())
     on_hub = HUB_FILE.fullmatch(name)
-    if name == DEFAULT_MODEL and cache_folder.is_converted(smollm2.SHA256):
-        folder = str(cache_folder.converted_folder(smollm2.SHA256))
-        yield Source(folder, is_folder=True, converted=True, gguf=smollm2.file_in_package())
+    converted = cache_folder.converted_folder(smollm2.SHA256)
+    if name == DEFAULT_MODEL and smollm2.file_in_package() is None and (converted / WEIGHTS_FILE).is_file():
+        yield Source(str(converted), is_folder=True, converted=True)
     elif name == DEFAULT_MODEL:
         with _converted(name, smollm2.gguf_file()) as source:
             yield source
@@ -298,6 +312,19 @@ def _converted(name: str, path: Path) -> Iterator[Source]:
             reason = error.strerror or error
             raise ModelError(f"{name}: the conversion to {temporary} cannot be written: {reason}") from error
         yield Source(temporary, is_folder=True, converted=True, gguf=path)
+
+
+def _write_weights(name: str, file: Path, folder: Path) -> None:
+    """Adds the weights to the folder that was converted from a GGUF file. Raises ModelError where it
+    cannot be written, and as `convert_weights`."""
+    try:
+        cache_folder.add(folder, WEIGHTS_FILE, lambda path: convert_weights(GgufFile(file, name), path))
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(
+            f"{name}: its weights cannot be written into {folder}: {reason}; "
+            "set SELFDRAFT_CACHE to another folder"
+        ) from error
 
 
 def _load(source: Source, dtype: Any) -> tuple[PreTrainedModel, dict[str, Any], PreTrainedTokenizerBase]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...errors import AdapterError
 from ..kernels import structures
 from ..kernels.library import Library
-from ..weights import Stored, Weights, quantised, rounded
+from ..weights import Stored, Weights
 from .adapter import Adapter, LowRank
 
 PRODUCTS = 7
@@ -136,15 +136,14 @@ def place_of(places: Mapping[str, Place], name: str, low: LowRank) -> Place:
 class TunedWeights:
     """A checkpoint's weights with LoRA merged into them.
 
-    A sum is rounded to the format in which the layer is stored if that is a float. Integers of few bits
-    would lose what was tuned, so such layers are held in 8 bits: rounding then moves a weight by at most
-    0.4 % of the largest in its group of 32. Where another format is asked for (kind), it is made from the
-    sum.
+    A sum is rounded once: to the format that is asked for (see `decoder.Decoder`), or as stored to the
+    layer's own, if that is a float. Integers of few bits would lose what was tuned, so such layers are held
+    in 8 bits: rounding then moves a weight by at most 0.4 % of the largest in its group of 32.
     """
 
-    def __init__(self, weights: Weights, adapter: Adapter, places: Mapping[str, Place], kind: str) -> None:
-        """kind: the format asked for, see `decoder.Decoder`. Raises AdapterError as `place_of`."""
-        self._weights, self._scale, self._kind = weights, adapter.config.scale, kind
+    def __init__(self, weights: Weights, adapter: Adapter, places: Mapping[str, Place]) -> None:
+        """Raises AdapterError as `place_of`."""
+        self._weights, self._scale = weights, adapter.config.scale
         self._changes: dict[str, LowRank] = {}
         for name, part in zip(adapter.names, adapter.lora, strict=True):
             low = cast(LowRank, part)
@@ -161,16 +160,16 @@ class TunedWeights:
         if low is None:
             return stored
         more = self._scale * (low.b.detach().double() @ low.a.detach().double())
-        tuned = (torch.from_numpy(stored.float32()).double() + more).float().numpy()
-        if stored.kind == "bf16":
-            return rounded(tuned)
-        if stored.kind == "f32" or self._kind != "as-stored":
-            return Stored("f32", tuned)
-        self._widened = self._widened or stored.kind != "q8"
-        return quantised(tuned, "q8")
+        tuned = (stored.float32() + more.numpy()).astype(np.float32)
+        format = stored.format if stored.format in ("f32", "f16", "bf16") else "q8"
+        self._widened |= format != stored.format
+        return Stored("F32", tuned.view(np.uint8), stored.ins, format)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         return self._weights.vector(name)
+
+    def release(self) -> None:
+        self._weights.release()
 
     @property
     def label(self) -> str:

@@ -136,7 +136,7 @@ def weight(file: GgufFile, name: str, config: Config) -> NDArray[np.float32]:
     return array
 
 
-def halves_apart(array: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def halves_apart(array: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows of each head from llama.cpp's order 0, h, 1, h + 1, ... back to 0, 1, ..., h half a head."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 

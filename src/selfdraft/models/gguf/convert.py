@@ -1,4 +1,5 @@
-"""Converts a GGUF file into a folder that transformers loads: bfloat16 weights, configuration, tokenizer.
+"""Converts a GGUF file into a folder that transformers loads: configuration and tokenizer, and for
+transformers' forward the weights in bfloat16.
 
 Weights are dequantised to float32 and rounded once, one tensor at a time, so that memory holds no more than
 the largest tensor.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from ...errors import ModelCorrupt
-from .architectures import Config, read_config, weight, weight_name
+from .architectures import read_config, weight, weight_name
 from .reader import GgufFile
 from .tokenizer import GgufTokenizer
 
@@ -23,8 +24,11 @@ BYTES = 2  # of a weight in bfloat16
 
 
 def convert(file: GgufFile, folder: Path) -> None:
-    """Fills an empty folder. Raises ModelCorrupt or ModelUnsupported, and OSError as it comes."""
+    """Fills an empty folder with all but the weights. Raises ModelCorrupt or ModelUnsupported, and OSError as
+    it comes."""
     config = read_config(file)
+    for name in file.tensors:
+        weight_name(file, name)  # raises for one that has no place in the model
     tokenizer = GgufTokenizer(file)
     if len(tokenizer.tokens) > config["vocab_size"]:
         raise ModelCorrupt(
@@ -40,11 +44,12 @@ def convert(file: GgufFile, folder: Path) -> None:
     template = tokenizer.chat_template()
     if template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    _write_weights(file, config, folder / "model.safetensors")
 
 
-def _write_weights(file: GgufFile, config: Config, path: Path) -> None:
-    """In the safetensors format: the length of a header, the header, then the tensors one after another."""
+def convert_weights(file: GgufFile, path: Path) -> None:
+    """Writes a safetensors file: the length of a header, the header, then the tensors one after another.
+    Raises as `convert`."""
+    config = read_config(file)
     names = {name: found for name in file.tensors if (found := weight_name(file, name)) is not None}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

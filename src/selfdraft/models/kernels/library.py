@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,34 @@ NEEDS = {
     "portable": set[str](),
 }
 """Builds, the best first, with the processor's flags that they need."""
-FORMATS = {"bf16": 0, "f32": 1, "q8": 2, "q4": 3, "q6": 4}
+FORMATS = {name: i for i, name in enumerate(("bf16", "f16", "f32", "q8", "q4", "q5", "q6"))}
+"""Packed weights, see `cpu/weights.h`."""
+
+
+class WeightType(NamedTuple):
+    """A type of weights in checkpoints that the kernels read, see `cpu/blocks.h`."""
+
+    number: int
+    """ggml's."""
+    format: str
+    """The one that holds all its values."""
+
+
+WEIGHT_TYPES = {
+    "F32": WeightType(0, "f32"),
+    "F16": WeightType(1, "f16"),
+    "BF16": WeightType(30, "bf16"),
+    "Q4_0": WeightType(2, "q4"),
+    "Q4_1": WeightType(3, "q4"),
+    "Q4_K": WeightType(12, "q4"),
+    "Q5_0": WeightType(6, "q5"),
+    "Q5_1": WeightType(7, "q5"),
+    "Q5_K": WeightType(13, "q5"),
+    "Q6_K": WeightType(14, "q6"),
+    "Q8_0": WeightType(8, "q8"),
+    "IQ4_NL": WeightType(20, "q8"),
+}
+"""By ggml's names. Scales of the types K are rounded to half precision, by at most 0.05 %."""
 SIZES = (
     "lanes",
     "pairs",
@@ -62,14 +89,16 @@ class Library:
         self._lib = ctypes.CDLL(str(path))
         self._lib.selfdraft_packed_bytes.restype = ctypes.c_int64
         self._lib.selfdraft_packed_bytes.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
-        self._lib.selfdraft_pack.restype = None
+        self._lib.selfdraft_row_bytes.restype = ctypes.c_int64
+        self._lib.selfdraft_row_bytes.argtypes = [ctypes.c_int] * 2
         self._lib.selfdraft_pack.argtypes = [
-            ctypes.c_int,
-            *[ctypes.c_void_p] * 3,
+            *[ctypes.c_int] * 2,
+            ctypes.c_void_p,
             ctypes.c_int64,
             ctypes.c_int,
-            *[ctypes.c_int64] * 2,
+            ctypes.c_int64,
             ctypes.c_void_p,
+            ctypes.c_int,
         ]
         self._lib.selfdraft_noise.restype = None
         self._lib.selfdraft_noise.argtypes = [
@@ -107,25 +136,30 @@ class Library:
         """Outputs of a packed matrix: whole pairs of panels."""
         return -(-outs // (2 * self.lanes)) * 2 * self.lanes
 
-    def empty(self, kind: str, outs: int, ins: int) -> NDArray[np.uint8]:
+    def empty(self, format: str, outs: int, ins: int) -> NDArray[np.uint8]:
         """Room for a packed matrix of that format."""
-        return np.zeros(self._lib.selfdraft_packed_bytes(FORMATS[kind], outs, ins), np.uint8)
+        return np.zeros(self._lib.selfdraft_packed_bytes(FORMATS[format], outs, ins), np.uint8)
 
     def pack(
         self,
         kind: str,
-        values: NDArray[Any],
-        scales: NDArray[np.uint16] | None,
-        minima: NDArray[np.uint16] | None,
+        rows: NDArray[np.uint8],
+        ins: int,
+        format: str,
         first: int,
         out: NDArray[np.uint8],
+        threads: int,
     ) -> None:
-        """Pack rows as the outputs from `first` on. values: [outs, ins] uint16 (bf16), float32, int8 (q8) or
-        uint8 from 0 to 15 (q4). scales, minima: [outs, ins / 32], float16 as uint16."""
-        arrays = [None if part is None else np.ascontiguousarray(part) for part in (values, scales, minima)]
-        outs, ins = values.shape
-        pointers = [None if part is None else part.ctypes.data for part in arrays]
-        self._lib.selfdraft_pack(FORMATS[kind], *pointers, outs, ins, first, 1, out.ctypes.data)
+        """Pack rows of weights of a type, [outs, bytes of a row], as the outputs from `first` on of a matrix
+        in a format: `WEIGHT_TYPES[kind].format`, bf16, f16, f32, q8 or q4."""
+        number = WEIGHT_TYPES[kind].number
+        assert rows.flags.c_contiguous
+        assert rows.shape[1] == self._lib.selfdraft_row_bytes(number, ins) > 0, (kind, rows.shape, ins)
+        pointers = rows.ctypes.data, out.ctypes.data
+        if not self._lib.selfdraft_pack(
+            number, FORMATS[format], pointers[0], len(rows), ins, first, pointers[1], threads
+        ):
+            raise AssertionError(f"{kind} cannot be packed as {format}")
 
     def step(
         self,

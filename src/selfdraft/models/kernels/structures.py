@@ -42,7 +42,7 @@ class Model(Structure):
         ("head", Matrix),
         ("final_norm", c_void_p),
         ("embedding", c_void_p),
-        ("embedding_wide", c_int32),
+        ("embedding_type", c_int32),
         ("count", c_int32),
         ("hidden", c_int32),
         ("heads", c_int32),
@@ -117,6 +117,7 @@ class Batch(Structure):
 class Inputs(Structure):
     _fields_ = [
         ("bytes", c_void_p),
+        ("low", c_void_p),
         ("scales", c_void_p),
         ("floats", c_void_p),
         ("halves", c_void_p),

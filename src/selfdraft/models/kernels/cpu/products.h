@@ -7,8 +7,7 @@
 
 #include "weights.h"
 
-
-/* ---- bfloat16 and float32 weights: `panels` panels at a time, so that short blocks have several chains. */
+/* ---- Weights that are numbers: `panels` panels at a time, so that short blocks have several chains. */
 
 #if PAIRS
 INLINE vf dot_pair(vf acc, const uint8_t *w, const uint16_t *x) {
@@ -41,7 +40,9 @@ INLINE void block_float(const int format, const int rows, const int panels, cons
             vf weight[4];
             UNROLL for (int p = 0; p < panels; p++) {
                 const uint8_t *at = w + p * panel + (size_t)i * step / GROUP;
-                weight[p] = format == BF16 ? widen_bf16((const void *)at) : load((const void *)at);
+                weight[p] = format == F32   ? load((const void *)at)
+                            : format == F16 ? widen_half((const void *)at)
+                                            : widen_bf16((const void *)at);
             }
             UNROLL for (int r = 0; r < rows; r++) {
                 vf in = splat(x->floats[(at + r) * GROUP + i]);
@@ -53,10 +54,10 @@ INLINE void block_float(const int format, const int rows, const int panels, cons
         UNROLL for (int p = 0; p < panels; p++) store(y + r * ldy + p * W, acc[r][p]);
 }
 
-/* ---- 8-bit and 4-bit weights times 8-bit inputs: whole numbers within a group, then its scales. */
+/* ---- Quantised weights times inputs of 8 or 16 bits: whole numbers within a group, then its scales. */
 
 #if W == 16 && defined(__AVX512VNNI__)
-/* Weights as unsigned bytes; 8-bit ones are 128 too large, which the group's sum takes back. */
+/* Weights as unsigned bytes; those of Q8 are 128 too large, which the group's sum takes back. */
 #define OFFSET 128
 INLINE vi dot_quad(vi acc, vi w, vi x) { return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x); }
 INLINE vi quad_q8(const uint8_t *w) {
@@ -75,7 +76,7 @@ INLINE vi dot_quad(vi acc, vi w, vi x) { return (vi)vdotq_s32((int32x4_t)acc, (i
 INLINE vi quad_q8(const uint8_t *w) { return (vi)vld1q_s8((const int8_t *)w); }
 #else
 #define OFFSET 0
-INLINE vi dot_quad(vi acc, vi w, vi x) {
+static __attribute__((noinline)) vi dot_quad(vi acc, vi w, vi x) { /* unrolled everywhere it takes minutes to compile */
     int8_t a[4 * W], b[4 * W];
     memcpy(a, &w, sizeof a);
     memcpy(b, &x, sizeof b);
@@ -86,76 +87,117 @@ INLINE vi dot_quad(vi acc, vi w, vi x) {
 INLINE vi quad_q8(const uint8_t *w) { vi v; memcpy(&v, w, sizeof v); return v; }
 #endif
 
+/* A vector of bytes: `value` where the bit of that number is set. */
+INLINE vi spread_bits(const uint8_t *bits, int value) {
+#if W == 16
+    __mmask64 mask;
+    memcpy(&mask, bits, sizeof mask);
+    return (vi)_mm512_maskz_mov_epi8(mask, _mm512_set1_epi8((char)value));
+#elif W == 8
+    int32_t all;
+    memcpy(&all, bits, sizeof all);
+    const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(all), byte), bit);
+    return (vi)_mm256_and_si256(_mm256_cmpeq_epi8(own, bit), _mm256_set1_epi8((char)value));
+#elif defined(__ARM_NEON)
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t own = vcombine_u8(vdup_n_u8(bits[0]), vdup_n_u8(bits[1]));
+    return (vi)vandq_u8(vtstq_u8(own, bit), vdupq_n_u8((uint8_t)value));
+#else
+    uint8_t byte[4 * W];
+    vi v;
+    for (int i = 0; i < 4 * W; i++) byte[i] = (uint8_t)(bits[i / 8] >> i % 8 & 1 ? value : 0);
+    memcpy(&v, byte, sizeof v);
+    return v;
+#endif
+}
+
+/* Quad q of a group's weights, as bytes that are `offset_of` too large. */
+INLINE vi quad(const int format, const uint8_t *w, int q) {
+    if (format == Q8) return quad_q8(w + (size_t)q * 4 * W);
+    vi both;
+    memcpy(&both, w + (size_t)(q / 2) * 4 * W, sizeof both);
+    vi v = (q % 2 ? both >> 4 : both) & splat_i(0x0f0f0f0f);
+    for (int plane = 0; plane < planes_of(format); plane++)
+        v |= spread_bits(w + (16 + 4 * plane) * W + q * W / 2, 16 << plane);
+    return v;
+}
+
+INLINE int offset_of(int format) { return format == Q8 ? OFFSET : format == Q6 ? 32 : 0; }
+
 INLINE vi splat_quad(const int8_t *x) {
     int32_t four;
     memcpy(&four, x, 4);
     return splat_i(four);
 }
 
-/* The dot products of `quads` quads of a group, as whole numbers. */
-INLINE void group_q8(const int rows, const int quads, const uint8_t *w, const int8_t *x, vi *dot) {
-    UNROLL for (int q = 0; q < quads; q++) {
-        vi weight = quad_q8(w + (size_t)q * 4 * W);
-        UNROLL for (int r = 0; r < rows; r++)
-            dot[r] = dot_quad(q ? dot[r] : splat_i(0), weight, splat_quad(x + r * GROUP + 4 * q));
-    }
-}
-
-INLINE void group_q4(const int rows, const uint8_t *w, const int8_t *x, vi *dot) {
+/* Dot products of the quads [from, to) of a group with the bytes of each row, and with the low bytes where inputs have
+ * two (`wide`). */
+INLINE void dot_quads(const int format, const int wide, const int rows, const int from, const int to, const uint8_t *w,
+                      const int8_t *x, const int8_t *x_low, vi *dot, vi *low) {
 #if W == 8
-    /* eight products of at most 15 * 127, two at a time, fit 16 bits: widen once a group */
-    __m256i small[TILE];
-    UNROLL for (int q = 0; q < 4; q++) {
-        __m256i both = _mm256_loadu_si256((const void *)(w + (size_t)q * 4 * W)), low = _mm256_set1_epi8(15);
-        __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const int8_t *in = x + r * GROUP + 8 * q;
-            __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(first, (__m256i)splat_quad(in)),
-                                                _mm256_maddubs_epi16(second, (__m256i)splat_quad(in + 4)));
-            small[r] = q ? _mm256_add_epi16(small[r], products) : products;
+    /* products of two unsigned weights fit 16 bits, and so do the sums of some: widen once in a while */
+    const int run = format == Q4 ? 8 : format == Q5 ? 4 : 2;
+    __m256i sum[TILE], sum_low[TILE];
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (format != Q8) {
+        UNROLL for (int q = from; q < to; q++) {
+            const __m256i weight = (__m256i)quad(format, w, q);
+            const int first = (q - from) % run == 0, last = (q - from) % run == run - 1 || q == to - 1;
+            UNROLL for (int r = 0; r < rows; r++) {
+                const __m256i more = _mm256_maddubs_epi16(weight, (__m256i)splat_quad(x + r * GROUP + 4 * q));
+                sum[r] = first ? more : _mm256_add_epi16(sum[r], more);
+                if (last) dot[r] = (q - from < run ? splat_i(0) : dot[r]) + (vi)_mm256_madd_epi16(sum[r], ones);
+                if (!wide) continue;
+                const __m256i rest = _mm256_maddubs_epi16(weight, (__m256i)splat_quad(x_low + r * GROUP + 4 * q));
+                sum_low[r] = first ? rest : _mm256_add_epi16(sum_low[r], rest);
+                if (last) low[r] = (q - from < run ? splat_i(0) : low[r]) + (vi)_mm256_madd_epi16(sum_low[r], ones);
+            }
         }
-    }
-    UNROLL for (int r = 0; r < rows; r++) dot[r] = (vi)_mm256_madd_epi16(small[r], _mm256_set1_epi16(1));
-#else
-    UNROLL for (int q = 0; q < 4; q++) {
-        vi both, low = splat_i(0x0f0f0f0f);
-        memcpy(&both, w + (size_t)q * 4 * W, sizeof both);
-        vi first = both & low, second = both >> 4 & low;
-        UNROLL for (int r = 0; r < rows; r++) {
-            const int8_t *in = x + r * GROUP + 8 * q;
-            dot[r] = dot_quad(q ? dot[r] : splat_i(0), first, splat_quad(in));
-            dot[r] = dot_quad(dot[r], second, splat_quad(in + 4));
-        }
+        return;
     }
 #endif
+    UNROLL for (int q = from; q < to; q++) {
+        const vi weight = quad(format, w, q);
+        UNROLL for (int r = 0; r < rows; r++) {
+            dot[r] = dot_quad(q > from ? dot[r] : splat_i(0), weight, splat_quad(x + r * GROUP + 4 * q));
+            if (wide)
+                low[r] = dot_quad(q > from ? low[r] : splat_i(0), weight, splat_quad(x_low + r * GROUP + 4 * q));
+        }
+    }
 }
 
-INLINE void block_bytes(const int format, const int rows, const uint8_t *w, int groups, const Inputs *x, int row,
-                        float *y, size_t ldy) {
+INLINE void block_bytes(const int format, const int wide, const int rows, const uint8_t *w, int groups,
+                        const Inputs *x, int row, float *y, size_t ldy) {
     vf acc[TILE];
-    const size_t step = group_bytes(format);
-    const int8_t *in = x->bytes + group_at(x, row, 0) * GROUP;
-    const float *scales = x->scales + group_at(x, row, 0) * SCALES;
+    const size_t step = group_bytes(format), start = group_at(x, row, 0);
+    const int8_t *in = x->bytes + start * GROUP, *in_low = wide ? x->low + start * GROUP : NULL;
+    const float *scales = x->scales + start * SCALES;
+    const float offset = (float)offset_of(format);
     UNROLL for (int r = 0; r < rows; r++) acc[r] = splat(0);
     for (int g = 0; g < groups; g++, w += step, in += TILE * GROUP, scales += TILE * SCALES) {
-        vi dot[TILE];
-        const uint16_t *end = (const void *)(w + (size_t)(format == Q4 ? 16 : 32) * W);
-        vf scale = widen_half(end), other = widen_half(format == Q8 ? end : end + W);
-        if (format == Q4) group_q4(rows, w, in, dot);
-        else group_q8(rows, format == Q6 ? 4 : 8, w, in, dot);
+        vi dot[TILE], low[TILE];
+        const uint16_t *end = (const void *)(w + end_of(format));
+        const vf scale = widen_half(end), other = widen_half(format == Q8 ? end : end + W);
+        dot_quads(format, wide, rows, 0, format == Q6 ? 4 : 8, w, in, in_low, dot, low);
         UNROLL for (int r = 0; r < rows; r++) {
             const float *s = scales + r * SCALES;
-            acc[r] = muladd(float_of(dot[r]), scale * splat(s[SCALE]), acc[r]);
-            if (format == Q4) acc[r] = muladd(other, splat(s[WHOLE]), acc[r]);
-            else if (OFFSET) acc[r] = muladd(scale, splat(-OFFSET * s[format == Q6 ? FIRST : WHOLE]), acc[r]);
+            const vi total = wide ? (dot[r] << 7) + low[r] : dot[r];
+            acc[r] = muladd(float_of(total), scale * splat(s[SCALE]), acc[r]);
+            if (format == Q4 || format == Q5) acc[r] = muladd(other, splat(s[WHOLE]), acc[r]);
+            else if (offset) acc[r] = muladd(scale, splat(-offset * s[format == Q6 ? FIRST : WHOLE]), acc[r]);
         }
-        if (format != Q6) continue;
-        group_q8(rows, 4, w + 16 * W, in + GROUP / 2, dot);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const float *s = scales + r * SCALES;
-            acc[r] = muladd(float_of(dot[r]), other * splat(s[SCALE]), acc[r]);
-            if (OFFSET) acc[r] = muladd(other, splat(-OFFSET * (s[WHOLE] - s[FIRST])), acc[r]);
+        if (format == Q6) {
+            dot_quads(format, wide, rows, 4, 8, w, in, in_low, dot, low);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const float *s = scales + r * SCALES;
+                const vi total = wide ? (dot[r] << 7) + low[r] : dot[r];
+                acc[r] = muladd(float_of(total), other * splat(s[SCALE]), acc[r]);
+                acc[r] = muladd(other, splat(-offset * (s[WHOLE] - s[FIRST])), acc[r]);
+            }
         }
+        if (wide) in_low += TILE * GROUP;
     }
     UNROLL for (int r = 0; r < rows; r++) store(y + r * ldy, acc[r]);
 }
@@ -170,7 +212,7 @@ INLINE void block_bytes(const int format, const int rows, const uint8_t *w, int 
 #endif
 
 /* A product over panels [first, last) for one format, `together` panels at a time. */
-#define PRODUCT(name, format, together)                                                                        \
+#define PRODUCT(name, together)                                                                       \
     static void name(const Matrix *m, int first, int last, const Inputs *x, int rows, float *y, size_t ldy) { \
         const size_t panel = panel_bytes(m);                                                                   \
         const int groups = m->ins / GROUP;                                                                     \
@@ -183,33 +225,52 @@ INLINE void block_bytes(const int format, const int rows, const uint8_t *w, int 
         }                                                                                                      \
     }
 
-#define BLOCK(n) block_float(BF16, n, TOGETHER, w, panel, groups, x, row, out, ldy)
 enum { TOGETHER = 2 };
-PRODUCT(product_bf16, BF16, TOGETHER)
+#define BLOCK(n) block_float(BF16, n, TOGETHER, w, panel, groups, x, row, out, ldy)
+PRODUCT(product_bf16, TOGETHER)
+#undef BLOCK
+#define BLOCK(n) block_float(F16, n, TOGETHER, w, panel, groups, x, row, out, ldy)
+PRODUCT(product_f16, TOGETHER)
 #undef BLOCK
 #define BLOCK(n) block_float(F32, n, TOGETHER, w, panel, groups, x, row, out, ldy)
-PRODUCT(product_f32, F32, TOGETHER)
+PRODUCT(product_f32, TOGETHER)
 #undef BLOCK
-#define BLOCK(n) block_bytes(Q8, n, w, groups, x, row, out, ldy)
-PRODUCT(product_q8, Q8, 1)
+#define BLOCK(n) block_bytes(Q8, 0, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q8, 1)
 #undef BLOCK
-#define BLOCK(n) block_bytes(Q4, n, w, groups, x, row, out, ldy)
-PRODUCT(product_q4, Q4, 1)
+#define BLOCK(n) block_bytes(Q8, 1, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q8_wide, 1)
 #undef BLOCK
-#define BLOCK(n) block_bytes(Q6, n, w, groups, x, row, out, ldy)
-PRODUCT(product_q6, Q6, 1)
+#define BLOCK(n) block_bytes(Q4, 0, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q4, 1)
 #undef BLOCK
+#define BLOCK(n) block_bytes(Q4, 1, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q4_wide, 1)
+#undef BLOCK
+#define BLOCK(n) block_bytes(Q5, 0, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q5, 1)
+#undef BLOCK
+#define BLOCK(n) block_bytes(Q5, 1, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q5_wide, 1)
+#undef BLOCK
+#define BLOCK(n) block_bytes(Q6, 0, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q6, 1)
+#undef BLOCK
+#define BLOCK(n) block_bytes(Q6, 1, n, w, groups, x, row, out, ldy)
+PRODUCT(product_q6_wide, 1)
+#undef BLOCK
+
+typedef void Product(const Matrix *, int, int, const Inputs *, int, float *, size_t);
 
 /* Outputs of the panels [first, last) for all rows, without the bias. first and last are even, or last is the
  * matrix's end; a matrix has an even number of panels (its last ones may be zeros). */
 INLINE void product(const Matrix *m, int first, int last, const Inputs *x, int rows, float *y, size_t ldy) {
-    switch (m->format) {
-    case BF16: product_bf16(m, first, last, x, rows, y, ldy); break;
-    case F32: product_f32(m, first, last, x, rows, y, ldy); break;
-    case Q6: product_q6(m, first, last, x, rows, y, ldy); break;
-    case Q8: product_q8(m, first, last, x, rows, y, ldy); break;
-    default: product_q4(m, first, last, x, rows, y, ldy);
-    }
+    static Product *const products[FORMATS][2] = {
+        [BF16] = {product_bf16, product_bf16}, [F16] = {product_f16, product_f16}, [F32] = {product_f32, product_f32},
+        [Q8] = {product_q8, product_q8_wide},  [Q4] = {product_q4, product_q4_wide},
+        [Q5] = {product_q5, product_q5_wide},  [Q6] = {product_q6, product_q6_wide},
+    };
+    products[m->format][x->low != NULL](m, first, last, x, rows, y, ldy);
 }
 
 #endif

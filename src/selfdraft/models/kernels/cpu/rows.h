@@ -13,30 +13,36 @@ INLINE int is_finite(const float *x, int n) {
 
 /* Stores a row as the inputs of a product in that format. x: [n], n a multiple of GROUP. */
 static void pack(const float *x, int n, int format, const Inputs *to, int row) {
+    const int form = form_of(format);
+    const float limit = to->low ? 127.0f * 128 : 127.0f;
     for (int g = 0; g < n / GROUP; g++) {
         const float *in = x + g * GROUP;
         const size_t at = group_at(to, row, g);
-        if (format == F32 || (format == BF16 && !PAIRS)) {
+        if (form == FLOATS) {
             memcpy(to->floats + at * GROUP, in, GROUP * sizeof *in);
             continue;
         }
-        if (format == BF16) {
+        if (form == HALVES) {
             for (int i = 0; i < GROUP; i++) to->halves[at * GROUP + i] = narrow_bf16(in[i]);
             continue;
         }
         vf most = splat(0);
         for (int i = 0; i < GROUP; i += W) most = max(most, max(load(in + i), -load(in + i)));
         const float range = largest(most);
-        const vf inverse = splat(range > 0 ? 127.0f / range : 0.0f);
-        vi q[GROUP / W];
+        const vf inverse = splat(range > 0 ? limit / range : 0.0f);
+        vi q[GROUP / W], low[GROUP / W];
         vf half[2] = {splat(0), splat(0)}; /* whole numbers below 2^24: exact in any order */
         for (int i = 0; i < GROUP / W; i++) {
             q[i] = to_int(load(in + i * W) * inverse);
             half[i * W / (GROUP / 2)] += float_of(q[i]);
+            low[i] = q[i];
+            q[i] = to->low ? (q[i] + 64) >> 7 : q[i];
+            low[i] -= q[i] << 7;
         }
         narrow_bytes(q, to->bytes + at * GROUP);
+        if (to->low) narrow_bytes(low, to->low + at * GROUP);
         float *scale = to->scales + at * SCALES;
-        scale[SCALE] = range / 127.0f;
+        scale[SCALE] = range / limit;
         scale[FIRST] = scale[SCALE] * sum(half[0]);
         scale[WHOLE] = scale[SCALE] * sum(half[0] + half[1]);
     }

@@ -2,8 +2,9 @@
  * take pieces of work from a counter. What a piece computes does not depend on who computes it. */
 #include "step.h"
 
-#include "pack.h"
+#include "blocks.h"
 #include "products.h"
+#include "unpack.h"
 
 #include <time.h>
 
@@ -51,7 +52,7 @@ INLINE void prepare(Step *s, float *x, const Matrix *m, int parts, int row, int 
         memset(x, 0, (size_t)m->ins * 4);
     }
     for (int i = 0; i < parts && m[i].outs; i++)
-        if (i == 0 || m[i].format != m[i - 1].format) pack(x, m->ins, m[i].format, &s->work->inputs, row);
+        if (i == 0 || form_of(m[i].format) != form_of(m[i - 1].format)) pack(x, m->ins, m[i].format, &s->work->inputs, row);
 }
 
 /* ---- Mask rows: what an adapter adds to a layer's products, from the same inputs, before and after them. */
@@ -89,11 +90,8 @@ INLINE void add_all(const Step *s, int layer, int first, int parts, int row, flo
 /* ---- Hidden states. */
 
 INLINE void embed(const Model *m, int32_t token, float scale, float *x) {
-    if (m->embedding_wide == 4) memcpy(x, (const float *)m->embedding + (size_t)token * m->hidden, (size_t)m->hidden * 4);
-    else if (m->embedding_wide == 2) {
-        const uint16_t *from = (const uint16_t *)m->embedding + (size_t)token * m->hidden;
-        for (int i = 0; i < m->hidden; i++) x[i] = float_of_bf16(from[i]);
-    } else unpack_output(&m->head, token, x);
+    const uint8_t *from = m->embedding + (size_t)token * row_bytes(m->embedding_type, m->hidden);
+    for (int g = 0; g < m->hidden / GROUP; g++) read_floats(m->embedding_type, from, g, x + g * GROUP);
     if (scale != 1)
         for (int i = 0; i < m->hidden; i++) x[i] *= scale;
 }

@@ -20,8 +20,8 @@ typedef struct {
     const Layer *layers;
     Matrix head;
     const float *final_norm;
-    const uint8_t *embedding;   /* [vocabulary][hidden] as bfloat16 or float, or none: packed like `head` */
-    int32_t embedding_wide;     /* 2, 4, or 0 for none */
+    const uint8_t *embedding;   /* [vocabulary] rows as the checkpoint has them, see blocks.h */
+    int32_t embedding_type;     /* ggml's number of their type */
     int32_t count, hidden, heads, key_heads, head_size, rotated, inner, vocabulary, activation;
     float eps, attention_scale, attention_cap, embedding_scale, residual_scale, logit_scale, logit_cap;
     int32_t wide;               /* bytes of a value in the KV cache */

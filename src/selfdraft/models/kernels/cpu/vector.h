@@ -85,13 +85,12 @@ INLINE vf min(vf a, vf b) { vf r; for (int i = 0; i < W; i++) r[i] = a[i] < b[i]
 INLINE vf nearest(vf a) { vf r; for (int i = 0; i < W; i++) r[i] = rintf(a[i]); return r; }
 INLINE vi to_int(vf a) { vi r; for (int i = 0; i < W; i++) r[i] = (int32_t)rintf(a[i]); return r; }
 INLINE vf widen_half(const uint16_t *p) { /* shift into place, scale the exponent by 2^112 */
-    vi magnitude = {0}, sign = {0};
+    vi magnitude = {0}, rest = {0}; /* the sign, and the exponent of what is not finite */
     for (int i = 0; i < W; i++) {
         magnitude[i] = (int32_t)((uint32_t)(p[i] & 0x7fff) << 13);
-        sign[i] = (int32_t)((uint32_t)(p[i] & 0x8000) << 16);
+        rest[i] = (int32_t)((uint32_t)(p[i] & 0x8000) << 16) | ((p[i] & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
     }
-    vi infinite = (magnitude >= 0x7c00 << 13) & 0x7f800000; /* or NaN: its mantissa stays */
-    return as_float(as_int(as_float(magnitude) * splat(0x1p112f)) | infinite | sign);
+    return as_float(as_int(as_float(magnitude) * splat(0x1p112f)) | rest);
 }
 #endif
 #endif
