@@ -237,8 +237,8 @@ def lane_cleared(patch: pytest.MonkeyPatch) -> None:
     opened = Lanes.open
 
     @torch.inference_mode()
-    def clear(self: Lanes) -> Lane:
-        lane = opened(self)
+    def clear(self: Lanes, *given: Any) -> Lane:
+        lane = opened(self, *given)
         for buffer in self._buffers():
             buffer[lane.index :].zero_()
         return lane

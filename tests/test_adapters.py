@@ -162,23 +162,21 @@ def crowd(adapted: TransformersModel, params: SamplingParams) -> None:
     """Requests that join and leave, some from another's cache: their texts are the base's, and the masks'
     logits, at rows anywhere in a tree, are those of a group under that text in training."""
     base, dice = adapted.base, random.Random(1)
-    engine, requests, copies = Engine(adapted), list[tuple[Request, MaskOracle, Sequence[int]]](), 0
+    engine, requests = Engine(adapted), list[tuple[Request, MaskOracle, Sequence[int]]]()
     for seed, (live, copied) in enumerate(JOINS):
         while len(engine.requests) > live:
             engine.step()
-        prompt, start = random_prompt(dice.randint(2, 50), seed), None
+        prompt = random_prompt(dice.randint(2, 50), seed)
         if copied:
-            start = engine.requests[0]
-            prompt = [*start.tokens, *prompt[:2]]
-            copies += start.cache.length > 0
+            prompt = [*engine.requests[0].tokens, *prompt[:2]]
         params = replace(params, max_new_tokens=dice.randint(14, 24))
         plain = run(base, Plain(), prompt, params).emitted
         oracle = MaskOracle(plain)
-        requests.append((engine.submit(prompt, oracle, params, start=start), oracle, plain))
+        requests.append((engine.submit(prompt, oracle, params), oracle, plain))
         engine.step()
     while engine.requests:
         engine.step()
-    assert copies > 2
+    assert sum(request.reused > 0 for request, *_ in requests) > 2
     for request, oracle, plain in requests:
         assert request.emitted == plain
         assert oracle.observed[-1].step.mask_scores is None, "the text has ended"
@@ -406,7 +404,8 @@ def test_the_head_runs_for_the_rows_that_are_looked_at(
         engine.submit(random_prompt(9, i), method, greedy(6 + 6 * i)) for i, method in enumerate(methods)
     ]
     while any(not request.ready for request in requests):
-        engine._prefill()
+        engine.scheduler.admit()
+        engine._forward([], [], engine.scheduler.chunks(0, engine._cost), 0.0)
     monkeypatch.setattr(TransformersModel, "head", spy)
     monkeypatch.setattr(TransformersModel, "mask_logits", spy_masks)
     monkeypatch.setattr(TransformersModel, "logits", spy_rows)
