@@ -34,7 +34,7 @@ LAYERS = (
     ("llm",),
     ("engine_loop", "conversation", "integrations"),
     ("async_llm",),
-    ("verify", "bench", "train"),
+    ("server", "verify", "bench", "train"),
     ("cli",),
 )
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}

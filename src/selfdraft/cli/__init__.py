@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ..errors import SelfdraftError
-from . import bench, demo, distill, generate, info, looped, train, trajectories, verify
+from . import bench, demo, distill, generate, info, looped, serve, train, trajectories, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
+app.command("serve")(serve.serve)
 app.add_typer(train.app, name="train")
 train.app.command("speed", help=looped.HELP)(looped.speed)
 app.command("trajectories")(trajectories.trajectories)
