@@ -166,10 +166,10 @@ def _invalid(failed: Handler) -> Handler:
 
 def _failed(serving: Serving) -> Handler:
     async def respond(request: Request, error: Exception) -> Response:
-        told = api_error(error)
+        endpoint = request.url.path.removeprefix("/v1").strip("/").split("/")[0]
+        told = api_error(error, endpoint)
         if told.status >= 500 and not isinstance(error, ApiError):
             LOG.error("%s: %s", request.url.path, error, exc_info=error)
-        endpoint = request.url.path.removeprefix("/v1").strip("/").split("/")[0]
         if endpoint in ("chat", "completions", "responses"):
             outcome = OUTCOMES.get(told.status, "failed" if told.status >= 500 else "refused")
             serving.metrics.requests.labels(endpoint, outcome).inc()

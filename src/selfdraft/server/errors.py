@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from ..errors import (
+    AdapterError,
     EngineClosed,
     InvalidOption,
     InvalidPrompt,
@@ -25,6 +26,10 @@ RETRY_AFTER = 1
 
 PARAMETERS = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "eos": "stop"}
 """Fields of SamplingParams whose names differ in a request."""
+
+
+PROMPTS = {"chat": "messages", "responses": "input"}
+"""What the prompt is called, by endpoint."""
 
 
 class ApiError(Exception):
@@ -75,8 +80,9 @@ def over_context(prompt_tokens: int, context: int) -> ApiError:
     )
 
 
-def api_error(error: Exception) -> ApiError:
-    """Any error of the package as one that a client can read; others are the server's own."""
+def api_error(error: Exception, endpoint: str = "") -> ApiError:
+    """Any error of the package as one that a client can read; others are the server's own. endpoint: which
+    was asked, such as "chat"."""
     message = str(error)
     match error:
         case ApiError():
@@ -95,10 +101,10 @@ def api_error(error: Exception) -> ApiError:
                 message = message.replace(error.option, str(param))
             return refused(message, param)
         case InvalidPrompt():
-            return refused(message, "prompt")
+            return refused(message, PROMPTS.get(endpoint, "prompt"))
         case InvalidReference():
             return refused(message, "prediction")
-        case UnknownMethod() | ModelError():
+        case UnknownMethod() | ModelError() | AdapterError():
             return refused(message, "method")
         case KVMemoryExhausted():
             return refused(message, "max_tokens", "kv_memory_exhausted")

@@ -75,8 +75,8 @@ REFUSED: dict[str, object] = {
     "images": None,
     "image_data": None,
 }
-"""Fields of other servers that would change the answer and are not honoured -> the value that changes nothing;
-None and what is empty or false does not either."""
+"""Fields of other servers that would change the answer and are not honoured -> the value that changes
+nothing; what is empty or false does not either."""
 REMEMBERED = 1_000
 """Names of unknown fields that are warned of once each; they come from clients."""
 

@@ -19,10 +19,10 @@ from ..params import SamplingParams
 from ..sampling.grammar import Grammar
 from ..sampling.stopping import StopStrings
 from .errors import ApiError, json_response, over_context, refused
+from .fields import check_fields
 from .generation import Generation
 from .metrics import Metrics
 from .prompts import Prompts
-from .fields import check_fields
 from .requests import Asked, Body
 from .sse import EventStream, unless_gone
 

@@ -1,0 +1,559 @@
+"""The server: a streamed answer is the whole one, which is the library's, which is plain decoding's."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
+
+from fake_async import FakeAsyncLLM
+from selfdraft import LLM, SamplingParams
+from selfdraft.sampling.detokenizer import Detokenizer
+from selfdraft.server import generation, guard, prompts, requests, run, time_limit
+from serving import TEMPLATE, Running, served
+
+from conftest import TEXT
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Any) -> LLM:
+    made = LLM(str(folder))
+    made.tokenizer.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def running(llm: LLM) -> Iterator[Running]:
+    with served(FakeAsyncLLM(llm), names=("tiny", "second"), deadline=60) as it:
+        yield it
+
+
+def say(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+def joined(events: list[Any], index: int = 0) -> str:
+    choices = [c for e in events[:-1] for c in e["choices"] if c["index"] == index]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+
+
+def random_request(seed: int) -> dict[str, Any]:
+    """A request of any kind, without what differs between calls."""
+    draw = random.Random(seed)
+    start = draw.randrange(len(TEXT) - 20)
+    body: dict[str, Any] = {
+        "prompt": TEXT[start : start + draw.randint(3, 60)],
+        "max_tokens": draw.randint(1, 40),
+        "temperature": draw.choice([0, 0.7, 1.2]),
+        "seed": draw.randrange(1000),
+    }
+    maybe = {
+        "top_p": 0.9,
+        "top_k": 20,
+        "presence_penalty": 0.5,
+        "repetition_penalty": 1.2,
+        "stop": draw.choice([["e"], "re", ["\n", "ret"]]),
+        "prediction": {"type": "content", "content": TEXT},
+        "logit_bias": {"70": 3.5, "71": -100},
+        "min_tokens": 1,
+        "logprobs": 2,
+        "n": 2,
+        "method": draw.choice(["plain", "jacobi"]),
+    }
+    return body | {name: value for name, value in maybe.items() if draw.random() < 0.3}
+
+
+def library(llm: LLM, body: dict[str, Any]) -> list[str]:
+    """The texts that the library gives for it."""
+    names = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+    left_out = ("prompt", "prediction", "n", "method", "logit_bias")
+    options = {names.get(name, name): value for name, value in body.items() if name not in left_out}
+    biases = {int(token): value for token, value in body.get("logit_bias", {}).items()}
+    params = SamplingParams.read({**options, "logit_bias": biases})
+    n = body.get("n", 1) if params.temperature else 1
+    texts = [one.text for one in llm.generate(body["prompt"], params, raw=True, n=n)]
+    return texts if params.temperature else texts * body.get("n", 1)
+
+
+def differing(running: Running, llm: LLM, seeds: range) -> list[int]:
+    """Seeds of requests whose texts differ: whole, streamed, the library's, plain decoding's. All in one
+    running server at once, with requests that are left in between."""
+    plain = llm.using("plain")
+
+    def differs(seed: int) -> bool:
+        body = random_request(seed)
+        if seed % 5 == 0:
+            running.open(COMPLETIONS, **body | {"max_tokens": 200, "stream": True}).close()
+        whole = running.post(COMPLETIONS, **body)
+        streamed = running.events(COMPLETIONS, **body)
+        texts = [choice["text"] for choice in whole["choices"]]
+        tokens = [choice["logprobs"] for choice in whole["choices"]]
+        parts = [
+            c["logprobs"] for e in streamed[:-1] for c in e["choices"] if c["index"] == 0 and c["logprobs"]
+        ]
+        same = [joined(streamed, index) for index in range(len(texts))] == texts
+        same &= tokens[0] is None or [t for part in parts for t in part["tokens"]] == tokens[0]["tokens"]
+        return not (same and texts == library(llm, body) and texts == library(plain, body))
+
+    with ThreadPoolExecutor(4) as pool:
+        return [seed for seed, wrong in zip(seeds, pool.map(differs, seeds), strict=True) if wrong]
+
+
+def test_streamed_is_whole_is_library_is_plain(running: Running, llm: LLM) -> None:
+    assert differing(running, llm, range(40)) == []
+
+
+def test_a_planted_fault_in_the_pieces_is_found(
+    running: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Alone(Detokenizer):
+        def add(self, ids: Any, last: bool = False) -> str:
+            return Detokenizer(self.tokenizer).add(ids, last=True)
+
+    monkeypatch.setattr(generation, "Detokenizer", Alone)
+    assert differing(running, llm, range(12)) != []
+
+
+def test_a_stream_is_as_openai_says(running: Running) -> None:
+    asked = {
+        "messages": say("add"),
+        "max_tokens": 9,
+        "temperature": 0,
+        "stream_options": {"include_usage": True},
+    }
+    events = running.events(CHAT, **asked)
+    assert events[-1] == "[DONE]"
+    *chunks, last, counted = events[:-1]
+    assert len({e["id"] for e in events[:-1]}) == 1
+    assert all(e["object"] == "chat.completion.chunk" and e["model"] == "tiny" for e in events[:-1])
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(e["usage"] is None for e in (*chunks, last))
+    assert all(e["choices"][0]["finish_reason"] is None for e in chunks)
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "length")
+    assert counted["choices"] == []
+    whole = running.post(CHAT, **{k: v for k, v in asked.items() if k != "stream_options"})
+    assert counted["usage"] | {"prompt_tokens_details": 0} == whole["usage"] | {"prompt_tokens_details": 0}
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": joined(events), "refusal": None}
+
+
+def test_no_delta_holds_half_a_character(running: Running) -> None:
+    for seed in range(6):
+        events = running.events(
+            COMPLETIONS, prompt="\N{GRINNING FACE}", temperature=2, seed=seed, max_tokens=60
+        )
+        whole = running.post(COMPLETIONS, prompt="\N{GRINNING FACE}", temperature=2, seed=seed, max_tokens=60)
+        assert joined(events) == whole["choices"][0]["text"]
+
+
+def test_a_prediction_is_drafted_and_counted(running: Running, llm: LLM) -> None:
+    asked = {"messages": say("add"), "max_tokens": 40, "temperature": 0}
+    alone = running.post(CHAT, **asked)
+    text = alone["choices"][0]["message"]["content"]
+    for content in (text, [{"type": "text", "text": text[:20]}, {"type": "text", "text": text[20:]}]):
+        helped = running.post(CHAT, **asked, prediction={"type": "content", "content": content})
+        assert helped["choices"][0]["message"] == alone["choices"][0]["message"]
+        counts = helped["usage"]["completion_tokens_details"]
+        figures = helped["selfdraft"]
+        assert counts["accepted_prediction_tokens"] == figures["accepted"] > 10
+        assert counts["rejected_prediction_tokens"] == figures["drafted"] - figures["accepted"] >= 0
+        assert figures["tokens_per_forward"] > alone["selfdraft"]["tokens_per_forward"]
+        assert (figures["method"], figures["weights"]) == ("llma", "base")
+    empty = running.post(CHAT, **asked, prediction={"type": "content", "content": ""})
+    assert set(empty["usage"]["completion_tokens_details"].values()) == {0}
+
+
+def test_echo_and_lists_of_prompts(running: Running, llm: LLM) -> None:
+    ids = list(llm.encode("def add"))
+    asked = {"max_tokens": 5, "temperature": 0, "echo": True}
+    one = running.post(COMPLETIONS, prompt="def add", **asked)["choices"][0]["text"]
+    several = running.post(COMPLETIONS, prompt=["def add", "class"], **asked)["choices"]
+    assert [choice["index"] for choice in several] == [0, 1]
+    assert several[0]["text"] == one
+    assert one.startswith("def add")
+    assert running.post(COMPLETIONS, prompt=ids, **asked)["choices"][0]["text"] == one
+    assert running.post(COMPLETIONS, prompt=[ids, ids], **asked)["choices"][1]["text"] == one
+    assert joined(running.events(COMPLETIONS, prompt="def add", **asked)) == one
+
+
+def test_log_probabilities(running: Running) -> None:
+    asked = {"messages": say("add"), "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    whole = running.post(CHAT, **asked)["choices"][0]
+    content = whole["logprobs"]["content"]
+    assert len(content) == 12
+    assert (
+        b"".join(bytes(entry["bytes"]) for entry in content).decode(errors="replace")
+        == (whole["message"]["content"])
+    )
+    assert all(len(entry["top_logprobs"]) == 3 for entry in content)
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in content)  # greedy
+    events = running.events(CHAT, **asked)
+    parts = [e["choices"][0]["logprobs"] for e in events[:-1] if e["choices"][0]["logprobs"]]
+    assert [entry for part in parts for entry in part["content"]] == content
+
+
+def test_tokenize_and_back(running: Running, llm: LLM) -> None:
+    made = running.post("/tokenize", prompt="def add", return_token_strs=True)
+    assert made["tokens"] == list(llm.encode("def add"))
+    assert made["count"] == len(made["tokens"]) == len(made["token_strs"])
+    assert running.post("/v1/detokenize", tokens=made["tokens"])["prompt"] == "<|bos|>def add"
+    chat = running.post("/v1/tokenize", messages=say("add"))["tokens"]
+    assert chat == list(llm.prompt_ids(None, say("add")))
+
+
+def test_models_and_health(running: Running) -> None:
+    _, models, _ = running.request("GET", "/v1/models")
+    assert [model["id"] for model in models["data"]] == ["tiny", "second"]
+    assert running.request("GET", "/models/second")[1]["id"] == "second"
+    assert running.request("GET", "/v1/models/other")[1]["error"]["code"] == "model_not_found"
+    assert running.request("GET", "/health")[:2] == (200, {"status": "ok"})
+    assert "<html" in running.request("GET", "/")[1]
+    page = running.request("GET", "/metrics")[1]
+    assert 'selfdraft_requests_total{endpoint="completions",outcome="answered"}' in page
+    assert "selfdraft_generated_tokens_total" in page
+
+
+WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
+    (CHAT, {}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": [{"content": "a"}]}, 400, "messages.0.role"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
+    (CHAT, {"messages": say("a"), "model": "other"}, 404, "model"),
+    (CHAT, {"messages": say("a"), "n": 0}, 400, "n"),
+    (CHAT, {"messages": say("a"), "seed": "7"}, 400, "seed"),
+    (CHAT, {"messages": say("a"), "seed": 1.5}, 400, "seed"),
+    (CHAT, {"messages": say("a"), "logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    (CHAT, {"messages": say("a"), "top_logprobs": 2}, 400, "top_logprobs"),
+    (CHAT, {"messages": say("a"), "stop": ["x"] * 100}, 400, "stop"),
+    (CHAT, {"messages": say("a"), "stop": [""]}, 400, "stop"),
+    (CHAT, {"messages": say("a"), "temperature": -1}, 400, "temperature"),
+    (CHAT, {"messages": say("a"), "logit_bias": {"x": 1}}, 400, "logit_bias"),
+    (CHAT, {"messages": say("a"), "logit_bias": {"999": 1}}, 400, "logit_bias"),
+    (CHAT, {"messages": say("a"), "method": "nothing"}, 400, "method"),
+    (CHAT, {"messages": say("a"), "method": "bita"}, 400, "method"),
+    (CHAT, {"messages": say("a"), "max_tokens": 5, "min_tokens": 9}, 400, "min_tokens"),
+    (CHAT, {"messages": say("a"), "use_beam_search": True}, 400, "use_beam_search"),
+    (CHAT, {"messages": say("a"), "chat_template_kwargs": {"colour": 1}}, 400, "chat_template_kwargs"),
+    (CHAT, {"messages": say("a"), "chat_template_kwargs": {"tokenize": True}}, 400, "chat_template_kwargs"),
+    (CHAT, {"messages": say("a"), "reasoning_effort": "high"}, 400, "reasoning_effort"),
+    (CHAT, {"messages": say("a"), "continue_final_message": True}, 400, "messages"),
+    (CHAT, {"messages": say("a"), "tool_choice": "required"}, 400, "tool_choice"),
+    (CHAT, {"messages": say("a"), "prediction": {"type": "text", "content": ""}}, 400, "prediction.type"),
+    (CHAT, {"messages": say("\ud800")}, 400, "messages"),
+    (COMPLETIONS, {}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": [1, 2, 999]}, 400, "prompt"),
+    (COMPLETIONS, {"prompt": "a", "best_of": 3}, 400, "best_of"),
+    (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo"),
+    (COMPLETIONS, {"prompt": ["a"] * 100, "n": 2}, 400, "n"),
+    (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    ("/v1/responses", {"input": ""}, 400, "input"),
+    ("/v1/responses", {"input": "a", "previous_response_id": "x"}, 400, "previous_response_id"),
+    ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
+    ("/v1/detokenize", {"tokens": [-1]}, 400, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), WRONG)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_honoured_is_refused_by_name(
+    running: Running, path: str, body: dict[str, Any], status: int, param: str, stream: bool
+) -> None:
+    got, answer, _ = running.request("POST", path, {**body, "stream": True} if stream else body)
+    assert got == status
+    error = answer["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert str(error["param"]).split(".")[: len(str(param).split("."))] == str(param).split(".")
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_over_the_context(running: Running, stream: bool) -> None:
+    body = {"prompt": [5] * 300, "stream": stream}
+    status, answer, _ = running.request("POST", COMPLETIONS, body)
+    assert status == 400
+    assert answer["error"]["type"] == "exceed_context_size_error"
+    assert (answer["error"]["n_prompt_tokens"], answer["error"]["n_ctx"]) == (300, 256)
+
+
+def test_options_of_streams_need_a_stream(running: Running) -> None:
+    status, answer, _ = running.request("POST", CHAT, {"messages": say("a"), "stream_options": {}})
+    assert (status, answer["error"]["param"]) == (400, "stream_options")
+
+
+def test_fields_without_effect_and_unknown_ones(running: Running, llm: LLM) -> None:
+    asked = {"messages": say("a"), "max_tokens": 3, "temperature": 0}
+    harmless = {
+        "user": "u",
+        "store": True,
+        "metadata": {"a": "b"},
+        "skip_special_tokens": True,
+        "suffix": None,
+    }
+    texts = {
+        running.post(CHAT, **asked, **more)["choices"][0]["message"]["content"]
+        for more in ({}, harmless, {"something_new": 1})
+    }
+    assert len(texts) == 1
+    with served(FakeAsyncLLM(llm), strict=True) as strict:
+        assert strict.request("POST", CHAT, {**asked, **harmless})[0] == 200
+        status, answer, _ = strict.request("POST", CHAT, {**asked, "something_new": 1})
+        assert (status, answer["error"]["param"]) == (400, "something_new")
+
+
+def test_a_stop_string_may_be_a_special_token(running: Running) -> None:
+    asked = {"prompt": "def", "max_tokens": 30, "temperature": 0, "logit_bias": {"1": 50}}
+    assert running.post(COMPLETIONS, **asked, stop=["<|eos|>"])["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_client_that_leaves_frees_its_request(llm: LLM) -> None:
+    slow = FakeAsyncLLM(llm, delay=0.02)
+    with served(slow) as running:
+        for stream in (True, False):
+            gone = running.open(CHAT, messages=say("a"), max_tokens=200, n=2, stream=stream, ignore_eos=True)
+            assert until(lambda: len(slow.engine.requests) == 2)
+            gone.close()
+            assert until(lambda: not slow.engine.requests, 1.0)
+
+
+def test_a_full_queue(llm: LLM) -> None:
+    slow = FakeAsyncLLM(llm, max_queue=2, delay=0.02)
+    with served(slow) as running:
+        asked = {"messages": say("a"), "max_tokens": 100, "ignore_eos": True}
+        status, answer, headers = running.request("POST", CHAT, {**asked, "n": 3, "stream": True})
+        assert (status, answer["error"]["code"]) == (429, "queue_full")
+        assert int(headers["retry-after"]) >= 1
+        assert until(lambda: not slow.engine.requests)  # the two that fitted are not left running
+        assert running.request("POST", CHAT, {**asked, "max_tokens": 2})[0] == 200
+
+
+def test_keys(llm: LLM) -> None:
+    with served(FakeAsyncLLM(llm), api_keys=("one", "zwei\N{SNOWMAN}")) as running:
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            assert running.request("GET", path)[0] == 401
+            assert running.request("GET", path, headers={"Authorization": "Bearer two"})[0] == 401
+            assert running.request("GET", path, headers={"Authorization": "Basic one"})[0] == 401
+            assert running.request("GET", path, headers={"Authorization": "Bearer one"})[0] == 200
+        status, answer, _ = running.request("POST", CHAT, {"messages": say("a")})
+        assert (status, answer["error"]["type"]) == (401, "authentication_error")
+        assert running.request("GET", "/health")[0] == 200
+
+
+def test_hosts(running: Running) -> None:
+    def status(host: str) -> int:
+        return running.request("GET", "/v1/models", headers={"Host": host})[0]
+
+    assert [status(host) for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "")] == [
+        403
+    ] * 4
+    assert [status(host) for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "[::1]:80", "10.0.0.3")] == [
+        200
+    ] * 5
+
+
+def test_origins(llm: LLM) -> None:
+    with served(FakeAsyncLLM(llm), cors_origins=("http://one.example",), api_keys=("k",)) as running:
+        asks = {"Access-Control-Request-Method": "POST"}
+        allowed = running.request("OPTIONS", CHAT, headers={"Origin": "http://one.example", **asks})
+        assert (allowed[0], allowed[2]["access-control-allow-origin"]) == (200, "http://one.example")
+        assert running.request("OPTIONS", CHAT, headers={"Origin": "http://two.example", **asks})[0] == 400
+
+
+def test_bodies_that_are_none(running: Running, llm: LLM) -> None:
+    for body in (
+        b"",
+        b"{",
+        b"\xff\xfe{}",
+        b'{"messages": "\xff"}',
+        b"[" * 100_000,
+        b"null",
+        b'{"a": NaN}',
+        b"7",
+    ):
+        status, answer, _ = running.request("POST", CHAT, body)
+        assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body[:20]
+    with served(FakeAsyncLLM(llm), max_body=1_000) as small:
+        status, answer, _ = small.request("POST", CHAT, b" " * 2_000)
+        assert (status, answer["error"]["code"]) == (413, "body_too_large")
+        assert small.request("POST", CHAT, {"messages": say("a"), "max_tokens": 2})[0] == 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = sorted({*requests.ChatRequest.model_fields, *requests.CompletionRequest.model_fields})
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses", "/v1/tokenize", "/v1/detokenize"])
+def test_no_body_breaks_the_server(running: Running, path: str) -> None:
+    base = {"messages": say("a"), "prompt": "a", "input": "a", "tokens": [5], "max_tokens": 2}
+
+    @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
+    @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(changed: dict[str, Any]) -> None:
+        body = {**base, **changed}
+        if path != "/v1/tokenize" and "max_tokens" not in changed:
+            body["max_output_tokens"] = 2
+        status, answer, _ = running.request("POST", path, body)
+        assert status in (200, 400, 404), (body, answer)
+
+    check()
+
+
+def test_a_head_that_does_not_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.2)
+    with served(FakeAsyncLLM(llm)) as running:
+        for begun in (b"", b"GET / HTTP/1.1\r\nHost: loc"):
+            with socket.create_connection(("127.0.0.1", running.port), timeout=5) as late:
+                late.sendall(begun)
+                assert late.recv(100) == b""
+        assert running.request("GET", "/health")[0] == 200
+
+
+def test_a_body_that_does_not_end(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as late:
+        late.sendall(head)
+        assert late.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_slow_reader_holds_nobody(running: Running) -> None:
+    slow = running.open(
+        COMPLETIONS, prompt="a", max_tokens=200, n=20, stream=True, temperature=1, logprobs=20
+    )
+    try:
+        asked = {"prompt": "def", "max_tokens": 5, "temperature": 0}
+        assert running.post(COMPLETIONS, **asked)["usage"]["completion_tokens"] > 0
+    finally:
+        slow.close()
+
+
+def test_the_end_of_the_server(llm: LLM) -> None:
+    slow = FakeAsyncLLM(llm, delay=0.05)
+    with served(slow, grace=0.2) as running, ThreadPoolExecutor(1) as pool:
+        asked = {"messages": say("a"), "max_tokens": 200, "ignore_eos": True}
+        under_way = pool.submit(running.events, CHAT, **asked)
+        assert until(lambda: bool(slow.engine.requests))
+        running.server.should_exit = True
+        events = under_way.result(20)
+        assert events[-2]["choices"][0]["finish_reason"] == "abort"
+        assert joined(events)
+
+
+def test_templates_have_a_limit_in_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.2)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(llm.tokenizer, "chat_template", endless)
+    with served(FakeAsyncLLM(llm)) as running:
+        status, answer, _ = running.request("POST", CHAT, {"messages": say("a")})
+        assert status == 400
+        assert "template took more than" in answer["error"]["message"]
+        assert running.request("GET", "/health")[0] == 200
+
+
+def test_work_over_its_time_ends() -> None:
+    rounds = 0
+
+    def work() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+
+    with pytest.raises(TimeoutError):
+        time_limit.within(0.1, work)
+    time.sleep(0.2)
+    before = rounds
+    time.sleep(0.1)
+    assert rounds == before
+    assert time_limit.within(1, lambda: 7) == 7
+
+
+def test_reasoning_is_told_apart(running: Running, llm: LLM) -> None:
+    asked = {"messages": say("a"), "max_tokens": 12, "temperature": 0}
+    opened = running.post(CHAT, **asked, chat_template_kwargs={"enable_thinking": True})
+    message = opened["choices"][0]["message"]
+    assert message["content"] == ""
+    assert message["reasoning_content"]
+    events = running.events(CHAT, **asked, chat_template_kwargs={"enable_thinking": True})
+    deltas = [choice["delta"] for event in events[:-1] for choice in event["choices"]]
+    assert "".join(d.get("reasoning_content", "") for d in deltas) == message["reasoning_content"]
+
+
+def test_responses(running: Running) -> None:
+    asked = {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "add"}]}],
+        "temperature": 0,
+    }
+    events = running.events("/v1/responses", **asked, max_output_tokens=6)
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    deltas = kinds.count("output_text.delta")
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added"),
+        *["output_text.delta"] * deltas,
+        *("output_text.done", "content_part.done", "output_item.done", "incomplete"),
+    ]
+    whole = running.post("/v1/responses", **asked, max_output_tokens=6)
+    text = "".join(event["delta"] for event in events if event["type"].endswith("text.delta"))
+    assert whole["output"][0]["content"][0]["text"] == text
+    chat = running.post(CHAT, messages=say("add"), temperature=0, max_tokens=6)
+    assert chat["choices"][0]["message"]["content"] == text
+    assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert whole["usage"]["output_tokens"] == 6
+
+
+def test_clients_of_openai(running: Running) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny", "second"]
+    asked: dict[str, Any] = {"model": "tiny", "messages": say("add"), "temperature": 0, "max_tokens": 30}
+    answer = client.chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2)
+    text = answer.choices[0].message.content
+    assert text == answer.choices[1].message.content
+    assert len(answer.choices[0].logprobs.content) == 30
+    stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    assert "".join(c.choices[0].delta.content or "" for c in stream if c.choices) == text
+    helped = client.chat.completions.create(**asked, prediction={"type": "content", "content": text})
+    assert helped.usage.completion_tokens_details.accepted_prediction_tokens > 0
+    plain = client.chat.completions.create(**asked, extra_body={"method": "plain"})
+    assert plain.choices[0].message.content == helped.choices[0].message.content == text
+    raw = client.completions.create(model="tiny", prompt="def", max_tokens=4, temperature=0, echo=True)
+    assert raw.choices[0].text.startswith("def")
+    response = client.responses.create(model="tiny", input="add", temperature=0, max_output_tokens=30)
+    assert response.output_text == text
+    with client.responses.stream(model="tiny", input="add", temperature=0, max_output_tokens=30) as events:
+        assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == text
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(**asked | {"temperature": -1})
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(**asked | {"model": "other"})
+
+
+def test_the_openapi_page_names_the_endpoints(running: Running) -> None:
+    _, page, _ = running.request("GET", "/openapi.json")
+    assert {CHAT, COMPLETIONS, "/v1/responses", "/v1/tokenize"} <= set(page["paths"])
+    assert json.dumps(page)
