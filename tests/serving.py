@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from http.client import HTTPConnection
 from typing import Any
 
+from fastapi import FastAPI
+
 from selfdraft.server import run
 from selfdraft.server.app import create_app
 from selfdraft.server.serving import Options, Serving
@@ -35,6 +37,7 @@ class Running:
     port: int
     serving: Serving
     server: run.Server
+    app: FastAPI
 
     def request(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -83,7 +86,7 @@ def served(llm: Any, grace: float = 1.0, **options: Any) -> Iterator[Running]:
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
     try:
-        yield Running(listening.getsockname()[1], app.state.serving, server)
+        yield Running(listening.getsockname()[1], app.state.serving, server, app)
     finally:
         server.should_exit = True
         thread.join(30)
