@@ -8,7 +8,7 @@ import sys
 import typer
 
 from ..errors import SelfdraftError
-from . import bench, demo, distill, generate, info, looped, serve, train, trajectories, verify
+from . import bench, chat, demo, distill, generate, info, looped, serve, train, trajectories, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Several tokens per forward pass from one language model: no draft model, the same text.",
 )
 app.command("bench")(bench.bench)
+app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
 app.command("generate")(generate.generate)

@@ -79,8 +79,8 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's API.
 
-    Chat, completions, responses, models, tokenize, detokenize, health and metrics, with and without /v1; a page
-    to try the model at /. The text is that of plain decoding, whatever the method and the other requests.
+    Chat, completions, responses, models, tokenize, detokenize, health and metrics, with and without /v1; a
+    page to try the model at /. The text is plain decoding's, whatever the method and the other requests.
 
     Examples:
 
