@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
-from fake_async import FakeAsyncLLM
 from selfdraft import LLM, SamplingParams
+from selfdraft.async_llm import AsyncLLM
+from selfdraft.engine.engine import Engine
+from selfdraft.engine.scheduler import Limits
 from selfdraft.sampling.detokenizer import Detokenizer
 from selfdraft.server import generation, guard, prompts, requests, run, time_limit
 from serving import TEMPLATE, Running, served
@@ -30,7 +33,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def llm(folder: Any) -> LLM:
+def llm(folder: Path) -> LLM:
     made = LLM(str(folder))
     made.tokenizer.chat_template = TEMPLATE
     return made
@@ -38,7 +41,7 @@ def llm(folder: Any) -> LLM:
 
 @pytest.fixture(scope="module")
 def running(llm: LLM) -> Iterator[Running]:
-    with served(FakeAsyncLLM(llm), names=("tiny", "second"), deadline=60) as it:
+    with served(AsyncLLM.load(llm), names=("tiny", "second"), deadline=60) as it:
         yield it
 
 
@@ -316,7 +319,7 @@ def test_fields_without_effect_and_unknown_ones(running: Running, llm: LLM) -> N
         for more in ({}, harmless, {"something_new": 1})
     }
     assert len(texts) == 1
-    with served(FakeAsyncLLM(llm), strict=True) as strict:
+    with served(AsyncLLM.load(llm), strict=True) as strict:
         assert strict.request("POST", CHAT, {**asked, **harmless})[0] == 200
         status, answer, _ = strict.request("POST", CHAT, {**asked, "something_new": 1})
         assert (status, answer["error"]["param"]) == (400, "something_new")
@@ -327,29 +330,52 @@ def test_a_stop_string_may_be_a_special_token(running: Running) -> None:
     assert running.post(COMPLETIONS, **asked, stop=["<|eos|>"])["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_client_that_leaves_frees_its_request(llm: LLM) -> None:
-    slow = FakeAsyncLLM(llm, delay=0.02)
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Engine.step
+
+    def slow(self: Engine) -> None:
+        time.sleep(0.02)
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", slow)
+
+
+@pytest.fixture
+def fresh(folder: Path) -> LLM:
+    """One whose engine nobody else uses."""
+    made = LLM(str(folder))
+    made.tokenizer.chat_template = TEMPLATE
+    return made
+
+
+@pytest.mark.usefixtures("slow_steps")
+def test_a_client_that_leaves_frees_its_request(fresh: LLM) -> None:
+    slow = AsyncLLM.load(fresh)
     with served(slow) as running:
         for stream in (True, False):
             gone = running.open(CHAT, messages=say("a"), max_tokens=200, n=2, stream=stream, ignore_eos=True)
-            assert until(lambda: len(slow.engine.requests) == 2)
+            assert until(lambda: slow.stats.running == 2)
             gone.close()
-            assert until(lambda: not slow.engine.requests, 1.0)
+            assert until(lambda: slow.stats.running == 0, 1.0)
 
 
-def test_a_full_queue(llm: LLM) -> None:
-    slow = FakeAsyncLLM(llm, max_queue=2, delay=0.02)
+@pytest.mark.usefixtures("slow_steps")
+def test_a_full_queue(folder: Path) -> None:
+    narrow = LLM(str(folder), limits=Limits(max_requests=1, max_queue=1))
+    narrow.tokenizer.chat_template = TEMPLATE
+    slow = AsyncLLM.load(narrow)
     with served(slow) as running:
         asked = {"messages": say("a"), "max_tokens": 100, "ignore_eos": True}
         status, answer, headers = running.request("POST", CHAT, {**asked, "n": 3, "stream": True})
         assert (status, answer["error"]["code"]) == (429, "queue_full")
         assert int(headers["retry-after"]) >= 1
-        assert until(lambda: not slow.engine.requests)  # the two that fitted are not left running
+        assert until(lambda: slow.stats.running == 0)  # the two that fitted are not left running
         assert running.request("POST", CHAT, {**asked, "max_tokens": 2})[0] == 200
 
 
 def test_keys(llm: LLM) -> None:
-    with served(FakeAsyncLLM(llm), api_keys=("one", "zwei\N{SNOWMAN}")) as running:
+    with served(AsyncLLM.load(llm), api_keys=("one", "zwei\N{SNOWMAN}")) as running:
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             assert running.request("GET", path)[0] == 401
             assert running.request("GET", path, headers={"Authorization": "Bearer two"})[0] == 401
@@ -373,7 +399,7 @@ def test_hosts(running: Running) -> None:
 
 
 def test_origins(llm: LLM) -> None:
-    with served(FakeAsyncLLM(llm), cors_origins=("http://one.example",), api_keys=("k",)) as running:
+    with served(AsyncLLM.load(llm), cors_origins=("http://one.example",), api_keys=("k",)) as running:
         asks = {"Access-Control-Request-Method": "POST"}
         allowed = running.request("OPTIONS", CHAT, headers={"Origin": "http://one.example", **asks})
         assert (allowed[0], allowed[2]["access-control-allow-origin"]) == (200, "http://one.example")
@@ -393,7 +419,7 @@ def test_bodies_that_are_none(running: Running, llm: LLM) -> None:
     ):
         status, answer, _ = running.request("POST", CHAT, body)
         assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), body[:20]
-    with served(FakeAsyncLLM(llm), max_body=1_000) as small:
+    with served(AsyncLLM.load(llm), max_body=1_000) as small:
         status, answer, _ = small.request("POST", CHAT, b" " * 2_000)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
         assert small.request("POST", CHAT, {"messages": say("a"), "max_tokens": 2})[0] == 200
@@ -425,7 +451,7 @@ def test_no_body_breaks_the_server(running: Running, path: str) -> None:
 
 def test_a_head_that_does_not_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "HEADER_SECONDS", 0.2)
-    with served(FakeAsyncLLM(llm)) as running:
+    with served(AsyncLLM.load(llm)) as running:
         for begun in (b"", b"GET / HTTP/1.1\r\nHost: loc"):
             with socket.create_connection(("127.0.0.1", running.port), timeout=5) as late:
                 late.sendall(begun)
@@ -452,12 +478,13 @@ def test_a_slow_reader_holds_nobody(running: Running) -> None:
         slow.close()
 
 
-def test_the_end_of_the_server(llm: LLM) -> None:
-    slow = FakeAsyncLLM(llm, delay=0.05)
+@pytest.mark.usefixtures("slow_steps")
+def test_the_end_of_the_server(fresh: LLM) -> None:
+    slow = AsyncLLM.load(fresh)
     with served(slow, grace=0.2) as running, ThreadPoolExecutor(1) as pool:
         asked = {"messages": say("a"), "max_tokens": 200, "ignore_eos": True}
         under_way = pool.submit(running.events, CHAT, **asked)
-        assert until(lambda: bool(slow.engine.requests))
+        assert until(lambda: slow.stats.running == 1)
         running.server.should_exit = True
         events = under_way.result(20)
         assert events[-2]["choices"][0]["finish_reason"] == "abort"
@@ -468,7 +495,7 @@ def test_templates_have_a_limit_in_time(llm: LLM, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     monkeypatch.setattr(llm.tokenizer, "chat_template", endless)
-    with served(FakeAsyncLLM(llm)) as running:
+    with served(AsyncLLM.load(llm)) as running:
         status, answer, _ = running.request("POST", CHAT, {"messages": say("a")})
         assert status == 400
         assert "template took more than" in answer["error"]["message"]

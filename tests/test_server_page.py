@@ -17,8 +17,8 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 
 from fastapi.responses import HTMLResponse
 
-from fake_async import FakeAsyncLLM
 from selfdraft import LLM
+from selfdraft.async_llm import AsyncLLM
 from selfdraft.server import app
 from serving import served
 
@@ -46,7 +46,7 @@ def test_the_page_in_a_browser(folder: Any, tmp_path: Path) -> None:
     assert CHROMIUM is not None
     llm = LLM(str(folder), "llma")
     text = llm.generate(TEXT[:40], raw=True, max_new_tokens=128).text
-    with served(FakeAsyncLLM(llm)) as running:
+    with served(AsyncLLM.load(llm)) as running:
 
         async def filled() -> HTMLResponse:
             page = bytes((await app._page()).body).decode() + FILL % (json.dumps(TEXT[:40]), json.dumps(text))

@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
 from .. import __version__
@@ -41,6 +42,7 @@ def create_app(llm: AsyncLLM, options: Options | None = None) -> FastAPI:
     for prefix in ("/v1", ""):
         app.include_router(_routes(serving), prefix=prefix, include_in_schema=bool(prefix))
     failed = _failed(serving)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(RequestValidationError, _invalid(failed))
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (ApiError, SelfdraftError, Exception):
@@ -92,7 +94,7 @@ def _routes(serving: Serving) -> APIRouter:
     @routes.post("/detokenize", responses=ANSWERS)
     async def detokenize(asked: DetokenizeRequest) -> Response:
         serving.check(asked)
-        size = serving.llm.vocab_size
+        size = serving.llm.facts.vocab_size
         if not all(0 <= token < size for token in asked.tokens):
             raise refused(f"tokens holds an id outside the vocabulary of {size}", "tokens")
         return json_response({"prompt": serving.prompts.decode(asked.tokens, special=True)})
@@ -176,6 +178,11 @@ def _failed(serving: Serving) -> Handler:
         return told.response()
 
     return respond
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """The client went away: nobody is there to be told."""
+    return Response(status_code=499)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -54,7 +54,7 @@ def _prompts(serving: Serving, asked: CompletionRequest) -> list[Sequence[int]]:
     prompts = cast(list[str | list[int]], given if several else [given])
     if not prompts or not all(prompts):
         raise refused("the prompt is empty; give some text", "prompt")
-    size = serving.llm.vocab_size
+    size = serving.llm.facts.vocab_size
     for ids in prompts:
         if isinstance(ids, list) and not all(0 <= token < size for token in ids):
             raise refused(f"the prompt holds a token id outside the vocabulary of {size}", "prompt")

@@ -23,7 +23,14 @@ from .metrics import Metrics
 if TYPE_CHECKING:
     from ..async_llm import Ticket
 
-FINISH = {"eos": "stop", "stop": "stop", "length": "length", "context": "length", "cancelled": "abort"}
+FINISH = {
+    "eos": "stop",
+    "stop": "stop",
+    "length": "length",
+    "context": "length",
+    "cancelled": "abort",
+    "deadline": "abort",
+}
 """The engine's reasons in OpenAI's words. `abort`: the server ended the answer."""
 
 
@@ -69,10 +76,28 @@ class Generation:
     """Of the answers that have ended."""
     outcome: str | None = None
     """How the request ended."""
+    _pieces: AsyncGenerator[Piece, None] = field(init=False)
+    _first: Piece | None = None
+
+    def __post_init__(self) -> None:
+        self._pieces = self._run()
+
+    async def begin(self) -> None:
+        """Wait for the first piece. Raises what the engine says of a request that cannot begin."""
+        self._first = await anext(self._pieces)
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Pieces of all answers as they come; the last one of each has its completion. Leaving early cancels
         them. Raises the error that ended one."""
+        async with aclosing(self._pieces):
+            if self._first is None:
+                await self.begin()
+            assert self._first is not None
+            yield self._first
+            async for piece in self._pieces:
+                yield piece
+
+    async def _run(self) -> AsyncGenerator[Piece, None]:
         start = last = perf_counter()
         try:
             async with aclosing(merge([self._answer(index) for index in range(len(self.tickets))])) as merged:
@@ -87,7 +112,7 @@ class Generation:
                     last = now
                     yield piece
             reasons = {one.finish_reason for one in self.completions.values()}
-            self.end("aborted" if "cancelled" in reasons else "answered")
+            self.end("aborted" if reasons & {"cancelled", "deadline"} else "answered")
         except Exception:
             self.end("failed")
             raise

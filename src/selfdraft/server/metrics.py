@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from ..async_llm import Stats
 
+STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -39,7 +40,17 @@ class Metrics:
             buckets=(0.0005, 0.001, 0.002, *SECONDS),
             registry=registry,
         )
+        self.step = Histogram(
+            "selfdraft_step_seconds", "Steps of the engine", buckets=STEPS, registry=registry
+        )
         registry.register(_Engine(stats))
+        self._seen = stats()
+
+    def observe(self, stats: Stats) -> None:
+        """Note the engine's last step."""
+        before, self._seen = self._seen, stats
+        if stats.steps == before.steps + 1:
+            self.step.observe(stats.seconds - before.seconds)
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
@@ -54,16 +65,18 @@ class _Engine(Collector):
         gauges = {
             "running": "Requests that run",
             "waiting": "Requests that wait",
-            "pages_used": "Pages of the KV cache in use",
-            "pages_total": "Pages of the KV cache",
+            "kv_tokens_used": "Tokens whose keys and values are held for running requests",
+            "kv_tokens": "Tokens that the memory for keys and values holds",
         }
         counters = {
             "prompt_tokens": "Tokens of prompts",
+            "reused_tokens": "Tokens of prompts that were remembered and not read again",
             "generated_tokens": "Tokens of answers",
             "drafted_tokens": "Draft tokens that were verified",
             "accepted_tokens": "Draft tokens that were accepted",
+            "preemptions": "Times that a request gave its memory back and waited",
         }
         for name, about in gauges.items():
-            yield GaugeMetricFamily(f"selfdraft_{name}", about, getattr(stats, name))
+            yield GaugeMetricFamily(f"selfdraft_{name}", about, getattr(stats, name) or 0)
         for name, about in counters.items():
             yield CounterMetricFamily(f"selfdraft_{name}", about, getattr(stats, name))

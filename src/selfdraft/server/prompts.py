@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..drafting.references import encode_text, spellings
+from ..encoding import PromptEncoder
 from ..errors import InvalidPrompt
 from .errors import refused
 from .requests import ChatRequest, Message, part_texts
@@ -44,22 +44,21 @@ class Rendered:
 class Prompts:
     """The tokenizer of a model, for many threads."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, encoder: PromptEncoder, name: str) -> None:
+        """encoder: the model's. name: what clients call it."""
+        self.tokenizer = encoder.tokenizer
         self.name = name
-        template = tokenizer.chat_template
+        self._encoder = encoder
+        template = self.tokenizer.chat_template
         self.template: str = template if isinstance(template, str) else (template or {}).get("default", "")
         self.tool_format: ToolFormat | None = tool_format(self.template)
         self._lock = Lock()  # fast tokenizers refuse to be read while a call of another thread sets them up
         self.encode("a")
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text as it is. special: with the tokens that the tokenizer puts around a text, such as
-        BOS, unless the text begins with that one."""
+    def encode(self, text: str, special: bool = True) -> Sequence[int]:
+        """Ids of a text as it is; see `PromptEncoder.encode`."""
         with self._lock:
-            ids = encode_text(self.tokenizer, text, special)
-        bos = self.tokenizer.bos_token
-        return ids[1:] if special and bos and text.startswith(bos) and ids[:1] * 2 == ids[:2] else ids
+            return self._encoder.encode(text, special)
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
         """The text of ids; with `special`, special tokens are written out."""
@@ -71,7 +70,8 @@ class Prompts:
 
     def references(self, texts: Sequence[str]) -> list[Sequence[int]]:
         """Ids of texts that an answer may quote, in the spellings that the answer may give them."""
-        return spellings(lambda text: self.encode(text, special=False), texts)
+        with self._lock:
+            return self._encoder.references(texts)
 
     def chat(self, asked: ChatRequest) -> Rendered:
         """The prompt of a chat. Raises ApiError and InvalidPrompt."""

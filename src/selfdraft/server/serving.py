@@ -64,9 +64,10 @@ class Serving:
         self.llm = llm
         self.options = options
         self.names = list(options.names) or [llm.name]
-        self.context = min(llm.context, options.max_model_len or llm.context)
-        self.prompts = Prompts(llm.tokenizer, self.names[0])
-        self.metrics = Metrics(llm.stats)
+        self.context = min(llm.facts.context, options.max_model_len or llm.facts.context)
+        self.prompts = Prompts(llm, self.names[0])
+        self.metrics = Metrics(lambda: llm.stats)
+        llm.observe = self.metrics.observe
         self.created = int(time.time())
         self.draining = False
         """The server ends: new requests are refused."""
@@ -125,9 +126,10 @@ class Serving:
                         references=references,
                         method=asked.method,
                         sample=sample,
-                        deadline=self.options.deadline,
+                        timeout=self.options.deadline,
                         salt=asked.cache_salt or "",
-                        grammar=grammar,
+                        chat=endpoint != "completions",
+                        **({} if grammar is None else {"grammar": grammar}),
                     )
                     generation.tickets.append(ticket)
         except BaseException:
@@ -163,7 +165,7 @@ class Serving:
         stops = asked.stops()
         ends = {special[stop] for stop in stops if stop in special}
         strings = tuple(stop for stop in stops if stop not in special)
-        return strings, tuple(sorted(ends | set(self.llm.eos_ids))) if ends else ()
+        return strings, tuple(sorted(ends | self.llm.facts.eos_ids)) if ends else ()
 
 
 class Answer(Protocol):
@@ -180,12 +182,15 @@ class Answer(Protocol):
 
 async def respond(answer: Answer, stream: bool | None, request: Request) -> Response:
     """Send an answer as its client asked. Its tickets end with the response, whatever happens."""
-    if stream:
-        return EventStream(answer.events(), lambda: answer.generation.end("left"))
     try:
+        if stream:
+            # What the engine refuses must become a status, which stands before the first event.
+            await unless_gone(request.receive, answer.generation.begin())
+            return EventStream(answer.events(), lambda: answer.generation.end("left"))
         return json_response(await unless_gone(request.receive, answer.whole()))
-    finally:
+    except BaseException:
         answer.generation.end("left")
+        raise
 
 
 def usage(generation: Generation, prompt_tokens: int) -> dict[str, Any]:
