@@ -169,12 +169,7 @@ class EngineLoop:
             self._report()
 
     def _request(self, asked: Inquiry) -> Request:
-        llm = self.llm
-        if asked.method is not None and asked.method != llm.method_name:
-            if asked.method not in self._methods:
-                self._methods[asked.method] = llm.using(asked.method)
-            llm = self._methods[asked.method]
-        return llm.submit(
+        return self._llm(asked.method).submit(
             asked.ids,
             asked.references,
             asked.params,
@@ -182,6 +177,14 @@ class EngineLoop:
             salt=asked.salt,
             timeout=asked.timeout,
         )
+
+    def _llm(self, method: str | None) -> LLM:
+        """The model with a method of that name; None: with its own."""
+        if method is None or method == self.llm.method_name:
+            return self.llm
+        if method not in self._methods:
+            self._methods[method] = self.llm.using(method)
+        return self._methods[method]
 
     def _step(self) -> None:
         start = time.perf_counter()
@@ -197,7 +200,7 @@ class EngineLoop:
             ended = request.finish_reason is not None
             if not ids and not ended:
                 continue
-            end = self.llm.completion(request, asked.chat) if ended else None
+            end = self._llm(asked.method).completion(request, asked.chat) if ended else None
             fresh.append(Fresh(number, ids, request.logprobs[start:], end))
             if ended:
                 del self.live[number]
