@@ -57,20 +57,20 @@ class Running:
 
     def post(self, path: str, **body: Any) -> Any:
         """The answer to a request that must succeed."""
-        status, answer, _ = self.request("POST", path, body)
+        status, answer, _ = self.request("POST", path, {"model": self.serving.names[0], **body})
         assert status == 200, answer
         return answer
 
     def events(self, path: str, **body: Any) -> list[Any]:
         """The data of a streamed answer's events; the last one is `[DONE]` where the API says so."""
-        status, text, _ = self.request("POST", path, {**body, "stream": True})
+        status, text, _ = self.request("POST", path, {"model": self.serving.names[0], **body, "stream": True})
         assert status == 200, text
         lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
     def open(self, path: str, **body: Any) -> socket.socket:
         """A socket on which a request was sent and nothing was read."""
-        data = json.dumps(body).encode()
+        data = json.dumps({"model": self.serving.names[0], **body}).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)

@@ -157,7 +157,12 @@ def test_a_stream_is_as_openai_says(running: Running) -> None:
     assert counted["choices"] == []
     whole = running.post(CHAT, **{k: v for k, v in asked.items() if k != "stream_options"})
     assert counted["usage"] | {"prompt_tokens_details": 0} == whole["usage"] | {"prompt_tokens_details": 0}
-    assert whole["choices"][0]["message"] == {"role": "assistant", "content": joined(events), "refusal": None}
+    assert whole["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": joined(events),
+        "refusal": None,
+        "annotations": [],
+    }
 
 
 def test_no_delta_holds_half_a_character(running: Running) -> None:
@@ -238,6 +243,7 @@ def test_models_and_health(running: Running) -> None:
 
 WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, {}, 400, "messages"),
+    (CHAT, {"messages": say("a"), "model": None}, 400, "model"),
     (CHAT, {"messages": []}, 400, "messages"),
     (CHAT, {"messages": [{"content": "a"}]}, 400, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, 400, "messages.0.content"),
@@ -283,7 +289,8 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
 def test_what_cannot_be_honoured_is_refused_by_name(
     running: Running, path: str, body: dict[str, Any], status: int, param: str, stream: bool
 ) -> None:
-    got, answer, _ = running.request("POST", path, {**body, "stream": True} if stream else body)
+    more = {"stream": True} if stream else {}
+    got, answer, _ = running.request("POST", path, {"model": "tiny", **body, **more})
     assert got == status
     error = answer["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -293,7 +300,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_prompt_over_the_context(running: Running, stream: bool) -> None:
-    body = {"prompt": [5] * 300, "stream": stream}
+    body = {"model": "tiny", "prompt": [5] * 300, "stream": stream}
     status, answer, _ = running.request("POST", COMPLETIONS, body)
     assert status == 400
     assert answer["error"]["type"] == "exceed_context_size_error"
@@ -301,7 +308,9 @@ def test_a_prompt_over_the_context(running: Running, stream: bool) -> None:
 
 
 def test_options_of_streams_need_a_stream(running: Running) -> None:
-    status, answer, _ = running.request("POST", CHAT, {"messages": say("a"), "stream_options": {}})
+    status, answer, _ = running.request(
+        "POST", CHAT, {"model": "tiny", "messages": say("a"), "stream_options": {}}
+    )
     assert (status, answer["error"]["param"]) == (400, "stream_options")
 
 
@@ -320,8 +329,9 @@ def test_fields_without_effect_and_unknown_ones(running: Running, llm: LLM) -> N
     }
     assert len(texts) == 1
     with served(AsyncLLM.load(llm), strict=True) as strict:
-        assert strict.request("POST", CHAT, {**asked, **harmless})[0] == 200
-        status, answer, _ = strict.request("POST", CHAT, {**asked, "something_new": 1})
+        named = {"model": strict.serving.names[0], **asked}
+        assert strict.request("POST", CHAT, {**named, **harmless})[0] == 200
+        status, answer, _ = strict.request("POST", CHAT, {**named, "something_new": 1})
         assert (status, answer["error"]["param"]) == (400, "something_new")
 
 
@@ -366,7 +376,8 @@ def test_a_full_queue(folder: Path) -> None:
     narrow.tokenizer.chat_template = TEMPLATE
     slow = AsyncLLM.load(narrow)
     with served(slow) as running:
-        asked = {"messages": say("a"), "max_tokens": 100, "ignore_eos": True}
+        name = running.serving.names[0]
+        asked = {"model": name, "messages": say("a"), "max_tokens": 100, "ignore_eos": True}
         status, answer, headers = running.request("POST", CHAT, {**asked, "n": 3, "stream": True})
         assert (status, answer["error"]["code"]) == (429, "queue_full")
         assert int(headers["retry-after"]) >= 1
@@ -422,7 +433,7 @@ def test_bodies_that_are_none(running: Running, llm: LLM) -> None:
     with served(AsyncLLM.load(llm), max_body=1_000) as small:
         status, answer, _ = small.request("POST", CHAT, b" " * 2_000)
         assert (status, answer["error"]["code"]) == (413, "body_too_large")
-        assert small.request("POST", CHAT, {"messages": say("a"), "max_tokens": 2})[0] == 200
+        assert small.post(CHAT, messages=say("a"), max_tokens=2)
 
 
 JSON = st.recursive(
@@ -435,7 +446,14 @@ FIELDS = sorted({*requests.ChatRequest.model_fields, *requests.CompletionRequest
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses", "/v1/tokenize", "/v1/detokenize"])
 def test_no_body_breaks_the_server(running: Running, path: str) -> None:
-    base = {"messages": say("a"), "prompt": "a", "input": "a", "tokens": [5], "max_tokens": 2}
+    base = {
+        "model": "tiny",
+        "messages": say("a"),
+        "prompt": "a",
+        "input": "a",
+        "tokens": [5],
+        "max_tokens": 2,
+    }
 
     @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
     @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -496,7 +514,8 @@ def test_templates_have_a_limit_in_time(llm: LLM, monkeypatch: pytest.MonkeyPatc
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     monkeypatch.setattr(llm.tokenizer, "chat_template", endless)
     with served(AsyncLLM.load(llm)) as running:
-        status, answer, _ = running.request("POST", CHAT, {"messages": say("a")})
+        asked = {"model": running.serving.names[0], "messages": say("a")}
+        status, answer, _ = running.request("POST", CHAT, asked)
         assert status == 400
         assert "template took more than" in answer["error"]["message"]
         assert running.request("GET", "/health")[0] == 200

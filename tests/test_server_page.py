@@ -55,7 +55,9 @@ def test_the_page_in_a_browser(folder: Any, tmp_path: Path) -> None:
 
         async def wait() -> HTMLResponse:
             """Its answer, which the browser waits for before it shows the page, comes after the texts."""
-            while b'endpoint="completions",outcome="answered"} 2' not in running.serving.metrics.page():
+            for _ in range(600):
+                if b'endpoint="completions",outcome="answered"} 2' in running.serving.metrics.page():
+                    break
                 await asyncio.sleep(0.05)
             await asyncio.sleep(0.5)
             return HTMLResponse("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -156,5 +157,6 @@ def _announce(host: str, port: int, options: Options) -> None:
     key = ' -H "Authorization: Bearer $KEY"' if options.api_keys else ""
     print(f"selfdraft serves {options.names[0]} at {address} (a page: {address}/)\n")
     print(f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} \\")
-    print("""  -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 64}'""")
+    body = {"model": options.names[0], "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    print(f"  -d '{json.dumps(body | {'max_tokens': 64})}'")
     sys.stdout.flush()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -15,7 +16,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
-from .. import __version__
 from ..errors import SelfdraftError
 from .chat import chat
 from .completions import complete
@@ -36,7 +36,7 @@ OUTCOMES = {429: "queue_full", 503: "shutting_down"}
 def create_app(llm: AsyncLLM, options: Options | None = None) -> FastAPI:
     """The server of a model. Its state is `app.state.serving`."""
     options = options or Options()
-    app = FastAPI(title="selfdraft", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="selfdraft", version=version("selfdraft"), docs_url=None, redoc_url=None)
     serving = app.state.serving = Serving(llm, options)
     app.add_api_route("/", _page, response_class=HTMLResponse, include_in_schema=False)
     for prefix in ("/v1", ""):

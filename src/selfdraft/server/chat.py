@@ -177,6 +177,7 @@ class ChatAnswer:
             "role": "assistant",
             "content": content if content or not choice.calls else None,
             "refusal": None,
+            "annotations": [],
         }
         if choice.reasoning:
             message["reasoning_content"] = "".join(choice.reasoning)

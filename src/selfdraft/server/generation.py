@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..engine.request import TokenLogprob
 from ..outputs import Completion
+from ..params import SamplingParams
 from ..sampling.detokenizer import Detokenizer
 from ..sampling.stopping import StopStrings
 from .metrics import Metrics
@@ -65,9 +66,8 @@ class Generation:
     endpoint: str
     tickets: list[Ticket]
     prompts: Sequence[Sequence[int]]
-    stop: StopStrings | None
-    least: int
-    """Tokens before a stop string counts."""
+    params: SamplingParams
+    """Of the first prompt; those of the others differ in `max_new_tokens` and the seed."""
     predicted: bool
     """The request named texts to copy from."""
     tokenizer: PreTrainedTokenizerBase
@@ -135,19 +135,21 @@ class Generation:
     async def _answer(self, index: int) -> AsyncIterator[Piece]:
         ticket, prompt = self.tickets[index], self.prompts[index]
         text = Detokenizer(self.tokenizer, prompt)
-        watch = self.stop.watch(prompt) if self.stop is not None else None
+        strings = self.params.stop_strings
+        stop = StopStrings(self.tokenizer, strings) if strings else None
+        watch = stop.watch(prompt) if stop is not None else None
         shown, pending = 0, ""  # characters shown, and text that may begin a stop string
         waiting: list[Token] = []
         made = count = 0
         async for progress in ticket:
-            logprobs = progress.logprobs or [None] * len(progress.ids)
+            logprobs: Sequence[TokenLogprob | None] = progress.logprobs or [None] * len(progress.ids)
             for token, logprob in zip(progress.ids, logprobs, strict=True):
                 waiting.append(Token(token, shown + len(pending), logprob))
                 pending += text.add([token])
             safe = len(pending)
-            if watch is not None and self.stop is not None:
-                watch.find(progress.ids, self.least - made)
-                safe = self.stop.safe(pending) if watch.cut is None else min(safe, watch.cut - shown)
+            if watch is not None and stop is not None:
+                watch.find(progress.ids, self.params.min_new_tokens - made)
+                safe = stop.safe(pending) if watch.cut is None else min(safe, watch.cut - shown)
             made, count = made + len(progress.ids), count + len(progress.ids)
             if safe > 0:
                 shown, piece, pending = shown + safe, pending[:safe], pending[safe:]

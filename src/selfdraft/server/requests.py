@@ -57,7 +57,7 @@ Stop = (
 class Asked(Body):
     """What all requests for text have: sampling parameters, and what drafts may be copied from."""
 
-    model: str | None = None
+    model: str
     temperature: float | None = Field(default=None, ge=0)
     """0 is greedy; 1 if left out, as in OpenAI's API, or what the server was started with."""
     top_p: float | None = Field(default=None, gt=0, le=1)

@@ -69,6 +69,7 @@ def _as_chat(asked: ResponsesRequest) -> ChatRequest:
     if not asked.input:
         raise refused("the input is empty; give text", "input")
     return ChatRequest(
+        model=asked.model,
         messages=messages,
         reasoning_effort=(asked.reasoning or {}).get("effort"),
         chat_template_kwargs=asked.chat_template_kwargs,
@@ -210,7 +211,7 @@ class ResponsesAnswer:
         return "completed" if FINISH[self.generation.completions[0].finish_reason] == "stop" else "incomplete"
 
     def _response(self, status: str) -> dict[str, Any]:
-        asked, done = self._asked, bool(self.generation.completions)
+        asked, params, done = self._asked, self.generation.params, bool(self.generation.completions)
         reasons = {"length": "max_output_tokens", "abort": "shutting_down"}
         incomplete = None
         if status == "incomplete":
@@ -232,15 +233,29 @@ class ResponsesAnswer:
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
+            "temperature": params.temperature,
+            "text": {"format": self._format()},
             "tool_choice": "auto",
             "tools": [],
-            "top_p": asked.top_p,
+            "top_p": params.top_p,
+            "top_logprobs": 0,
+            "presence_penalty": params.presence_penalty,
+            "frequency_penalty": params.frequency_penalty,
             "truncation": "disabled",
+            "background": False,
+            "max_tool_calls": None,
+            "service_tier": "default",
+            "safety_identifier": None,
+            "prompt_cache_key": None,
+            "completed_at": int(time.time()) if ended else None,
             "usage": self._usage() if done and ended else None,
             **({"selfdraft": figures(self.generation)} if done and ended else {}),
         }
+
+    def _format(self) -> dict[str, Any]:
+        text = self._asked.text
+        given = text.format if text is not None else None
+        return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)
 
     def _usage(self) -> dict[str, Any]:
         counted = usage(self.generation, self._prompt_tokens)

@@ -17,7 +17,6 @@ from starlette.responses import Response
 from ..outputs import Completion
 from ..params import SamplingParams
 from ..sampling.grammar import Grammar
-from ..sampling.stopping import StopStrings
 from .errors import ApiError, json_response, over_context, refused
 from .fields import check_fields
 from .generation import Generation
@@ -111,8 +110,7 @@ class Serving:
             endpoint,
             [],
             [ids for ids in prompts for _ in range(n)],
-            StopStrings(self.llm.tokenizer, params[0].stop_strings) if params[0].stop_strings else None,
-            params[0].min_new_tokens,
+            params[0],
             bool(references),
             self.llm.tokenizer,
             self.metrics,
