@@ -55,6 +55,8 @@ HERMES: dict[str, Any] = {"tools": "hermes", "names": NAMES}
             {"tools": "llama", "names": NAMES},
             ("", "", [Call("look", '{"x": "y"}')]),
         ),
+        (CALL[12:-13], HERMES, ("", "", [Call("add", '{"a": 1}')])),
+        ('{"a": 1} and', HERMES, ("", '{"a": 1} and', [])),
         ('{"a": 1}', {"tools": "llama", "names": NAMES}, ("", '{"a": 1}', [])),
         ("words", {"tools": "llama", "names": NAMES}, ("", "words", [])),
         (f"<think>a</think>{CALL}", {"reasons": True, **HERMES}, ("a", "", [Call("add", '{"a": 1}')])),

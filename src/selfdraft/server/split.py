@@ -62,14 +62,15 @@ class Splitter:
         yield from self._until(THINK[1], "reasoning", "first", last)
 
     def _first(self, last: bool) -> Iterator[Delta | Call]:
-        """The first word of the content. A call in Llama's format is the whole of it."""
-        if self._tools != "llama":
+        """The first word of the content. A call in Llama's format is the whole of it; small models that
+        should write tags may leave them out, too."""
+        if self._tools is None:
             self._state = "content"
             return
         text = self._held.strip()
-        if text.startswith(PYTHON_TAG):
+        if self._tools == "llama" and text.startswith(PYTHON_TAG):
             text = text[len(PYTHON_TAG) :].strip()
-        elif text and not text.startswith("{") and not PYTHON_TAG.startswith(text):
+        elif text and text[0] != "{" and not (self._tools == "llama" and PYTHON_TAG.startswith(text)):
             self._state = "content"
             return
         if last:
