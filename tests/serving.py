@@ -19,7 +19,7 @@ from selfdraft.server.app import create_app
 from selfdraft.server.serving import Options, Serving
 
 TEMPLATE = (
-    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>"
+    "{% if tools %}<tools>{% for t in tools %}{{ t.function.name }}{% endfor %}</tools>"
     '<tool_call>{"name": ..., "arguments": ...}</tool_call>{% endif %}'
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}\n"

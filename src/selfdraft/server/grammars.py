@@ -17,6 +17,8 @@ from .serving import Serving
 from .tools import CLOSE, OPEN
 
 ANY_OBJECT = {"type": "object"}
+AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""The spaces in a call: as in the calls of a template's history, and never an endless row of them."""
 
 
 def grammar_of(
@@ -62,7 +64,9 @@ def chat_grammar(
         return made
     opening, closing = map(serving.llm.tokenizer.get_vocab().get, THINK)
     if opening is None or closing is None:
-        raise refused("this model's reasoning has no tokens of its own, so grammars cannot be kept out of it")
+        if rendered.reasoning:
+            raise refused("this model's </think> is no token of its own, so a grammar cannot begin behind it")
+        return made
     return replace(made, think=(opening, closing), thinking=rendered.reasoning)
 
 
@@ -99,7 +103,7 @@ def _of_tools(tools: Sequence[Tool], serving: Serving) -> Grammar:
         }
         for tool in tools
     ]
-    schema = json.dumps({"anyOf": calls})
+    schema = json.dumps({"anyOf": calls, "x-guidance": AS_TEMPLATES_WRITE})
     if len(schema) > MAX_GRAMMAR:
         raise refused(f"the tools have {len(schema)} characters; at most {MAX_GRAMMAR}", "tools")
     if serving.prompts.tool_format == "llama":

@@ -102,6 +102,8 @@ class Serving:
 
         Raises ApiError and what the engine says of a request that it does not take.
         """
+        if grammar is not None:
+            raise refused("the engine does not follow grammars yet", "response_format")
         params = [self._params(asked, ids, tokens, logprobs) for ids in prompts]
         if sum(each.max_new_tokens for each in params) * n > MAX_TOKENS:
             raise refused(f"a request may ask for {MAX_TOKENS} tokens in all its answers", "max_tokens")
@@ -127,7 +129,6 @@ class Serving:
                         timeout=self.options.deadline,
                         salt=asked.cache_salt or "",
                         chat=endpoint != "completions",
-                        **({} if grammar is None else {"grammar": grammar}),
                     )
                     generation.tickets.append(ticket)
         except BaseException:

@@ -2,8 +2,8 @@
 
 Hermes and Qwen write `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, any number of them, with
 text before and between. Llama 3 answers with one JSON object, `{"name": ..., "parameters": {...}}`, and
-nothing else. A template that states neither is of an unknown format: tools are then refused. An answer that is
-one such object, without tags, is read as a call in both.
+nothing else. A template that states neither is of an unknown format: tools are then refused. An answer that
+is one such object, without tags, is read as a call in both.
 """
 
 from __future__ import annotations
