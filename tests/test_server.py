@@ -269,6 +269,13 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
     (CHAT, {"messages": say("a"), "continue_final_message": True}, 400, "messages"),
     (CHAT, {"messages": say("a"), "tool_choice": "required"}, 400, "tool_choice"),
     (CHAT, {"messages": say("a"), "prediction": {"type": "text", "content": ""}}, 400, "prediction.type"),
+    (
+        CHAT,
+        {"messages": say("a"), "prediction": {"type": "content", "content": "a" * 10**6}},
+        400,
+        "prediction",
+    ),
+    (CHAT, {"messages": say("a"), "references": ["a"] * 33}, 400, "references"),
     (CHAT, {"messages": say("\ud800")}, 400, "messages"),
     (COMPLETIONS, {}, 400, "prompt"),
     (COMPLETIONS, {"prompt": ""}, 400, "prompt"),
@@ -519,6 +526,17 @@ def test_templates_have_a_limit_in_time(llm: LLM, monkeypatch: pytest.MonkeyPatc
         assert status == 400
         assert "template took more than" in answer["error"]["message"]
         assert running.request("GET", "/health")[0] == 200
+
+
+def test_templates_run_in_a_sandbox(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        llm.tokenizer, "chat_template", "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    )
+    with served(AsyncLLM.load(llm)) as running:
+        asked = {"model": running.serving.names[0], "messages": say("a")}
+        status, answer, _ = running.request("POST", CHAT, asked)
+        assert status == 400
+        assert "unsafe" in answer["error"]["message"]
 
 
 def test_work_over_its_time_ends() -> None:

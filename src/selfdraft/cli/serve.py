@@ -99,6 +99,7 @@ def serve(
         raise InvalidOption(
             f'the server needs the extra "serve" (pip install "selfdraft[serve]"): {error}'
         ) from None
+    from .. import drafting
     from ..async_llm import AsyncLLM
     from ..engine.scheduler import Limits
     from ..params import SamplingParams
@@ -106,8 +107,9 @@ def serve(
 
     flags.check_text("--model", model)
     defaults = flags.pairs("--default", sampling)
-    SamplingParams.read(defaults)  # a wrong one is reported before the weights are read
-    listening = run.bind(host, port)
+    # What is wrong is reported before the weights are read.
+    SamplingParams.read(defaults)
+    drafting.create(method, flags.pairs("--option", option))
     given = {"max_requests": max_requests, "max_queue": max_queue, "kv_memory": memory(kv_memory)}
     options = Options(
         names=tuple(alias or ()) or (model,),
@@ -119,25 +121,26 @@ def serve(
         deadline=deadline,
         sampling=defaults,
     )
-    with console(stderr=True).status(f"loading {model}"):
-        llm = AsyncLLM.load(
-            model,
-            process=True,
-            limits=Limits(**{name: value for name, value in given.items() if value is not None}),
-            method=method,
-            options=flags.pairs("--option", option),
-            adapter=adapter,
-            weights=weights,
-            dtype=dtype,
-            device=device,
-            numerics=numerics,
-        )
-    try:
-        server = run.server(create_app(llm, options), grace)
-        _announce(host, listening.getsockname()[1], options)
-        server.run(sockets=[listening])
-    finally:
-        llm.close()
+    with run.bind(host, port) as listening:
+        with console(stderr=True).status(f"loading {model}"):
+            llm = AsyncLLM.load(
+                model,
+                process=True,
+                limits=Limits(**{name: value for name, value in given.items() if value is not None}),
+                method=method,
+                options=flags.pairs("--option", option),
+                adapter=adapter,
+                weights=weights,
+                dtype=dtype,
+                device=device,
+                numerics=numerics,
+            )
+        try:
+            server = run.server(create_app(llm, options), grace)
+            _announce(host, listening.getsockname()[1], options)
+            server.run(sockets=[listening])
+        finally:
+            llm.close()
 
 
 def memory(text: str | None) -> int | None:

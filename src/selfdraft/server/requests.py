@@ -17,6 +17,8 @@ MAX_STOP_LENGTH = 1_024
 MAX_CHOICES = 128
 """Answers of one request: prompts times n."""
 MAX_REFERENCES = 32
+MAX_REFERENCE = 400_000
+"""Characters of all texts to copy from: an index of them is built between two steps, in about 0.3 s."""
 MAX_GRAMMAR = 64_000
 """Characters of a schema, a regular expression or a grammar."""
 MAX_LOGPROBS = 20
@@ -89,6 +91,10 @@ class Asked(Body):
         if self.prediction is not None:
             content = self.prediction.content
             texts += [content] if isinstance(content, str) else _texts(content, "prediction")
+        if (size := sum(map(len, texts))) > MAX_REFERENCE:
+            raise refused(
+                f"the texts to copy from have {size} characters; at most {MAX_REFERENCE}", "prediction"
+            )
         return [text for text in texts if text]
 
     def sampling(

@@ -72,18 +72,14 @@ class Server(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises InvalidOption where that cannot be."""
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
+        family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, kind, proto)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
+        return socket.create_server(address[:2], family=family, backlog=128)
     except (OSError, OverflowError) as error:
         raise InvalidOption(
             f"cannot listen at {host}:{port}: {error}; give another --port or --host"
         ) from error
-    return listening
 
 
 def server(app: FastAPI, grace: float) -> Server:
