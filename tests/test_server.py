@@ -45,6 +45,12 @@ def running(llm: LLM) -> Iterator[Running]:
         yield it
 
 
+@pytest.fixture(scope="module")
+def apart(folder: Path) -> LLM:
+    """The same model with an engine of its own."""
+    return LLM(str(folder))
+
+
 def say(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
@@ -123,19 +129,19 @@ def differing(running: Running, llm: LLM, seeds: range) -> list[int]:
         return [seed for seed, wrong in zip(seeds, pool.map(differs, seeds), strict=True) if wrong]
 
 
-def test_streamed_is_whole_is_library_is_plain(running: Running, llm: LLM) -> None:
-    assert differing(running, llm, range(40)) == []
+def test_streamed_is_whole_is_library_is_plain(running: Running, apart: LLM) -> None:
+    assert differing(running, apart, range(40)) == []
 
 
 def test_a_planted_fault_in_the_pieces_is_found(
-    running: Running, llm: LLM, monkeypatch: pytest.MonkeyPatch
+    running: Running, apart: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Alone(Detokenizer):
         def add(self, ids: Any, last: bool = False) -> str:
             return Detokenizer(self.tokenizer).add(ids, last=True)
 
     monkeypatch.setattr(generation, "Detokenizer", Alone)
-    assert differing(running, llm, range(12)) != []
+    assert differing(running, apart, range(12)) != []
 
 
 def test_a_stream_is_as_openai_says(running: Running) -> None:
