@@ -358,7 +358,7 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Engine.step
 
     def slow(self: Engine) -> None:
-        time.sleep(0.02)
+        time.sleep(0.05)
         step(self)
 
     monkeypatch.setattr(Engine, "step", slow)
@@ -380,7 +380,7 @@ def test_a_client_that_leaves_frees_its_request(fresh: LLM) -> None:
             gone = running.open(CHAT, messages=say("a"), max_tokens=200, n=2, stream=stream, ignore_eos=True)
             assert until(lambda: slow.stats.running == 2)
             gone.close()
-            assert until(lambda: slow.stats.running == 0, 1.0)
+            assert until(lambda: slow.stats.running == 0, 4.0)
 
 
 @pytest.mark.usefixtures("slow_steps")

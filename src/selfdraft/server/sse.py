@@ -47,8 +47,8 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self.events:
-            message = {"type": "http.response.body", "body": data, "more_body": True}
-            await asyncio.wait_for(send(message), WRITE_SECONDS)
+            async with asyncio.timeout(WRITE_SECONDS):  # `wait_for` may swallow a cancellation
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
