@@ -40,6 +40,7 @@ def chat(
     seed: sampling_flags.Seed = None,
     max_new_tokens: sampling_flags.MaxNewTokens = 1024,
     weights: flags.Weights = None,
+    activations: flags.Activations = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
@@ -67,7 +68,7 @@ def chat(
         "max_new_tokens": max_new_tokens,
     }
     with console(stderr=True).status(f"loading {model}"):
-        llm = flags.load(model, method, option, adapter, weights, dtype, device, numerics)
+        llm = flags.load(model, method, option, adapter, weights, activations, dtype, device, numerics)
     if not llm.chats():
         raise InvalidOption(f"{model} has no chat template; use `selfdraft generate --raw`")
     settings = {name: value for name, value in given.items() if value is not None}

@@ -74,6 +74,7 @@ def serve(
         float, typer.Option(min=0, help="Seconds that answers have when the server ends.")
     ] = 30.0,
     weights: flags.Weights = None,
+    activations: flags.Activations = None,
     dtype: flags.Dtype = None,
     device: flags.Device = None,
     numerics: flags.Numerics = None,
@@ -131,6 +132,7 @@ def serve(
                 options=flags.pairs("--option", option),
                 adapter=adapter,
                 weights=weights,
+                activations=activations,
                 dtype=dtype,
                 device=device,
                 numerics=numerics,
