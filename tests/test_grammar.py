@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
-from selfdraft.errors import InvalidOption
-from selfdraft.sampling.grammar import Grammar, Grammars, Guide, check
+from selfdraft import LLM, Request, SamplingParams
+from selfdraft.errors import InvalidOption, NotFinite
+from selfdraft.sampling.grammar import Grammar, Grammars, Guide, check, grammars
 
-from conftest import VOCABULARY
+from conftest import TEXT, VOCABULARY
 
 SCHEMA = Grammar("json_schema", json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}}))
 WORDS = Grammar("regex", "(return|def) [a-z]{1,4}")
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
+def known(tokenizer: PreTrainedTokenizerFast) -> Grammars:
     return Grammars(tokenizer, VOCABULARY, {1})
 
 
@@ -39,19 +42,19 @@ def walk(guide: Guide, seed: int, steps: int = 60) -> list[int]:
     return text
 
 
-def test_masks_lead_to_texts_of_the_grammar(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_masks_lead_to_texts_of_the_grammar(known: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
     for seed in range(20):
-        ids = walk(grammars.guide(WORDS), seed)
+        ids = walk(known.guide(WORDS), seed)
         assert ids[-1] == 1
         words = tokenizer.decode(ids[:-1]).split(" ")
         assert words[0] in ("return", "def")
         assert 1 <= len(words[1]) <= 4
 
 
-def test_a_mask_behind_a_tail_is_the_mask_after_taking_it(grammars: Grammars) -> None:
+def test_a_mask_behind_a_tail_is_the_mask_after_taking_it(known: Grammars) -> None:
     for grammar in (WORDS, SCHEMA):
-        ids = walk(grammars.guide(grammar), 3, 12)
-        taken, ahead = grammars.guide(grammar), grammars.guide(grammar)
+        ids = walk(known.guide(grammar), 3, 12)
+        taken, ahead = known.guide(grammar), known.guide(grammar)
         for count in range(len(ids)):
             there, behind = taken.mask(), ahead.mask(ids[:count])
             assert there is not None
@@ -61,15 +64,15 @@ def test_a_mask_behind_a_tail_is_the_mask_after_taking_it(grammars: Grammars) ->
             taken.take([ids[count]])
 
 
-def test_drafts_are_cut_where_masks_are(grammars: Grammars) -> None:
+def test_drafts_are_cut_where_masks_are(known: Grammars) -> None:
     """A path is allowed as far as each of its tokens is in the mask before it."""
     draw = random.Random(0)
     for seed in range(10):
-        guide = grammars.guide(WORDS)
-        path = walk(grammars.guide(WORDS), seed, 4)
+        guide = known.guide(WORDS)
+        path = walk(known.guide(WORDS), seed, 4)
         path[draw.randrange(len(path))] = draw.randrange(2, VOCABULARY)
         count = guide.allowed(path)
-        steps = grammars.guide(WORDS)
+        steps = known.guide(WORDS)
         for index, token in enumerate(path):
             mask = steps.mask()
             assert mask is not None
@@ -81,29 +84,29 @@ def test_drafts_are_cut_where_masks_are(grammars: Grammars) -> None:
         assert guide.mask() is not None
 
 
-def test_rows_of_a_tree(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_of_a_tree(known: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
     def one(text: str) -> int:
         return tokenizer.encode(text, add_special_tokens=False)[0]
 
-    guide = grammars.guide(Grammar("regex", "ab|ac"))
+    guide = known.guide(Grammar("regex", "ab|ac"))
     tokens = [5, one("a"), one("b"), one("c"), one("d"), one("b"), one("b")]
     parents = [-1, 0, 1, 1, 1, 4, 0]
     assert guide.rows(tokens, parents) == [True, True, True, True, False, False, False]
 
 
-def test_forced_text_is_a_draft(grammars: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
-    guide = grammars.guide(Grammar("regex", "return add"))
+def test_forced_text_is_a_draft(known: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
+    guide = known.guide(Grammar("regex", "return add"))
     ids = guide.forced()
     assert "return add".startswith(tokenizer.decode(ids))
     assert ids
     assert guide.allowed(ids) == len(ids)
 
 
-def test_reasoning_is_free(grammars: Grammars) -> None:
+def test_reasoning_is_free(known: Grammars) -> None:
     opening, closing = 300, 301
     for thinking in (False, True):
         grammar = Grammar("regex", "ab", (opening, closing), thinking)
-        guide, bare = grammars.guide(grammar), grammars.guide(Grammar("regex", "ab"))
+        guide, bare = known.guide(grammar), known.guide(Grammar("regex", "ab"))
         first = bare.mask()
         assert first is not None
         if not thinking:
@@ -138,14 +141,67 @@ def test_reasoning_is_free(grammars: Grammars) -> None:
         Grammar("lark", ""),
     ],
 )
-def test_unsound_grammars_are_refused(grammars: Grammars, grammar: Grammar) -> None:
+def test_unsound_grammars_are_refused(known: Grammars, grammar: Grammar) -> None:
     with pytest.raises(InvalidOption, match="cannot be used"):
         check(grammar)
     with pytest.raises(InvalidOption, match="cannot be used"):
-        grammars.guide(grammar)
+        known.guide(grammar)
 
 
 def test_a_model_without_an_end_takes_no_grammar(tokenizer: PreTrainedTokenizerFast) -> None:
     ends: Sequence[int] = ()
     with pytest.raises(InvalidOption, match="end-of-text"):
         Grammars(tokenizer, VOCABULARY, ends)
+
+
+GUIDED = (SCHEMA, WORDS, Grammar("lark", 'start: "def " NAME "(" NAME ")"\nNAME: /[a-z]{1,5}/'))
+
+
+def guided(llm: LLM, grammar: Grammar | None, method: str, **options: object) -> Request:
+    """One request, to its end."""
+    params = SamplingParams.read({"max_new_tokens": 40, "seed": 3, **options})
+    request = llm.using(method).submit(llm.encode("def add"), (TEXT,), params, grammar=grammar)
+    for _ in llm.engine.run(request):
+        pass
+    return request
+
+
+def differing(llm: LLM) -> list[str]:
+    """Drafted texts that differ from plain guided decoding, or that the grammar excludes."""
+    wrong = []
+    for grammar in GUIDED:
+        for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "presence_penalty": 0.5}):
+            plain, *drafted = (
+                guided(llm, grammar, method, **options).emitted for method in ("plain", "llma", "jacobi")
+            )
+            state = grammars(llm.tokenizer, VOCABULARY, frozenset(llm.eos_ids)).guide(grammar)
+            allowed = state.allowed([token for token in plain if token != 1]) >= len(plain) - 1
+            if not allowed or any(ids != plain for ids in drafted):
+                wrong.append(f"{grammar.kind} {options}")
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(str(folder))
+
+
+def test_drafted_is_plain_under_a_grammar(llm: LLM) -> None:
+    assert differing(llm) == []
+    whole = guided(llm, Grammar("regex", "return add"), "llma")
+    assert llm.completion(whole, False).text == "return add"
+    assert whole.finish_reason == "eos"
+    assert len(whole.runs) < whole.added  # forced text is drafted
+
+
+def test_a_planted_fault_in_the_tails_is_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = Guide.mask
+    monkeypatch.setattr(Guide, "mask", lambda self, tail=(): mask(self))  # of the text alone
+    with pytest.raises(AssertionError, match=r"not allowed|\[\]"):
+        assert differing(llm) == []
+
+
+def test_a_bias_that_leaves_no_token_ends_its_request(llm: LLM) -> None:
+    bans = {token: -math.inf for token in range(VOCABULARY) if token != 5}
+    with pytest.raises(NotFinite):
+        guided(llm, Grammar("regex", "return"), "llma", logit_bias=bans)

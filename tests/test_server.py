@@ -290,6 +290,16 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
     (COMPLETIONS, {"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo"),
     (COMPLETIONS, {"prompt": ["a"] * 100, "n": 2}, 400, "n"),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, 400, "suffix"),
+    (CHAT, {"messages": say("a"), "guided_regex": "("}, 400, "guided_regex"),
+    (CHAT, {"messages": say("a"), "guided_grammar": "start: nothing"}, 400, "guided_grammar"),
+    (
+        CHAT,
+        {"messages": say("a"), "guided_regex": "a", "guided_grammar": 'start: "a"'},
+        400,
+        "guided_grammar",
+    ),
+    (CHAT, {"messages": say("a"), "guided_regex": "a", "min_tokens": 2}, 400, "min_tokens"),
+    (CHAT, {"messages": say("a"), "response_format": {"type": "json_schema"}}, 400, "response_format"),
     ("/v1/responses", {"input": ""}, 400, "input"),
     ("/v1/responses", {"input": "a", "previous_response_id": "x"}, 400, "previous_response_id"),
     ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
@@ -571,6 +581,45 @@ def test_reasoning_is_told_apart(running: Running, llm: LLM) -> None:
     events = running.events(CHAT, **asked, chat_template_kwargs={"enable_thinking": True})
     deltas = [choice["delta"] for event in events[:-1] for choice in event["choices"]]
     assert "".join(d.get("reasoning_content", "") for d in deltas) == message["reasoning_content"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 22]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+
+
+def test_answers_follow_a_grammar(running: Running) -> None:
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    for grammar in ({"response_format": form}, {"guided_regex": "(yes|no), [a-z]{1,9}"}):
+        asked = {"messages": say("a"), "max_tokens": 60, "temperature": 1, "seed": 5, **grammar}
+        whole = running.post(CHAT, **asked)["choices"][0]
+        text = whole["message"]["content"]
+        if "response_format" in grammar and whole["finish_reason"] == "stop":
+            assert isinstance(json.loads(text)["a"], int)
+        assert joined(running.events(CHAT, **asked)) == text
+        plain = running.post(CHAT, **asked, method="plain", prediction={"type": "content", "content": text})
+        assert plain["choices"][0]["message"]["content"] == text
+    assert text.startswith(("yes, ", "no, "))
+
+
+def test_a_tool_that_must_be_called_is(running: Running) -> None:
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    asked = {"messages": say("a"), "max_tokens": 90, "temperature": 0, "tools": [TOOL]}
+    for choice in ("required", {"type": "function", "function": {"name": "add"}}):
+        chosen = running.post(CHAT, **asked, tool_choice=choice)["choices"][0]
+        assert chosen["finish_reason"] == "tool_calls"
+        (call,) = chosen["message"]["tool_calls"]
+        assert call["function"]["name"] == "add"
+        assert isinstance(json.loads(call["function"]["arguments"])["a"], int)
+    events = running.events(CHAT, **asked, tool_choice="required")
+    deltas = [d for e in events[:-1] for c in e["choices"] for d in c["delta"].get("tool_calls", [])]
+    assert "".join(d["function"]["arguments"] for d in deltas) == call["function"]["arguments"]
+    assert running.post(CHAT, **asked, tool_choice="none")["choices"][0]["message"].get("tool_calls") is None
 
 
 def test_responses(running: Running) -> None:

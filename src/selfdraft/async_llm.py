@@ -39,6 +39,8 @@ from .llm import LLM
 from .models.loading import DEFAULT_MODEL, load_tokenizer
 from .outputs import Completion
 from .params import SamplingParams
+from .sampling.grammar import Grammar
+from .sampling.grammar import check as check_grammar
 from .sampling.sampler import check_params
 from .sampling.stopping import StopStrings
 
@@ -212,13 +214,15 @@ class AsyncLLM(PromptEncoder):
         sample: int = 0,
         salt: str = "",
         timeout: float | None = None,
+        grammar: Grammar | None = None,
         chat: bool = False,
     ) -> Ticket:
         """Let a request join; returns at once.
 
         method: another drafting method than the model's own, by name. sample: keys the noise, beside the
         seed. salt: requests of different salts share no memory. timeout: seconds after which it ends in any
-        case. chat: the prompt went through the chat template, for the result.
+        case. grammar: what the text must follow. chat: the prompt went through the chat template, for the
+        result.
 
         Raises QueueFull and EngineClosed; InvalidPrompt, InvalidReference and InvalidOption for what can be
         seen at once. Other errors are the ticket's."""
@@ -228,7 +232,9 @@ class AsyncLLM(PromptEncoder):
         check_params(params, self.facts.vocab_size, params.end_ids(self.facts.eos_ids), sample)
         if params.stop_strings:
             StopStrings(self.tokenizer, params.stop_strings)
-        asked = Inquiry(ids, params, quoted, method, sample, salt, timeout, chat)
+        if grammar is not None:
+            check_grammar(grammar)
+        asked = Inquiry(ids, params, quoted, method, sample, salt, timeout, grammar, chat)
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine was closed and takes no more requests")

@@ -21,6 +21,7 @@ from .errors import EngineClosed, SelfdraftError
 from .llm import LLM
 from .outputs import Completion
 from .params import SamplingParams
+from .sampling.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Inquiry:
     sample: int = 0
     salt: str = ""
     timeout: float | None = None
+    grammar: Grammar | None = None
     chat: bool = False
     """The prompt went through the chat template."""
 
@@ -176,6 +178,7 @@ class EngineLoop:
             sample=asked.sample,
             salt=asked.salt,
             timeout=asked.timeout,
+            grammar=asked.grammar,
         )
 
     def _llm(self, method: str | None) -> LLM:

@@ -29,6 +29,7 @@ from .models.transformers import Numerics
 from .outputs import Chunk, Completion
 from .params import SamplingParams
 from .sampling.detokenizer import Detokenizer
+from .sampling.grammar import Grammar, grammars
 from .sampling.stopping import StopStrings, TextStream
 
 LOG = logging.getLogger("selfdraft")
@@ -394,8 +395,13 @@ class LLM(PromptEncoder):
         sample: int = 0,
         salt: str = "",
         timeout: float | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
-        """Let a request join the engine; see `Engine.submit`."""
+        """Let a request join the engine; see `Engine.submit`. grammar: what the text must follow."""
+        guide = None
+        if grammar is not None:
+            known = grammars(self.tokenizer, self.model.vocab_size, frozenset(self.eos_ids))
+            guide = known.guide(grammar)
         stop = StopStrings(self.tokenizer, params.stop_strings) if params.stop_strings else None
         return self.engine.submit(
             ids,
@@ -407,6 +413,7 @@ class LLM(PromptEncoder):
             sample=sample,
             salt=salt,
             timeout=timeout,
+            guide=guide,
         )
 
     def completion(self, request: Request, chat: bool) -> Completion:

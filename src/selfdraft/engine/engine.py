@@ -41,6 +41,7 @@ from ..errors import (
 )
 from ..models.protocol import Model, Rows
 from ..params import SamplingParams
+from ..sampling.grammar import Guide
 from ..sampling.sampler import Sampler
 from ..sampling.stopping import Stop
 from .request import Request
@@ -83,6 +84,7 @@ class Engine:
         sample: int = 0,
         salt: str = "",
         timeout: float | None = None,
+        guide: Guide | None = None,
     ) -> Request:
         """Let a request join.
 
@@ -90,7 +92,7 @@ class Engine:
         have: give them as `stop`. references: token ids that drafters may copy from. eos_ids: the ids that
         end a text of the model, unless `params` names others. sample: keys the noise, beside the seed. salt:
         requests of different salts share no memory. timeout: seconds from now after which it ends in any
-        case.
+        case. guide: the state of a grammar that the text must follow.
 
         Raises InvalidPrompt for a prompt that is empty, too long or not of ids, InvalidReference and
         InvalidOption; QueueFull and KVMemoryExhausted (see `Limits`); ModelUnsupported for a method that
@@ -108,7 +110,14 @@ class Engine:
             self.scheduler.check(prompt)
             ends = params.end_ids(eos_ids)
             sampler = Sampler(
-                params, prompt, self.model.vocab_size, self.model.device, ends, sample, self.model.noise
+                params,
+                prompt,
+                self.model.vocab_size,
+                self.model.device,
+                ends,
+                sample,
+                self.model.noise,
+                guide,
             )
             context = DraftContext(
                 tuple(prompt),

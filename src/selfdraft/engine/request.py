@@ -174,7 +174,10 @@ class Request:
             raise InvalidTree(f"{name} proposed {len(tree)} rows; the limit is {MAX_DRAFT}")
         if not all(type(parent) is int for parent in tree.parents):
             raise InvalidTree(f"{name} proposed parents that are not integers: {tree.parents!s:.100}")
-        return tree.prune(self.room - 1)
+        tree = tree.prune(self.room - 1)
+        if self.sampler.guide is not None:
+            tree = self.sampler.guide.cut(tree, self.room - 1, self.sampler.vocabulary)
+        return tree
 
     def has_output(self, tree: Tree, done: Sequence[bool]) -> bool:
         """True if a forward produced an output for this request. Otherwise all rows stay in flight."""

@@ -13,15 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..engine.tree import Tree
 from ..errors import InvalidOption
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+MAX_FORCED = 32
+"""Tokens of forced text that are drafted in one step, at most."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Grammar:
     """Token ids of `<think>` and `</think>`: what stands between them is free."""
     thinking: bool = False
     """The answer begins behind a `<think>`."""
+
+
+@lru_cache(maxsize=4)
+def grammars(tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: frozenset[int]) -> Grammars:
+    """The `Grammars` of a model, made once."""
+    return Grammars(tokenizer, vocabulary, eos_ids)
 
 
 class Grammars:
@@ -104,15 +115,19 @@ class Guide:
         count: int = self._matcher.validate_tokens(list(bound)) if bound else 0
         return free + count
 
-    def rows(self, tokens: Sequence[int], parents: Sequence[int]) -> list[bool]:
+    def rows(
+        self, tokens: Sequence[int], parents: Sequence[int], vocabulary: int | None = None
+    ) -> list[bool]:
         """Which rows of a tree stand on paths that the grammar allows. Row 0 carries the last token of the
-        text; parents: as in `Tree`, -1 for the root."""
+        text; parents: as in `Tree`, -1 for the root. Rows of ids from `vocabulary` on stay with their
+        parents."""
         paths: list[list[int]] = [[]]
         kept = [True]
         for row in range(1, len(tokens)):
             path = [*paths[parents[row]], tokens[row]]
             paths.append(path)
-            kept.append(kept[parents[row]] and self.allowed(path) == len(path))
+            text = vocabulary is None or tokens[row] < vocabulary
+            kept.append(kept[parents[row]] and (not text or self.allowed(path) == len(path)))
         return kept
 
     def mask(self, tail: Sequence[int] = ()) -> np.ndarray | None:
@@ -130,6 +145,21 @@ class Guide:
         if self._think is not None and not begun:
             allowed[self._think[0]] = True
         return allowed
+
+    def cut(self, tree: Tree, room: int, vocabulary: int) -> Tree:
+        """A tree of drafts without the rows that the grammar excludes, and with text that it forces. room:
+        the depth that rows may have. Ids from `vocabulary` on are mask tokens, which are not text."""
+        kept = self.rows(tree.tokens, tree.parents, vocabulary)
+        if not all(kept):
+            stay = [row for row, keep in enumerate(kept) if keep]
+            new = {row: i for i, row in enumerate(stay)}
+            tree = Tree(
+                tuple(tree.tokens[row] for row in stay), tuple(new.get(tree.parents[row], -1) for row in stay)
+            )
+        forced = self.forced()[: min(room, MAX_FORCED)]
+        if forced and tree.child(0, forced[0]) is None and tree.ordinary(vocabulary) == len(tree):
+            tree = tree.hang(0, forced)
+        return tree
 
     def forced(self) -> list[int]:
         """Tokens of which the grammar allows no other text: a draft that is free."""

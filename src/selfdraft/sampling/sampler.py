@@ -19,14 +19,17 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence, Set
+from functools import cached_property
 from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..engine.tree import Tree
 from ..errors import InvalidOption
 from ..params import SamplingParams
+from .grammar import Guide
 from .gumbel import Noise, NoiseSource
 from .processors import filtered, penalise
 
@@ -43,10 +46,12 @@ class Sampler:
         ends: Set[int] = frozenset(),
         sample: int = 0,
         source: NoiseSource | None = None,
+        guide: Guide | None = None,
     ) -> None:
         """prompt: token ids; they count for the repetition penalty alone. vocabulary: how many ids the model
         has. ends: ids that may not be picked before `min_new_tokens`. sample: keys the noise, beside
-        seed. source: how the model makes noise; None is torch.
+        seed. source: how the model makes noise; None is torch. guide: where the text
+        stands in a grammar that it must follow.
 
         Raises InvalidOption for a bias on an id that the model does not have, and where no token is left.
         """
@@ -56,6 +61,7 @@ class Sampler:
         self.device = device
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.sample = sample
+        self.guide = guide
         self.length = len(prompt)  # of the text
         self.start = len(prompt) + params.min_new_tokens  # index in the text from which on it may end
         self._noise = Noise(self.seed, sample, source)
@@ -73,7 +79,7 @@ class Sampler:
     def is_argmax(self) -> bool:
         """True if the scores of the next token are the logits themselves."""
         params = self.params
-        changes = params.temperature or params.logit_bias or params.has_penalties
+        changes = params.temperature or params.logit_bias or params.has_penalties or self.guide
         return not changes and not self.bans_ends
 
     @property
@@ -96,13 +102,13 @@ class Sampler:
 
     def pick(self, logits: Tensor, position: int) -> int:
         """The token with the best score at an index of the text, if no penalty and no ban depends on what
-        stands before it. logits: [vocabulary]."""
+        stands before it; -1 where none is allowed. logits: [vocabulary]."""
         params = self.params
         if params.logit_bias:
             logits = self._real(logits) + self._bias
-        if params.temperature and logits.dtype != torch.float64 and not params.has_filters:
+        if params.temperature and logits.dtype != torch.float64 and not params.has_filters and not self.guide:
             return self._noise.source.draw(logits.float(), params.temperature, self._noise, position)
-        return int(self.draw(logits[None], [position])[0].argmax())
+        return best(self.draw(logits[None], [position]))[0]
 
     def scores(self, logits: Tensor, tails: Sequence[Sequence[int]]) -> Tensor:
         """Scores whose argmax is the pick.
@@ -110,7 +116,7 @@ class Sampler:
         logits: [rows, vocabulary]. tails: per row, the tokens between the text so far and the one that the
         row predicts. Returns [rows, vocabulary], float32 (float64 for float64 logits).
         """
-        return self._scores(logits, tails, [self.length + len(tail) for tail in tails])
+        return self._scores(logits, tails, [self.length + len(tail) for tail in tails], True)
 
     def mask_scores(self, logits: Tensor) -> Tensor:
         """Scores at mask rows, [rows, vocabulary]: they predict the tokens that follow the text, of which
@@ -148,22 +154,41 @@ class Sampler:
         """Count tokens that the text has gained."""
         self.length += len(tokens)
         self._noise.forget(self.length)
+        if self.guide is not None:
+            self.guide.take(tokens)
         if self.params.has_penalties:
             ids = torch.tensor(tokens, dtype=torch.long, device=self.device)
             self._counts.index_add_(0, ids, self._counts.new_ones(len(tokens)))
             self._seen[ids] = True
 
-    def _scores(self, logits: Tensor, tails: Sequence[Sequence[int]], positions: Sequence[int]) -> Tensor:
+    def _scores(
+        self,
+        logits: Tensor,
+        tails: Sequence[Sequence[int]],
+        positions: Sequence[int],
+        guided: bool = False,
+    ) -> Tensor:
         logits = self._real(logits)
         if self.params.logit_bias:
             logits = logits + self._bias
         if self.params.has_penalties:
             logits = penalise(logits, self.params, *self._before(tails))
+        if guided:
+            logits = self.guided(logits, tails)
         if self.bans_ends:
             early = torch.tensor([p < self.start for p in positions], device=self.device)[:, None]
             held = logits[:, self._ends].masked_fill(early, -math.inf)
             logits = logits.index_copy(1, self._ends, held)
         return self.draw(logits, positions)
+
+    def guided(self, logits: Tensor, tails: Sequence[Sequence[int]]) -> Tensor:
+        """Logits with what the grammar excludes at -inf. tails: as in `scores`."""
+        if self.guide is None:
+            return logits
+        masks = [self.guide.mask(tail) for tail in tails]
+        everything = np.ones(self.vocabulary, bool)
+        allowed = torch.from_numpy(np.stack([everything if mask is None else mask for mask in masks]))
+        return self._real(logits).masked_fill(~allowed.to(logits.device), -math.inf)
 
     @staticmethod
     def _real(logits: Tensor) -> Tensor:
@@ -202,8 +227,8 @@ class Draws(Sequence[int]):
         self._scores: Tensor | None = None
         at_once = sampler.params.has_penalties or sampler.bans_ends or sampler.device.type != "cpu"
         if picks is None and at_once:
-            best = self.scores().argmax(-1).tolist()
-            self._known = [token if fine else -1 for token, fine in zip(best, finite, strict=False)]
+            found = best(self.scores())
+            self._known = [token if fine else -1 for token, fine in zip(found, finite, strict=False)]
 
     @property
     def logits(self) -> Tensor:
@@ -217,12 +242,24 @@ class Draws(Sequence[int]):
         if self._scores is None:
             sampler = self._sampler
             if sampler.params.has_penalties or sampler.bans_ends:
-                self._scores = sampler.scores(self.logits, _tails(self._tree, len(self)))
+                self._scores = sampler.scores(self.logits, self._tails)
             else:
                 logits = self.logits + sampler._bias if sampler.params.logit_bias else self.logits
+                if self._is_fresh:
+                    logits = sampler.guided(logits, self._tails)
                 positions = [self._length + depth for depth in self._tree.depth[: len(self)]]
                 self._scores = sampler.draw(logits, positions)
         return self._scores
+
+    @property
+    def _is_fresh(self) -> bool:
+        """True until the text has gained the walk's tokens. Then the grammar stands elsewhere, and what is
+        drawn after other rows, for drafts alone, is drawn without it."""
+        return self._sampler.length == self._length
+
+    @cached_property
+    def _tails(self) -> list[Sequence[int]]:
+        return _tails(self._tree, len(self))
 
     def __len__(self) -> int:
         return len(self._known)
@@ -240,9 +277,18 @@ class Draws(Sequence[int]):
         if known is None:
             known = -1
             if self._finite[row]:
-                known = self._sampler.pick(self.logits[row], self._length + self._tree.depth[row])
+                logits = self.logits[row]
+                if self._sampler.guide is not None and self._is_fresh:
+                    logits = self._sampler.guided(logits[None], [self._tails[row]])[0]
+                known = self._sampler.pick(logits, self._length + self._tree.depth[row])
             self._known[row] = known
         return known
+
+
+def best(scores: Tensor) -> list[int]:
+    """Per row of scores the token with the best one; -1 where all are excluded."""
+    values, tokens = scores.max(-1)
+    return tokens.masked_fill(values == -math.inf, -1).tolist()
 
 
 def _tails(tree: Tree, count: int) -> list[Sequence[int]]:

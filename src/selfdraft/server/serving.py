@@ -102,8 +102,6 @@ class Serving:
 
         Raises ApiError and what the engine says of a request that it does not take.
         """
-        if grammar is not None:
-            raise refused("the engine does not follow grammars yet", "response_format")
         params = [self._params(asked, ids, tokens, logprobs) for ids in prompts]
         if sum(each.max_new_tokens for each in params) * n > MAX_TOKENS:
             raise refused(f"a request may ask for {MAX_TOKENS} tokens in all its answers", "max_tokens")
@@ -129,6 +127,7 @@ class Serving:
                         timeout=self.options.deadline,
                         salt=asked.cache_salt or "",
                         chat=endpoint != "completions",
+                        grammar=grammar,
                     )
                     generation.tickets.append(ticket)
         except BaseException:
