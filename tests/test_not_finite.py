@@ -210,7 +210,7 @@ def cache_laundered(patch: pytest.MonkeyPatch) -> None:
     def laundered(self: Decoder, trees: Any, caches: Any, *others: Any, **named: Any) -> DecoderRows:
         rows = forward(self, trees, caches, *others, **named)
         for array in (caches[0].pool.keys, caches[0].pool.values):
-            np.nan_to_num(array.view(np.float32), copy=False)
+            np.nan_to_num(array[:, :32].view(np.float32), copy=False)  # the pages in use
         return rows
 
     patch.setattr(Decoder, "forward", laundered)

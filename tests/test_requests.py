@@ -187,9 +187,9 @@ def test_nor_on_memory_that_is_short(tokenizer: PreTrainedTokenizerFast) -> None
     """Some 400 requests in bfloat16 on pages that hold two or three of them, few rows to a step."""
     model = decoder("BF16", run_as="bf16", vocab_size=320, max_position_embeddings=256)
     PREEMPTIONS.clear()
-    limits = Limits(kv_memory=8 * page_bytes(model), max_rows=24, max_requests=5)
+    limits = Limits(kv_memory=7 * page_bytes(model), max_rows=24, max_requests=5)
     compare(model, tokenizer, 100, limits=limits)
-    assert sum(PREEMPTIONS) > 10, "requests gave their memory back and went on"
+    assert sum(PREEMPTIONS) >= 5, "requests gave their memory back and went on"
 
 
 def forgets_to_read(patch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_a_fault_of_the_memory_is_seen(
     fault: Patch, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = decoder("BF16", run_as="bf16", vocab_size=320, max_position_embeddings=256)
-    limits = Limits(kv_memory=8 * page_bytes(model), max_rows=24, max_requests=5)
+    limits = Limits(kv_memory=7 * page_bytes(model), max_rows=24, max_requests=5)
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         compare(model, tokenizer, 60, limits=limits)

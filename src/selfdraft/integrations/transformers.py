@@ -50,7 +50,7 @@ from ..drafting.method import Method
 from ..drafting.references import encode_text, spellings
 from ..engine.engine import Engine
 from ..engine.request import Request
-from ..errors import InvalidOption, InvalidPrompt
+from ..errors import InvalidOption, InvalidPrompt, StopError
 from ..models import attention
 from ..models.adapters import folder as adapter_folder
 from ..models.loading import drive
@@ -182,7 +182,7 @@ class Hook:
         while engine.requests:
             engine.step()
             if error := next((one.error for one in requests if one.error is not None), None):
-                raise error.__cause__ or error
+                raise (error.__cause__ if isinstance(error, StopError) else None) or error
             if self.streamer is not None and len(requests[0].tokens) > shown:
                 self.streamer.put(torch.tensor(requests[0].tokens[shown:]))
                 shown = len(requests[0].tokens)
