@@ -405,7 +405,7 @@ def test_the_head_runs_for_the_rows_that_are_looked_at(
     ]
     while any(not request.ready for request in requests):
         engine.scheduler.admit()
-        engine._forward([], [], engine.scheduler.chunks(0, engine._cost), 0.0)
+        engine._forward([], [], engine.scheduler.chunks(0, 0, adapted.cost), 0.0)
     monkeypatch.setattr(TransformersModel, "head", spy)
     monkeypatch.setattr(TransformersModel, "mask_logits", spy_masks)
     monkeypatch.setattr(TransformersModel, "logits", spy_rows)

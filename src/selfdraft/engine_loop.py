@@ -17,7 +17,7 @@ from typing import Any
 
 from .encoding import Prompt
 from .engine.request import Request, TokenLogprob
-from .errors import EngineClosed, SelfdraftError
+from .errors import EngineClosed, InvalidOption, SelfdraftError
 from .llm import LLM
 from .outputs import Completion
 from .params import SamplingParams
@@ -186,7 +186,13 @@ class EngineLoop:
         if method is None or method == self.llm.method_name:
             return self.llm
         if method not in self._methods:
-            self._methods[method] = self.llm.using(method)
+            other = self.llm.using(method)
+            if other.engine is not self.llm.engine:
+                raise InvalidOption(
+                    f"method {method!r} needs another form of the model, which is not loaded; load with it",
+                    option="method",
+                )
+            self._methods[method] = other
         return self._methods[method]
 
     def _step(self) -> None:
@@ -197,6 +203,11 @@ class EngineLoop:
         self._report()
 
     def _report(self) -> None:
+        with self.llm.engine.lock:  # other threads may step it, too
+            report = Report(self._fresh(), self._now())
+        self.send(report)
+
+    def _fresh(self) -> list[Fresh]:
         fresh = []
         for number, (request, asked, sent) in list(self.live.items()):
             ids, start = request.tokens[len(request.prompt) + sent :], sent
@@ -210,7 +221,7 @@ class EngineLoop:
                 self._count(request)
             else:
                 self.live[number] = (request, asked, sent + len(ids))
-        self.send(Report(fresh, self._now()))
+        return fresh
 
     def _count(self, request: Request) -> None:
         steps, had = len(request.runs), self.stats

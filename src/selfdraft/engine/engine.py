@@ -62,7 +62,8 @@ class Engine:
         self.limits = limits or Limits()
         self.pool = model.pool(self.limits.kv_memory)
         self.scheduler = Scheduler(self.limits, self.pool, model.ragged)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held during a step: what is read under it belongs together."""
         self._costs: Sequence[float] = ()
         """By rows: what a step takes in which each decoding request has so many; of one row: 1."""
         self._known_costs: dict[tuple[int, int], Sequence[float]] = {}
@@ -106,7 +107,7 @@ class Engine:
             raise InvalidOption("stop: strings need a tokenizer; give stop=StopStrings(tokenizer, strings)")
         if timeout is not None and not timeout > 0:
             raise InvalidOption(f"timeout must be above 0 seconds; got {timeout!r}", option="timeout")
-        with self._lock:
+        with self.lock:
             self.scheduler.check(prompt)
             ends = params.end_ids(eos_ids)
             sampler = Sampler(
@@ -147,7 +148,7 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Let a request leave before its end; what it has emitted stays readable."""
-        with self._lock, self._whole():
+        with self.lock, self._whole():
             request.finish_reason = request.finish_reason or "cancelled"
             self.scheduler.sweep()
 
@@ -173,15 +174,17 @@ class Engine:
     def step(self) -> None:
         """One forward: the trees of the requests that decode, and parts of prompts that have to be read.
         Where rows would be padded the prompts run first, in a forward of their own."""
-        with self._lock, self._whole(), self.model.stepping():
+        with self.lock, self._whole(), self.model.stepping():
             self.scheduler.sweep()
             self.scheduler.admit()
             if not self.model.ragged:
-                self._forward([], [], self.scheduler.chunks(0, self._cost), time.perf_counter())
+                self._forward([], [], self.scheduler.chunks(0, 0, self.model.cost), time.perf_counter())
             start = time.perf_counter()
             live, trees = self._propose()
             rows = sum(map(len, trees))
-            parts = self.scheduler.chunks(rows, self._cost_of) if self.model.ragged else []
+            parts = []
+            if self.model.ragged:
+                parts = self.scheduler.chunks(rows, self._history(), self.model.cost)
             self._forward(live, trees, parts, start)
             self.scheduler.sweep()
 
@@ -202,10 +205,6 @@ class Engine:
     def _cost(self, rows: int) -> float:
         """What a step takes in which each request that decodes has so many rows; of one row: 1."""
         return self._costs[rows] if rows < len(self._costs) else self._measured_costs(rows + 1)[rows]
-
-    def _cost_of(self, rows: int) -> float:
-        """What a step of so many rows takes."""
-        return self.model.cost(rows, self._history())
 
     def _history(self) -> int:
         lengths = [request.length for request in self.scheduler.running if request.ready]

@@ -125,11 +125,17 @@ class Scheduler:
                 return None
         return tree
 
-    def chunks(self, rows: int, cost: Callable[[int], float]) -> list[tuple[Request, Sequence[int]]]:
-        """Parts of prompts to read beside `rows` rows of trees. cost: what a step of so many rows takes."""
-        budget = self._budget(rows, cost)
+    def chunks(
+        self, rows: int, history: int, cost: Callable[[int, int], float]
+    ) -> list[tuple[Request, Sequence[int]]]:
+        """Parts of prompts to read beside `rows` rows of trees. history: tokens before these, on average.
+        cost: what a step of so many rows behind so long a history takes."""
+        readers = [request for request in self.running if not request.ready]
+        if not readers:
+            return []
+        budget = self._budget(rows, history, readers[0].length, cost)
         chosen = []
-        for request in [request for request in self.running if not request.ready]:
+        for request in readers:
             part = request.unread(budget)
             if not part:
                 break
@@ -143,14 +149,16 @@ class Scheduler:
         """True if rows and memory suffice for all of a tree."""
         return rows + len(tree) <= self.limits.max_rows and request.reserve(request.length + len(tree))
 
-    def _budget(self, rows: int, cost: Callable[[int], float]) -> int:
+    def _budget(self, rows: int, history: int, read: int, cost: Callable[[int, int], float]) -> int:
+        """Rows of prompts in a step. read: tokens before the first of them."""
         most = self.limits.max_rows - rows
         if not rows or not self.ragged or most <= MIN_CHUNK:
             return max(most, min(MIN_CHUNK, self.limits.max_rows))
-        limit, least = MAX_STALL * cost(rows), MIN_CHUNK
+        limit, least = MAX_STALL * cost(rows, history), MIN_CHUNK
         while most - least > 1:  # the most rows that keep to the limit
             middle = (least + most) // 2
-            least, most = (middle, most) if cost(rows + middle) <= limit else (least, middle)
+            mean = (rows * history + middle * (read + middle // 2)) // (rows + middle)
+            least, most = (middle, most) if cost(rows + middle, mean) <= limit else (least, middle)
         return least
 
     def _preempt(self, request: Request) -> None:
