@@ -55,7 +55,7 @@ def emitted(model: Decoder, prompt: Sequence[int], params: SamplingParams) -> Se
 
 
 def test_a_prompt_is_read_beside_the_steps_of_others(model: Decoder) -> None:
-    """In parts that make a step at most 2.5 times as long; whole where nobody decodes."""
+    """In parts that make a step at most twice as long; whole where nobody decodes."""
     engine = Engine(model)
     first = engine.submit(random_prompt(40, 1), Plain(), greedy(60))
     engine.step()
@@ -64,7 +64,7 @@ def test_a_prompt_is_read_beside_the_steps_of_others(model: Decoder) -> None:
     had = len(first.tokens)
     engine.step()
     assert len(first.tokens) == had + 1
-    assert 8 < late.length < 20, "a step of one row costs 1.1, one of 17 less than 2.5 times as much"
+    assert 8 < late.length < 20, "a step of one row costs 1.1, one of 12 twice as much"
     finish(engine)
     assert first.emitted == emitted(model, first.prompt, greedy(60))
     assert late.emitted == emitted(model, late.prompt, greedy(5))

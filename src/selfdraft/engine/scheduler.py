@@ -18,9 +18,9 @@ from ..models.protocol import Pool
 from .request import Request
 from .tree import Tree
 
-MAX_STALL = 2.5
+MAX_STALL = 2.0
 """Times as long as without it that a step may take in which a part of a prompt is read."""
-MIN_CHUNK = 8
+MIN_CHUNK = 4
 """Rows of a prompt that are read in a step in any case."""
 ROOM = 16
 """Tokens by which each running request must be able to grow before another one is admitted."""
