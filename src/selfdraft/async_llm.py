@@ -192,7 +192,8 @@ class AsyncLLM(PromptEncoder):
     ) -> Self:
         """Load a model, or take one that is loaded; options as those of `LLM`.
 
-        process: run the engine in a process of its own. Raises as `LLM`.
+        process: run the engine in a process of its own; a script then keeps its main code under
+        `if __name__ == "__main__":`, since the new process imports it. Raises as `LLM`.
         """
         limits = limits or Limits()
         if isinstance(model, LLM):
