@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from selfdraft import Engine, Method, Request, SamplingParams
@@ -41,3 +44,14 @@ def run(
 
 def random_prompt(length: int, seed: int, vocabulary: int = 320) -> list[int]:
     return random.Random(seed).choices(range(2, vocabulary), k=length)
+
+
+def script(path: str) -> ModuleType:
+    """A script of the checkout, as a module. path: from the checkout's folder."""
+    file = Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import pytest
 
 from selfdraft.bench import job, report, source, suite
+
+import runs
 
 HOME = Path(__file__).parents[1]
 SECRET = "a_secret_text"
@@ -27,12 +28,7 @@ COST = {"tokens": 9, "loss": [3.0, 3.01], "agreement": 0.9, "repeated": None}
 
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results", HOME / "benchmarks" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return runs.script("benchmarks/results.py")
 
 
 @pytest.fixture(scope="module")

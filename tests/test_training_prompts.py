@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import shutil
 from collections import Counter
@@ -15,6 +14,8 @@ import pytest
 
 from selfdraft import LLM
 
+import runs
+
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 PROSE = "\n\n".join(
     f"The {word} is a thing that many people know, and some do not. " * 5 for word in ("cat", "dog")
@@ -24,13 +25,7 @@ CODE = "\n".join(f"def function_{i}(a, b):\n" + "    a += b\n" * 30 for i in ran
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "training_prompts.py"
-    spec = importlib.util.spec_from_file_location("training_prompts", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return runs.script("scripts/training_prompts.py")
 
 
 @pytest.fixture(scope="module")

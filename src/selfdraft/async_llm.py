@@ -34,7 +34,7 @@ from .engine_loop import (
     facts,
     serve,
 )
-from .errors import EngineClosed, QueueFull, SelfdraftError
+from .errors import EngineClosed, SelfdraftError
 from .llm import LLM
 from .models.loading import DEFAULT_MODEL, load_tokenizer
 from .outputs import Completion
@@ -239,7 +239,7 @@ class AsyncLLM(PromptEncoder):
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine was closed and takes no more requests")
-            self._check_queue()
+            self.limits.check_queue(len(self._tickets))
             ticket = Ticket(next(self._numbers), lambda number: self._runner.tell(Cancel(number)))
             self._tickets[ticket.number] = ticket
         try:
@@ -291,12 +291,6 @@ class AsyncLLM(PromptEncoder):
             lost, self._tickets = self._tickets, {}
         for ticket in lost.values():
             ticket.finish(error)
-
-    def _check_queue(self) -> None:
-        most = self.limits.max_queue
-        if most is not None and len(self._tickets) >= self.limits.max_requests + most:
-            there = len(self._tickets)
-            raise QueueFull(f"{there} requests run or wait already, as many as may; try again later")
 
 
 class Thread:

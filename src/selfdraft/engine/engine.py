@@ -181,9 +181,9 @@ class Engine:
                 self._forward([], [], self.scheduler.chunks(0, 0, self.model.cost), time.perf_counter())
             start = time.perf_counter()
             live, trees = self._propose()
-            rows = sum(map(len, trees))
             parts = []
             if self.model.ragged:
+                rows = sum(map(len, trees))
                 parts = self.scheduler.chunks(rows, self._history(), self.model.cost)
             self._forward(live, trees, parts, start)
             self.scheduler.sweep()
@@ -207,7 +207,8 @@ class Engine:
         return self._costs[rows] if rows < len(self._costs) else self._measured_costs(rows + 1)[rows]
 
     def _history(self) -> int:
-        lengths = [request.length for request in self.scheduler.running if request.ready]
+        """Tokens before the rows of those that decode, on average."""
+        lengths = [request.length for request in self.scheduler.ready]
         return sum(lengths) // max(1, len(lengths))
 
     def _measured_costs(self, rows: int) -> Sequence[float]:

@@ -68,8 +68,6 @@ class Request:
     """None while it waits."""
     reused: int = 0
     """Tokens of the prompt that another request had read."""
-    preempted: int = 0
-    """How often it gave its memory back and waited again."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the tokens added, where they were asked for."""
     runs: list[int] = field(default_factory=list)

@@ -46,6 +46,11 @@ class Limits:
             if value is not None and (type(value) is not int or value < least):
                 raise InvalidOption(f"{name} must be at least {least}; got {value!r}", option=name)
 
+    def check_queue(self, there: int) -> None:
+        """Raises QueueFull where no request may join so many that run or wait."""
+        if self.max_queue is not None and there >= self.max_requests + self.max_queue:
+            raise QueueFull(f"{there} requests run or wait already, as many as may; try again later")
+
 
 class Scheduler:
     """The requests of an engine, waiting and running."""
@@ -65,9 +70,7 @@ class Scheduler:
     def check(self, prompt: Sequence[int]) -> None:
         """Raises QueueFull where no request may wait any more, and KVMemoryExhausted for a prompt that the
         memory never holds."""
-        most, there = self.limits.max_queue, len(self.running) + len(self.waiting)
-        if most is not None and there >= self.limits.max_requests + most:
-            raise QueueFull(f"{there} requests run or wait already, as many as may; try again later")
+        self.limits.check_queue(len(self.running) + len(self.waiting))
         if self.pool.tokens is not None and len(prompt) >= self.pool.tokens:
             raise KVMemoryExhausted(
                 f"the prompt has {len(prompt)} tokens, and the memory for keys and values holds "
