@@ -65,10 +65,12 @@ static void put_group(int format, uint8_t *panel, int o, const Group *from) {
             const uint32_t both = (quad[i] & 0x0f0f0f0f) | (quad[i + 1] & 0x0f0f0f0f) << 4;
             memcpy(panel + (i / 2 * W + o) * 4, &both, 4);
         }
-        for (int plane = 0; plane < planes_of(format); plane++) {
-            const uint32_t bits = quad[i] >> (4 + plane) & 0x01010101; /* the product brings them side by side */
-            panel[(16 + 4 * plane) * W + i * W / 2 + o / 2] |= (uint8_t)((bits * 0x01020408u >> 24) << o % 2 * 4);
-        }
+    }
+    const int bits = high_bits(format), quads = bits ? 8 / bits : 1;
+    for (int i = 0; bits && i < 8; i += quads) {
+        uint32_t high = 0;
+        for (int k = 0; k < quads; k++) high |= (quad[i + k] >> 4 & (format == Q5 ? 0x01010101 : 0x03030303)) << k * bits;
+        memcpy(panel + (16 + i / quads * 4) * W + o * 4, &high, 4);
     }
     uint16_t *end = (void *)(panel + end_of(format));
     end[o] = from->scale;

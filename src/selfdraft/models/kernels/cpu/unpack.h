@@ -19,8 +19,11 @@ INLINE int whole_of(int format, const uint8_t *group, int o, int i) {
     if (format == Q8) return (int8_t)group[(size_t)quad * 4 * W + lane];
     const uint8_t both = group[(size_t)(quad / 2) * 4 * W + lane];
     int q = quad % 2 ? both >> 4 : both & 15;
-    for (int plane = 0; plane < planes_of(format); plane++)
-        q |= (group[(16 + 4 * plane) * W + quad * W / 2 + lane / 8] >> lane % 8 & 1) << (4 + plane);
+    const int bits = high_bits(format), quads = bits ? 8 / bits : 1;
+    if (bits) {
+        const uint8_t high = group[(size_t)(16 + quad / quads * 4) * W + lane];
+        q |= (high >> quad % quads * bits & ((1 << bits) - 1)) << 4;
+    }
     return format == Q6 ? q - 32 : q;
 }
 

@@ -6,8 +6,9 @@
  *   F32   32 * W * 4   [32][W]
  *   Q8    34 * W       [8 quads][W][4] int8, then W scales (half)
  *   Q4    20 * W       [4][W][4]: low nibbles quad 2i, high nibbles quad 2i + 1; then W scales, W minima (half)
- *   Q5    24 * W       nibbles as Q4; the fifth bits, [8 quads][W * 4 bits]; scales, minima
- *   Q6    28 * W       nibbles and fifth bits as Q5, the sixth bits; scales of the first and the last 16 inputs
+ *   Q5    24 * W       nibbles as Q4; the fifth bits, [W][4], bit q for quad q; scales, minima
+ *   Q6    28 * W       nibbles as Q4; the two bits above, [2][W][4], bits 2q and 2q + 1 for quads q and 4 + q;
+ *                      scales of the first and the last 16 inputs
  *
  * A weight is q * scale + minimum with q from 0 to 15 (Q4) or 31 (Q5); (q - 32) * scale (Q6); q * scale (Q8). */
 #ifndef SELFDRAFT_WEIGHTS_H
@@ -28,11 +29,11 @@ INLINE size_t group_bytes(int format) {
     return (size_t)per_output[format] * W;
 }
 
-/* Bits of a weight beyond the nibble, each in a plane of its own. */
-INLINE int planes_of(int format) { return format == Q5 ? 1 : format == Q6 ? 2 : 0; }
+/* Bits of a weight above its nibble. */
+INLINE int high_bits(int format) { return format == Q5 ? 1 : format == Q6 ? 2 : 0; }
 
 /* Where the scales of a group begin. */
-INLINE size_t end_of(int format) { return (size_t)(format == Q8 ? 32 : 16 + 4 * planes_of(format)) * W; }
+INLINE size_t end_of(int format) { return (size_t)(format == Q8 ? 32 : 16 + 4 * high_bits(format)) * W; }
 
 /* A linear layer, or some of its outputs. data: panels one after another. bias: [outs] or none. at: where its
  * outputs begin among those of the layer. */
