@@ -418,6 +418,10 @@ def test_few_bits_are_merged_in_eight(kind: str) -> None:
     assert tuned.label == ("float32" if kind == "Q8_0" else "float32, tuned layers in 8 bits")
     adapted = own.adapted(part)
     assert adapted.weights_label == f"{tuned.label}, 16-bit activations"
+    before, after = own._built.packed, adapted._built.packed
+    kept = [names for names in before if not tuned.changes(names)]
+    assert [names for names, out in after.items() if out is before.get(names)] == kept
+    assert 0 < len(kept) < len(before)
     asked = Decoder(config, stored, build(), kind="q4", activations=16).adapted(part)
     assert asked.weights_label == "q4, 16-bit activations"
     for model, format in ((adapted, "q8"), (asked, "q4")):

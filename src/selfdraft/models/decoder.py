@@ -30,7 +30,7 @@ from .adapters.adapter import Adapter, read_in_turn, targeted
 from .adapters.fingerprint import stored_fingerprint
 from .adapters.packed import PackedAdapter, TunedWeights
 from .batch import Batch
-from .decoder_build import Build
+from .decoder_build import Build, Packed
 from .decoder_config import unsupported
 from .decoder_work import DecoderPool, Work
 from .kernels import structures
@@ -66,9 +66,11 @@ class Decoder:
         activations: int = 8,
         generation_config: GenerationConfig | None = None,
         threads: int | None = None,
+        packed: Packed | None = None,
     ) -> None:
         """kind: the format in which linear layers run, one of `weights.WEIGHTS`, or f32. activations: bits of
-        the inputs of products with quantised weights, 8 or 16. Raises ModelUnsupported, ModelCorrupt."""
+        the inputs of products with quantised weights, 8 or 16. packed: matrices of the same weights that
+        are packed already. Raises ModelUnsupported, ModelCorrupt."""
         reason = unsupported(config)
         if reason is not None:
             raise ModelUnsupported(f"the decoder does not know {reason}")
@@ -94,7 +96,7 @@ class Decoder:
         self._weights, self._kind, self._activations = weights, kind, activations
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
-        self._built = Build(config, weights, library, kind, self.threads)
+        self._built = Build(config, weights, library, kind, self.threads, packed)
         self.dtype = torch.float32 if self._built.wide == 4 else torch.bfloat16
         self.quantised = self._built.quantised
         self.weights_label = weights.label if kind == "as-stored" else kind
@@ -126,8 +128,8 @@ class Decoder:
 
     def adapted(self, adapter: Adapter) -> Decoder:
         """This model with an adapter at work on the rows of its mask tokens; if it is not gated, with LoRA
-        merged into the weights first, which are packed again. This object stays as it is. Raises AdapterError
-        where a part has no place in the model."""
+        merged into the weights first: matrices that this changes are packed anew. This object stays as it
+        is. Raises AdapterError where a part has no place in the model."""
         if adapter.config.gated:
             twin = copy.copy(self)
             sizes = self._built.sizes(self.config)
@@ -135,14 +137,16 @@ class Decoder:
             twin.adapter, twin.lookahead = adapter, adapter.lookahead(self.vocab_size)
             twin._times, twin._crowding = None, Crowding(self.threads)
             return twin
+        weights = TunedWeights(self._weights, adapter, self._built.places)
         tuned = Decoder(
             self.config,
-            TunedWeights(self._weights, adapter, self._built.places),
+            weights,
             self.library,
             kind=self._kind,
             activations=self._activations,
             generation_config=self.generation_config,
             threads=self.threads,
+            packed={names: out for names, out in self._built.packed.items() if not weights.changes(names)},
         )
         tuned.loaded, tuned.grade, tuned.lookahead = self.loaded, "tuned", adapter.lookahead(self.vocab_size)
         tuned.tuning_cost = adapter.tuning_cost

@@ -26,13 +26,24 @@ from .kernels import structures
 from .kernels.library import FORMATS, WEIGHT_TYPES, Library
 from .weights import Stored, Weights
 
+Packed = dict[tuple[str, ...], NDArray[np.uint8]]
+"""Packed matrices, by the names of the layers that each holds side by side."""
+
 
 class Build:
     """A model's structures for the kernels, and the arrays that they point to."""
 
     def __init__(
-        self, config: PretrainedConfig, weights: Weights, library: Library, kind: str, threads: int
+        self,
+        config: PretrainedConfig,
+        weights: Weights,
+        library: Library,
+        kind: str,
+        threads: int,
+        packed: Packed | None = None,
     ) -> None:
+        """packed: matrices that are there already, from the same weights."""
+        self.packed = dict(packed or {})
         self._library, self._weights, self._kind, self._threads = library, weights, kind, threads
         self.quantised = False
         self.places: dict[str, Place] = {}
@@ -51,7 +62,9 @@ class Build:
         tied = "lm_head.weight" not in weights
         head = table if tied else self._linear("lm_head.weight", self.vocabulary, self.hidden)
         self.wide = 4 if self._format(head) in ("f16", "f32") else 2
-        packed_head = self._matrix([head])  # first: nothing else is held while the largest matrix is read
+        packed_head = self._matrix(
+            ["model.embed_tokens" if tied else "lm_head"], [head]
+        )  # first: nothing else is held while the largest matrix is read
         weights.release()
         layers = (structures.Layer * self.layers)()
         for i in range(self.layers):
@@ -132,24 +145,23 @@ class Build:
         made, at = (structures.Matrix * most)(), 0
         runs = [list(run) for _, run in groupby(range(len(parts)), lambda i: self._format(parts[i]))]
         for i, run in enumerate(runs):
-            made[i] = self._matrix([parts[k] for k in run], [f"{names[k]}.bias" for k in run])
+            made[i] = self._matrix([names[k] for k in run], [parts[k] for k in run])
             made[i].at = at
             at += made[i].outs
         return made
 
-    def _matrix(self, parts: Sequence[Stored], biases: Sequence[str] = ()) -> structures.Matrix:
-        """One matrix of the outputs of several in one format."""
+    def _matrix(self, names: Sequence[str], parts: Sequence[Stored]) -> structures.Matrix:
+        """One matrix of the outputs of several layers in one format."""
         format, ins = self._format(parts[0]), parts[0].ins
         self.quantised |= format not in ("bf16", "f16", "f32")
         outs = sum(len(part.rows) for part in parts)
-        out = self._library.empty(format, outs, ins)
-        at = 0
-        for part in parts:
-            self._library.pack(part.kind, part.rows, ins, format, at, out, self._threads)
-            at += len(part.rows)
+        key = tuple(names)
+        if key not in self.packed:
+            self.packed[key] = self._pack(format, parts, outs)
+        out = self.packed[key]
         self.read_bytes += out.nbytes
         self.parameters += outs * ins
-        bias = None
+        bias, biases = None, [f"{name}.bias" for name in names]
         if any(name in self._weights for name in biases):
             padded = np.zeros(self._library.padded(outs), np.float32)
             given = np.concatenate([self._weights.vector(name) for name in biases])
@@ -158,6 +170,13 @@ class Build:
             padded[:outs] = given
             bias = self._pointer(padded)
         return structures.Matrix(self._pointer(out), bias, FORMATS[format], outs, ins)
+
+    def _pack(self, format: str, parts: Sequence[Stored], outs: int) -> NDArray[np.uint8]:
+        out, at = self._library.empty(format, outs, parts[0].ins), 0
+        for part in parts:
+            self._library.pack(part.kind, part.rows, part.ins, format, at, out, self._threads)
+            at += len(part.rows)
+        return out
 
     def _linear(self, name: str, outs: int, ins: int) -> Stored:
         """Raises ModelCorrupt for a matrix of another shape than the configuration's."""

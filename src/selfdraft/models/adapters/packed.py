@@ -8,7 +8,7 @@ adapter they are bfloat16. Their products are float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -153,6 +153,10 @@ class TunedWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
+
+    def changes(self, names: Sequence[str]) -> bool:
+        """Is one of these layers another than in the checkpoint?"""
+        return any(f"{name}.weight" in self._changes for name in names)
 
     def linear(self, name: str) -> Stored:
         stored = self._weights.linear(name)
