@@ -122,7 +122,20 @@ INLINE vf float_of(vi v) {
 #endif
 }
 
-/* Sums and maxima over the lanes, in one fixed order. */
+/* Sums and maxima over the lanes, in one fixed order: halves onto each other. */
+#if W == 16
+#define FOLD(name, op)                                                                                         \
+    INLINE float name(vf v) {                                                                                  \
+        const __m512d all = _mm512_castps_pd((__m512)v); /* AVX-512F takes halves of doubles only */           \
+        const __m256 half = _mm256_castpd_ps(_mm512_extractf64x4_pd(all, 1));                                  \
+        const __m256 a = _mm256_##op##_ps(_mm512_castps512_ps256((__m512)v), half);                            \
+        const __m128 b = _mm_##op##_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));                \
+        const __m128 c = _mm_##op##_ps(b, _mm_movehl_ps(b, b));                                                \
+        return _mm_cvtss_f32(_mm_##op##_ss(c, _mm_movehdup_ps(c)));                                            \
+    }
+FOLD(sum, add)
+FOLD(largest, max)
+#else
 INLINE float sum(vf v) {
     float lane[W];
     store(lane, v);
@@ -137,6 +150,7 @@ INLINE float largest(vf v) {
         for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
     return lane[0];
 }
+#endif
 
 /* float32 -> bfloat16, to nearest even. NaN keeps a set mantissa. */
 INLINE uint16_t narrow_bf16(float x) {
