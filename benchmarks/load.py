@@ -3,8 +3,8 @@
     python benchmarks/load.py [--model smollm2] [--weights q8] [--runs 3]
 
 Seconds and processor seconds are those of `LLM(model)` after the imports, the least of the runs; MB are
-what loading adds to the process: at its peak, and once it is done. Weights: MB as they are packed. The last
-line is JSON.
+what loading adds to the process: at its peak, and once it is done, and what a tokenizer alone adds. Weights:
+MB as they are packed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -41,16 +41,20 @@ def main() -> None:
 def load(model: str, weights: str | None) -> dict[str, float]:
     start = time.perf_counter()
     from selfdraft import LLM
+    from selfdraft.models.loading import load_tokenizer
 
     imported, used, before = time.perf_counter(), time.process_time(), memory()
     llm = LLM(model, "plain", weights=weights)
     done, after = time.perf_counter(), memory()
+    another = load_tokenizer(model)  # held while memory is read
+    tokenizer = memory()["VmRSS"] - after["VmRSS"] if another else 0.0
     return {
         "imports, s": imported - start,
         "load, s": done - imported,
         "load, processor s": time.process_time() - used,
         "peak, MB": after["VmHWM"] - before["VmRSS"],
         "added, MB": after["VmRSS"] - before["VmRSS"],
+        "a tokenizer, MB": tokenizer,
         "weights, MB": llm.model.weight_bytes / 2**20,
     }
 
