@@ -133,6 +133,10 @@ class Model(Protocol):
         """What a step with so many rows takes, in units of one with a single row and little history. history:
         tokens before each row, on average. Measured at first use."""
 
+    def observe(self, rows: int, cost: float, seconds: float) -> None:
+        """A step of so many rows of trees, which should have had this `cost`, took so long. Where such times
+        contradict the costs for long, these are measured anew when the model is loaded next."""
+
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
