@@ -113,6 +113,18 @@ def test_the_queue_has_an_end(folder: Path) -> None:
         served.submit([5, 6], params(0)).wait()
 
 
+def test_what_cannot_be_sent_takes_no_place_in_the_queue(
+    served: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: object) -> None:
+        raise TypeError("cannot pickle")
+
+    monkeypatch.setattr(served._runner, "tell", fail)
+    with pytest.raises(TypeError, match="pickle"):
+        served.submit([5, 6], params(0))
+    assert not served._tickets
+
+
 def test_closing_lets_requests_finish_or_ends_them(folder: Path) -> None:
     for grace in (30.0, 0.0):
         served = AsyncLLM.load(str(folder))
@@ -125,10 +137,13 @@ def test_closing_lets_requests_finish_or_ends_them(folder: Path) -> None:
     assert not any(thread.name == "selfdraft-engine" for thread in threading.enumerate())
 
 
-def test_a_process_that_dies_is_started_again(served: AsyncLLM) -> None:
-    runner = served._runner
+def test_a_process_that_dies_is_started_again(served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks meanwhile is not held up."""
+    runner, may_start = served._runner, threading.Event()
     if not isinstance(runner, Process):
         pytest.skip("of processes")
+    start = runner._start
+    monkeypatch.setattr(runner, "_start", lambda: may_start.wait(60) and start())
     right = served.submit([5, 6], params(0)).wait().ids
     lost = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
     next(iter(lost))
@@ -136,6 +151,10 @@ def test_a_process_that_dies_is_started_again(served: AsyncLLM) -> None:
     os.kill(runner._process.pid, signal.SIGKILL)
     with pytest.raises(EngineClosed, match="exit code -9"):
         lost.wait()
+    with pytest.raises(EngineClosed, match="started again"):
+        served.submit([5, 6], params(0))
+    lost.cancel()
+    may_start.set()
     for _ in range(600):
         try:
             again = served.submit([5, 6], params(0)).wait()

@@ -210,10 +210,10 @@ class EngineLoop:
     def _fresh(self) -> list[Fresh]:
         fresh = []
         for number, (request, asked, sent) in list(self.live.items()):
-            ids, start = request.tokens[len(request.prompt) + sent :], sent
             ended = request.finish_reason is not None
-            if not ids and not ended:
+            if request.added == sent and not ended:
                 continue
+            ids, start = request.tokens[len(request.prompt) + sent :], sent
             end = self._llm(asked.method).completion(request, asked.chat) if ended else None
             fresh.append(Fresh(number, ids, request.logprobs[start:], end))
             if ended:

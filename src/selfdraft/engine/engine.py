@@ -146,7 +146,7 @@ class Engine:
         """Let a request leave before its end; what it has emitted stays readable."""
         with self.lock, self._whole():
             request.finish_reason = request.finish_reason or "cancelled"
-            self.scheduler.sweep()
+            self.scheduler.leave(request)
 
     def run(self, request: Request) -> Iterator[Sequence[int]]:
         """Step until a request ends; yields the tokens it gained. Leaving early cancels it.
@@ -182,7 +182,8 @@ class Engine:
                 rows = sum(map(len, trees))
                 parts = self.scheduler.chunks(rows, self.load.history, self.model.cost)
             self._forward(live, trees, parts, start)
-            self.scheduler.sweep()
+            for request in [request for request in self.scheduler.running if request.finish_reason]:
+                self.scheduler.leave(request)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -195,7 +196,7 @@ class Engine:
                 request.finish_reason = request.finish_reason or "cancelled"
                 request.cache = None
             self.scheduler.running.clear()
-            self.pool = self.scheduler.pool = self.model.pool(self.limits.kv_memory)
+            self.pool = self.scheduler.pool = self.pool.renewed()
             raise
 
     def _forward(

@@ -156,12 +156,10 @@ class Request:
         """True if it is reading what another request's text begins with, too: that one can share it later."""
         if self.ready or self.salt != other.salt:
             return False
-        most = min(len(self.tokens), len(other.tokens)) - 1
-        if most < MIN_SHARED or self.tokens[:MIN_SHARED] != other.tokens[:MIN_SHARED]:
-            return False
-        pairs = zip(self.tokens[:most], other.tokens[:most], strict=True)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), most)
-        return self.length < shared
+        count = max(self.length + 1, MIN_SHARED)
+        return count < min(len(self.tokens), len(other.tokens)) and (
+            self.tokens[:count] == other.tokens[:count]
+        )
 
     def propose(self) -> Tree:
         """The drafter's tree, without the rows that could not be emitted any more; the same tree again while

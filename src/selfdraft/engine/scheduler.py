@@ -83,11 +83,16 @@ class Scheduler:
         for request in self.requests:
             if request.finish_reason is None and request.deadline is not None and now >= request.deadline:
                 request.finish_reason = "deadline"
-        for request in [request for request in self.running if request.finish_reason is not None]:
+            if request.finish_reason is not None:
+                self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """One that has ended gives its memory back."""
+        if request in self.running:
             self.running.remove(request)
             request.close()
-        if any(request.finish_reason is not None for request in self.waiting):
-            self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     def admit(self) -> None:
         """Let those that wait begin, as long as there is memory for all that they have to read."""

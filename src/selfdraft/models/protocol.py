@@ -78,6 +78,10 @@ class Pool(Protocol):
     def free(self) -> int | None:
         """How many more they hold now; None likewise."""
 
+    def renewed(self) -> Pool:
+        """The same memory, empty, in place of this pool: where a step was interrupted nobody knows what the
+        caches hold. They are not used again."""
+
 
 class Model(Protocol):
     """A causal language model that can verify a tree."""
