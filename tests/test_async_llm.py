@@ -17,7 +17,14 @@ from selfdraft import LLM, SamplingParams
 from selfdraft.async_llm import AsyncLLM, Process
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.scheduler import Limits
-from selfdraft.errors import EngineClosed, InvalidOption, InvalidPrompt, ModelNotFound, QueueFull
+from selfdraft.errors import (
+    EngineClosed,
+    InvalidOption,
+    InvalidPrompt,
+    ModelNotFound,
+    ModelUnsupported,
+    QueueFull,
+)
 
 PROMPTS = ["def add", "class Tree", "for i in", "return self"]
 
@@ -98,6 +105,13 @@ def test_bad_requests_are_refused_at_once(served: AsyncLLM) -> None:
         served.submit([5], params(0, logit_bias={99999: 1.0}))
     with pytest.raises(InvalidOption, match="timeout"):
         served.submit([5], params(0), timeout=-1.0).wait()
+
+
+def test_a_method_that_the_model_cannot_run_loads_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one request would hold up all others while another form of the model is loaded, each time."""
+    monkeypatch.setattr(LLM, "using", lambda *_: 1 / 0)
+    with AsyncLLM.load(llm) as served, pytest.raises(ModelUnsupported, match="looped"):
+        served.submit([5, 6], params(0), method="speed").wait()
 
 
 def test_the_queue_has_an_end(folder: Path) -> None:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from . import drafting
 from .encoding import Prompt
+from .engine.engine import check_early
 from .engine.request import Request, TokenLogprob
 from .errors import EngineClosed, InvalidOption, SelfdraftError
 from .llm import LLM
@@ -186,6 +188,7 @@ class EngineLoop:
         if method is None or method == self.llm.method_name:
             return self.llm
         if method not in self._methods:
+            check_early(drafting.resolve(method)[0], self.llm.model)  # before another form of it is loaded
             other = self.llm.using(method)
             if other.engine is not self.llm.engine:
                 raise InvalidOption(

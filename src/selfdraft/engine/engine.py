@@ -235,16 +235,18 @@ class Engine:
         ready = self.scheduler.ready
         self.load.begin(ready)
         live, trees, rows = [], [], 0
+        later = len(self.scheduler.running)  # each of which needs a row
         for request in ready:
             if not request.ready:
                 continue  # preempted for one before it
+            later -= 1
             self.load.ask(request)
             try:
                 tree = self._checked(request.propose(), request)
             except SelfdraftError as error:
                 request.fail(error)
                 continue
-            fitting = self.scheduler.fit(request, tree, rows)
+            fitting = self.scheduler.fit(request, tree, rows + later)
             if fitting is not None:
                 live.append(request)
                 trees.append(fitting)
