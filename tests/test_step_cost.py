@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -197,6 +199,18 @@ def test_a_damaged_or_stale_table_is_measured_anew(
     assert started(double).cost(2) == 3.0
     assert started(double).cost(2) == 3.0, "it was written again"
     assert len(measurements) == 2
+
+
+def test_an_old_table_is_measured_anew(
+    double: TransformersModel, measurements: list[Any], tmp_path: Path
+) -> None:
+    started(double).cost(2)
+    (table,) = (tmp_path / "cache" / "step_times").iterdir()
+    for days, expected in ((20, 2.0), (40, 3.0), (0, 3.0)):
+        before = time.time() - 86400 * days
+        if days:
+            os.utime(table, (before, before))
+        assert started(double).cost(2) == expected
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(

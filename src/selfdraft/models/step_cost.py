@@ -10,7 +10,9 @@ library versions, so that it is measured once and not at every start. Where the 
 is measured each time. It may have been measured while the machine was busy, or the machine may have changed:
 so the steps of a running engine are compared with it, and a table that they contradict is forgotten, to be
 measured anew when the model is loaded next. What counts is the ratio of wide steps to narrow ones, since
-other work on the machine makes both longer: only steps that follow one another are compared.
+other work on the machine makes both longer: only steps that follow one another are compared. Where the table
+says that rows are dear nothing is drafted, so no step contradicts it; therefore none is used for longer than
+`MAX_AGE`.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ SECONDS = 0.5  # and as many more as fit
 COMPARED = 100  # pairs of a wide step and a narrow one until the table is judged
 WIDER = 2.0  # times as many rows as the narrow one's at least
 STALE = 1.5  # times the ratio of their times that the table says, or one of so many, means that it is stale
+MAX_AGE = 30 * 86400.0  # seconds for which a table is used
 TABLE_VERSION = 2  # of the way to measure; another one is measured anew
 LOG = logging.getLogger("selfdraft")
 
@@ -208,8 +211,10 @@ def _machine(model: Model) -> Mapping[str, object]:
 
 
 def _read(path: Path, identity: str) -> StepTimes | None:
-    """The table in a file; None where there is none, it is damaged, or another model's."""
+    """The table in a file; None where there is none, it is old, damaged, or another model's."""
     try:
+        if time.time() - path.stat().st_mtime > MAX_AGE:
+            return None
         record = json.loads(path.read_text(encoding="utf-8"))
         seconds = {
             int(history): {int(rows): float(took) for rows, took in of.items()}
