@@ -1,10 +1,11 @@
 """Many requests at once: throughput, what a long prompt takes from others, turns of a chat, memory.
 
-    python benchmarks/many.py throughput --data DIR [--llama-python PYTHON] [--model FILE.gguf]
+    python benchmarks/many.py throughput --data DIR [--llama-python PYTHON] [--model FILE.gguf] [--other SRC]
     python benchmarks/many.py stall | chat | memory
 
 throughput: tokens per second of n requests that come together, plain and llma, and llama.cpp's parallel
-decoding of the same prompts from the same file, in turn. stall: time between tokens of a running request
+decoding of the same prompts from the same file, in turn; with --other also those of another version of this
+package, from its sources. stall: time between tokens of a running request
 while a prompt of 4,000 tokens is read. chat: time to the first token of each of ten turns, with and without
 the prefix cache. memory: what 1,000 waiting prompts, and one long text beside 31 short ones, hold. The last
 line is JSON."""
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,12 +83,30 @@ for line in sys.stdin:
     print(json.dumps([time.perf_counter() - start, texts]), flush=True)
 """
 
+OTHER = """
+import json, sys, time
+from selfdraft import LLM, Engine, SamplingParams
+llm = LLM(sys.argv[1], weights=sys.argv[2] or None)
+llm.model.cost(1)
+methods = {name: llm.using(name).method for name in ("plain", "llma")}
+for line in sys.stdin:
+    name, prompts = json.loads(line)
+    engine, start = Engine(llm.model), time.perf_counter()
+    params = SamplingParams(max_new_tokens=int(sys.argv[3]), ignore_eos=True)
+    requests = [engine.submit(prompt, methods[name], params) for prompt in prompts]
+    while engine.requests:
+        engine.step()
+    texts = [list(request.emitted) for request in requests]
+    print(json.dumps([time.perf_counter() - start, texts]), flush=True)
+"""
+
 
 def throughput(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second by number of requests, of each way; the best of the rounds."""
     prompts = _prompts(llm, Path(asked.data), max(asked.requests))
     table: dict[str, dict[int, float]] = {"plain": {}, "llma": {}}
     equal = True
+    other = _other(asked) if asked.other else None
     for count in asked.requests:
         ways: dict[str, Run] = {
             name: partial(_own, llm.using(name), asked.tokens) for name in ("plain", "llma")
@@ -93,6 +114,8 @@ def throughput(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
         worker = _worker(llm, asked, count) if asked.llama_python else None
         if worker is not None:
             ways["llama.cpp"] = partial(_ask, worker)
+        if other is not None:
+            ways |= {f"other {name}": partial(_ask, other, name) for name in ("plain", "llma")}
         best: dict[str, float] = {}
         for _ in range(asked.rounds):
             texts = {}
@@ -105,6 +128,8 @@ def throughput(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
         for way, rate in best.items():
             table.setdefault(way, {})[count] = rate
         print(count, "requests:", ", ".join(f"{way} {rate:.0f}" for way, rate in best.items()), flush=True)
+    if other is not None:
+        other.kill()
     return {"tokens per second": table, "texts of llma are plain's": equal, "tokens": asked.tokens}
 
 
@@ -216,13 +241,23 @@ def _own(llm: LLM, tokens: int, prompts: Sequence[Sequence[int]]) -> tuple[float
 def _worker(llm: LLM, asked: argparse.Namespace, count: int) -> subprocess.Popen[str]:
     file = str(gguf_source(asked.model) or asked.model)
     words = [asked.llama_python, "-c", WORKER, file, str(llm.model.threads), str(count), str(asked.tokens)]  # type: ignore[union-attr]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return _started(words)
 
 
-def _ask(worker: subprocess.Popen[str], prompts: Sequence[Sequence[int]]) -> tuple[float, list[list[int]]]:
+def _other(asked: argparse.Namespace) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", OTHER, asked.model, asked.weights or "", str(asked.tokens)]
+    return _started(words, {**os.environ, "PYTHONPATH": asked.other})
+
+
+def _started(words: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def _ask(worker: subprocess.Popen[str], *asked: Any) -> tuple[float, list[list[int]]]:
+    """The answer of a worker to what it is asked: one thing as it is, several as a list."""
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write(json.dumps([list(prompt) for prompt in prompts]) + "\n")
+    worker.stdin.write(json.dumps(asked[0] if len(asked) == 1 else asked) + "\n")
     worker.stdin.flush()
     took, texts = json.loads(worker.stdout.readline())
     return took, texts
@@ -239,6 +274,7 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--data", default="data", help="folder of the benchmark sets")
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
+    parser.add_argument("--other", help="folder of the sources of another version, its kernels built")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)

@@ -17,7 +17,14 @@ from selfdraft import LLM, SamplingParams
 from selfdraft.async_llm import AsyncLLM, Process
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.scheduler import Limits
-from selfdraft.errors import EngineClosed, InvalidOption, InvalidPrompt, ModelNotFound, QueueFull
+from selfdraft.errors import (
+    EngineClosed,
+    InvalidOption,
+    InvalidPrompt,
+    ModelNotFound,
+    ModelUnsupported,
+    QueueFull,
+)
 
 PROMPTS = ["def add", "class Tree", "for i in", "return self"]
 
@@ -100,6 +107,13 @@ def test_bad_requests_are_refused_at_once(served: AsyncLLM) -> None:
         served.submit([5], params(0), timeout=-1.0).wait()
 
 
+def test_a_method_that_the_model_cannot_run_loads_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one request would hold up all others while another form of the model is loaded, each time."""
+    monkeypatch.setattr(LLM, "using", lambda *_: 1 / 0)
+    with AsyncLLM.load(llm) as served, pytest.raises(ModelUnsupported, match="looped"):
+        served.submit([5, 6], params(0), method="speed").wait()
+
+
 def test_the_queue_has_an_end(folder: Path) -> None:
     limits = Limits(max_requests=1, max_queue=1)
     with AsyncLLM.load(str(folder), limits=limits) as served:
@@ -111,6 +125,18 @@ def test_the_queue_has_an_end(folder: Path) -> None:
             ticket.cancel()
             ticket.wait()
         served.submit([5, 6], params(0)).wait()
+
+
+def test_what_cannot_be_sent_takes_no_place_in_the_queue(
+    served: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: object) -> None:
+        raise TypeError("cannot pickle")
+
+    monkeypatch.setattr(served._runner, "tell", fail)
+    with pytest.raises(TypeError, match="pickle"):
+        served.submit([5, 6], params(0))
+    assert not served._tickets
 
 
 def test_closing_lets_requests_finish_or_ends_them(folder: Path) -> None:
@@ -125,10 +151,13 @@ def test_closing_lets_requests_finish_or_ends_them(folder: Path) -> None:
     assert not any(thread.name == "selfdraft-engine" for thread in threading.enumerate())
 
 
-def test_a_process_that_dies_is_started_again(served: AsyncLLM) -> None:
-    runner = served._runner
+def test_a_process_that_dies_is_started_again(served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks meanwhile is not held up."""
+    runner, may_start = served._runner, threading.Event()
     if not isinstance(runner, Process):
         pytest.skip("of processes")
+    start = runner._start
+    monkeypatch.setattr(runner, "_start", lambda: may_start.wait(60) and start())
     right = served.submit([5, 6], params(0)).wait().ids
     lost = served.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
     next(iter(lost))
@@ -136,6 +165,10 @@ def test_a_process_that_dies_is_started_again(served: AsyncLLM) -> None:
     os.kill(runner._process.pid, signal.SIGKILL)
     with pytest.raises(EngineClosed, match="exit code -9"):
         lost.wait()
+    with pytest.raises(EngineClosed, match="started again"):
+        served.submit([5, 6], params(0))
+    lost.cancel()
+    may_start.set()
     for _ in range(600):
         try:
             again = served.submit([5, 6], params(0)).wait()

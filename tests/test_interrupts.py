@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import pytest
 import torch
 
-from selfdraft.drafting.plain import Plain
+from selfdraft.drafting.method import DraftContext
+from selfdraft.drafting.plain import Plain, PlainDrafter
 from selfdraft.engine.engine import Engine
+from selfdraft.engine.scheduler import Limits
 from selfdraft.engine.tree import Tree
+from selfdraft.errors import InvalidOption
+from selfdraft.models import paged_cache
+from selfdraft.models.decoder_work import DecoderPool
 from selfdraft.models.paged_cache import PagePool
 
 from runs import greedy, random_prompt, run
@@ -134,3 +139,43 @@ def test_pages_are_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
             cache.close()
     cache.close()
     assert len(set(cache.pool._free)) == len(cache.pool._free)
+
+
+def finish(engine: Engine) -> None:
+    while engine.requests:
+        engine.step()
+
+
+class Interrupted(Plain):
+    """A drafter during which the user interrupts."""
+
+    def drafter(self, context: DraftContext) -> PlainDrafter:
+        return InterruptedDrafter()
+
+
+class InterruptedDrafter(PlainDrafter):
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_engine_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the machine has none left for as much again."""
+    model, prompt = decoder("q4"), random_prompt(40, seed=7)
+    expected = run(model, Plain(), prompt, greedy(20)).emitted
+    engine = Engine(model, Limits(kv_memory=2**20))
+    held = engine.pool.tokens
+    monkeypatch.setattr(paged_cache, "available_memory", lambda: 2**16)
+    for _ in range(3):
+        others = [engine.submit(prompt, method, greedy(20)) for method in (Plain(), Interrupted())]
+        with pytest.raises(KeyboardInterrupt):
+            finish(engine)
+        assert [other.finish_reason for other in others] == ["cancelled", "cancelled"]
+        assert engine.pool.free == engine.pool.tokens == held
+        again = engine.submit(prompt, Plain(), greedy(20))
+        assert [token for tokens in engine.run(again) for token in tokens] == expected
+
+
+def test_taking_memory_anew_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DecoderPool, "renewed", lambda self: decoder("q4").pool(2**20), raising=True)
+    with pytest.raises(InvalidOption, match="free memory"):
+        test_an_interrupted_engine_keeps_its_memory(monkeypatch)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from selfdraft import Engine, Method, Request, SamplingParams
+from selfdraft import Engine, Method, Request, SamplingParams, Tree
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine import scheduler
-from selfdraft.engine.scheduler import Limits
+from selfdraft.engine.scheduler import Limits, Scheduler
 from selfdraft.errors import InvalidOption, KVMemoryExhausted, QueueFull
 from selfdraft.models.decoder import Decoder
 from selfdraft.models.paged_cache import PagedCache
@@ -70,7 +70,11 @@ def test_a_prompt_is_read_beside_the_steps_of_others(model: Decoder) -> None:
     assert late.emitted == emitted(model, late.prompt, greedy(5))
 
 
-def test_rows_of_a_step_keep_to_the_limit(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [3, 20])
+def test_rows_of_a_step_keep_to_the_limit(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """However much is drafted, and while prompts are read beside it."""
     rows: list[int] = []
     forward = Decoder.forward
 
@@ -78,16 +82,15 @@ def test_rows_of_a_step_keep_to_the_limit(model: Decoder, monkeypatch: pytest.Mo
         rows.append(sum(len(tree) for tree in trees))
         return forward(self, trees, *others)
 
-    prompts = [random_prompt(30, i) for i in range(4)]
+    prompts = [random_prompt(30, i) for i in range(6)]
     rights = [emitted(model, prompt, greedy(20)) for prompt in prompts]
     monkeypatch.setattr(Decoder, "forward", counted)
-    engine = Engine(model, Limits(max_rows=20))
-    requests = [
-        engine.submit(prompt, Oracle(right, depth=9), greedy(20))
-        for prompt, right in zip(prompts, rights, strict=True)
-    ]
+    engine, requests = Engine(model, Limits(max_rows=limit)), []
+    for i, (prompt, right) in enumerate(zip(prompts, rights, strict=True)):
+        requests.append(engine.submit(prompt, Oracle(right, depth=3 + i), greedy(20)))
+        engine.step()
     finish(engine)
-    assert max(rows) == 20
+    assert max(rows) == limit
     assert [request.emitted for request in requests] == rights
 
 
@@ -248,6 +251,18 @@ def test_a_stop_that_raises_ends_its_own_request(model: Decoder) -> None:
         "a stopping criterion raised RuntimeError: broken",
     )
     assert other.emitted == emitted(model, other.prompt, greedy(9))
+
+
+def test_rows_that_others_need_are_left(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: the first to draft takes all rows."""
+    fit = Scheduler.fit
+
+    def greedily(self: Scheduler, request: Request, tree: Tree, rows: int) -> Tree | None:
+        return fit(self, request, tree, rows - len(self.running))
+
+    monkeypatch.setattr(Scheduler, "fit", greedily)
+    with pytest.raises(AssertionError):
+        test_rows_of_a_step_keep_to_the_limit(model, monkeypatch, 20)
 
 
 @pytest.mark.parametrize("fault", ["stall", "shared", "prefix"])

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,16 +17,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import Engine
+from selfdraft import Engine, Method, Tree
 from selfdraft.drafting.method import DraftContext
 from selfdraft.drafting.plain import Plain, PlainDrafter
+from selfdraft.engine.load import Load
 from selfdraft.models import step_cost
 from selfdraft.models.numerics import RowRange
 from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
+from selfdraft.verify.adversaries import Oracle
 
 from conftest import tiny_llama
-from runs import greedy, random_prompt
+from runs import greedy, random_prompt, run
 
 
 def test_between_and_beyond_what_was_measured() -> None:
@@ -45,10 +52,40 @@ class Curious(Plain):
         return PlainDrafter()
 
 
+@dataclass(frozen=True)
+class Chains:
+    """Drafts three tokens of a text at a time."""
+
+    text: Sequence[int]
+
+    def drafter(self, context: DraftContext) -> Chainer:
+        return Chainer(self.text, len(context.prompt))
+
+
+@dataclass
+class Chainer(PlainDrafter):
+    text: Sequence[int]
+    start: int
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        at = len(tokens) - self.start
+        return Tree.chain([tokens[-1], *self.text[at : at + 3]])
+
+
+def costs_beside(model: TransformersModel, *others: Method) -> Callable[[int], float]:
+    """What rows cost a request that runs beside others, after a few steps of all."""
+    engine, method, prompt = Engine(model), Curious(), random_prompt(9, 1)
+    requests = [engine.submit(prompt, one, greedy(30)) for one in (*others, method)]
+    while any(len(request.runs) < 3 for request in requests):
+        engine.step()
+    return method.cost
+
+
 def test_costs_count_the_rows_of_all_requests(
     exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With three requests, a row more of each is three rows more; measured once per model."""
+    """Beside two others three rows more make the step of six longer, for all three; measured once per
+    model."""
     calls = []
 
     def measured(model: TransformersModel, *_: object) -> StepTimes:
@@ -57,20 +94,36 @@ def test_costs_count_the_rows_of_all_requests(
 
     monkeypatch.setattr("selfdraft.models.transformers.step_times", measured)
     monkeypatch.setattr(exact, "step_times", None)
-    engine, method = Engine(exact), Curious()
-    requests = [engine.submit(random_prompt(9, i), method, greedy(9)) for i in range(3)]
-    assert method.cost(4) == pytest.approx(4.0)
-    while not all(request.ready for request in requests):
-        engine.step()
-    assert method.cost(4) == pytest.approx(4.0)
+    assert costs_beside(exact)(4) == pytest.approx(4.0)
+    assert costs_beside(exact, Plain(), Plain())(4) == pytest.approx(1 + 3 * (6 / 3 - 1))
     monkeypatch.setattr(exact, "step_times", StepTimes({0: {1: 1.0, 3: 1.0, 12: 7.0}}))
-    engine = Engine(exact)
-    requests = [engine.submit(random_prompt(9, i), method, greedy(9)) for i in range(3)]
-    while not all(request.ready for request in requests):
-        engine.step()
-    engine.step()
-    assert method.cost(4) == pytest.approx(7.0), "twelve rows in units of three"
+    assert costs_beside(exact, Plain(), Plain())(4) == pytest.approx(1 + 3 * (3 / 1 - 1))
     assert calls == [exact]
+
+
+def test_rows_cost_what_others_leave_of_those_that_are_free(
+    exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where 16 rows take the time of one, a draft beside few others is free, however few of them draft; where
+    they fill the step with drafts, the same draft costs, and more where theirs are accepted."""
+    right = run(exact, Plain(), random_prompt(9, 1)).emitted
+    monkeypatch.setattr(exact, "step_times", StepTimes({0: {1: 1.0, 16: 1.0, 32: 2.0}}))
+    assert costs_beside(exact, *[Plain()] * 7)(9) == 1.0
+    rejected = costs_beside(exact, *[Chains([token + 1 for token in right])] * 3)(9)
+    accepted = costs_beside(exact, *[Chains(right)] * 3)(9)
+    assert 1.0 < rejected < accepted
+
+
+def test_counting_all_as_if_they_drafted_as_much_is_seen(
+    exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Load,
+        "draft_cost",
+        lambda self, rows: self.time(rows * (self._others[0] + 1)) / self.time(self._others[0] + 1),
+    )
+    with pytest.raises(AssertionError):
+        test_rows_cost_what_others_leave_of_those_that_are_free(exact, monkeypatch)
 
 
 def test_a_real_model_is_measured(exact: TransformersModel) -> None:
@@ -148,6 +201,18 @@ def test_a_damaged_or_stale_table_is_measured_anew(
     assert len(measurements) == 2
 
 
+def test_an_old_table_is_measured_anew(
+    double: TransformersModel, measurements: list[Any], tmp_path: Path
+) -> None:
+    started(double).cost(2)
+    (table,) = (tmp_path / "cache" / "step_times").iterdir()
+    for days, expected in ((20, 2.0), (40, 3.0), (0, 3.0)):
+        before = time.time() - 86400 * days
+        if days:
+            os.utime(table, (before, before))
+        assert started(double).cost(2) == expected
+
+
 def test_a_folder_that_cannot_be_written_does_no_harm(
     double: TransformersModel, measurements: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -155,3 +220,73 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "file"))
     assert started(double).cost(2) == 2.0
     assert started(double).cost(2) == 3.0
+
+
+def steps(times: StepTimes, ratio: float, seed: int = 0) -> None:
+    """Steps of one and of eight rows in turn, the latter so many times as long, on a machine whose other work
+    comes and goes, with one step in ten held up."""
+    rng, load = random.Random(seed), 1.0
+    for i in range(500):
+        load = min(8.0, max(1.0, load * rng.uniform(0.8, 1.25)))
+        held_up = 20.0 if rng.random() < 0.1 else 1.0
+        wide = i % 3 == 0
+        times.observe(*((8, times(8)) if wide else (1, 1.0)), load * held_up * (ratio if wide else 1.0))
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> StepTimes:
+    """A table that says that eight rows take twice as long as one."""
+    times = StepTimes({0: {1: 1.0, 8: 2.0}})
+    times.path = tmp_path / "table"
+    times.path.write_text("")
+    return times
+
+
+@pytest.mark.parametrize("ratio", [1.0, 5.0])
+def test_a_table_that_steps_contradict_is_measured_anew(
+    double: TransformersModel,
+    measurements: list[Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    ratio: float,
+) -> None:
+    model = started(double)
+    assert model.cost(2) == 2.0
+    assert model.step_times is not None
+    for seed in range(3):
+        steps(model.step_times, ratio * model.cost(8), seed)
+    stale = ratio > 1
+    assert [len(measurements), started(double).cost(2), len(measurements)] == [1, 2.0 + stale, 1 + stale]
+    assert caplog.text.count("measured anew") == stale, "said once"
+
+
+def test_a_busy_machine_makes_no_table_stale(kept: StepTimes) -> None:
+    for seed in range(20):
+        steps(kept, 2.0, seed)
+    assert kept.path is not None
+    assert kept.path.exists()
+
+
+def test_comparing_with_an_idle_machine_is_seen(kept: StepTimes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: wide steps are compared with the first narrow one, when nothing else ran."""
+    observe = StepTimes.observe
+
+    def late(self: StepTimes, rows: int, cost: float, seconds: float) -> None:
+        self._last = 1, 1.0, 1.0
+        observe(self, rows, cost, seconds)
+
+    monkeypatch.setattr(StepTimes, "observe", late)
+    with pytest.raises(AssertionError):
+        test_a_busy_machine_makes_no_table_stale(kept)
+
+
+def test_steps_that_read_prompts_are_not_compared(
+    exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(exact, "observe", lambda rows, cost, seconds: seen.append(rows))
+    right = run(exact, Plain(), random_prompt(9, 1)).emitted
+    del seen[:]
+    request = run(exact, Oracle(right, depth=3), random_prompt(9, 1))
+    assert sum(seen) == request.rows
+    assert len(seen) == len(request.runs)

@@ -72,7 +72,8 @@ class Ticket:
     def cancel(self) -> None:
         """Let the request end within one step; what it has emitted stays readable."""
         if self._end is None:
-            self._cancel(self.number)
+            with suppress(EngineClosed):  # then it has lost its requests
+                self._cancel(self.number)
 
     def __iter__(self) -> Iterator[Progress]:
         while True:
@@ -244,8 +245,8 @@ class AsyncLLM(PromptEncoder):
             self._tickets[ticket.number] = ticket
         try:
             self._runner.tell(Submit(ticket.number, asked))
-        except EngineClosed:
-            del self._tickets[ticket.number]
+        except BaseException:
+            self._tickets.pop(ticket.number, None)
             raise
         return ticket
 
@@ -281,7 +282,7 @@ class AsyncLLM(PromptEncoder):
             if fresh.ids:
                 ticket.add(fresh.ids, fresh.logprobs)
             if fresh.end is not None:
-                del self._tickets[fresh.number]
+                self._tickets.pop(fresh.number, None)
                 ticket.finish(fresh.end)
         self.observe(report.stats)
 
@@ -300,11 +301,12 @@ class Thread:
         self.facts = facts(llm)
         self._loop = EngineLoop(llm, owner.receive)
         self._owner = owner
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="selfdraft-engine", daemon=True)
         self._thread.start()
 
     def tell(self, command: Command) -> None:
-        if not self._thread.is_alive():
+        if self._ended:
             raise EngineClosed("the engine's thread has ended")
         self._loop.commands.put(command)
 
@@ -315,6 +317,7 @@ class Thread:
         try:
             self._loop.run()
         except BaseException as error:
+            self._ended = True  # first, so that nothing is told that nobody hears
             self._owner.lose(EngineClosed(f"the engine failed: {type(error).__name__}: {error}"))
             raise
 
@@ -325,20 +328,20 @@ class Process:
     def __init__(self, model: str, options: Mapping[str, Any], owner: AsyncLLM) -> None:
         self._model, self._options, self._owner = model, options, owner
         self._sending = threading.Lock()
-        self._ending = False
+        self._ending = self._starting = False
         self._start()
         self._reader = threading.Thread(target=self._read, name="selfdraft-reports", daemon=True)
         self._reader.start()
 
     def tell(self, command: Command) -> None:
         self._ending = self._ending or isinstance(command, Close)
-        with self._sending:
-            try:
+        try:
+            if self._starting:  # nobody waits for that here: an event loop may be calling
+                raise ConnectionError("it is loading the model")
+            with self._sending:
                 self._connection.send(command)
-            except OSError as error:
-                raise EngineClosed(
-                    "the engine's process died and is being started again; try again"
-                ) from error
+        except OSError as error:
+            raise EngineClosed("the engine's process died and is being started again; try again") from error
 
     def join(self, grace: float) -> None:
         self._process.join(grace + 10)
@@ -375,17 +378,19 @@ class Process:
                 self._process.join()
                 if self._ending:
                     return
-                code = self._process.exitcode
+                code, self._starting = self._process.exitcode, True
                 self._owner.lose(
                     EngineClosed(f"the engine's process died (exit code {code}); it is being started again")
                 )
                 try:
-                    with self._sending:
-                        self._start()
-                except SelfdraftError as error:
+                    self._start()
+                except (SelfdraftError, OSError) as error:
                     self._ending = True
                     self._owner.lose(EngineClosed(f"the engine could not be started again: {error}"))
                     return
+                self._starting = False
+                if self._ending:  # closed meanwhile
+                    self._process.kill()
 
 
 Runner = Thread | Process

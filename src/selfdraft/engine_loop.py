@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from . import drafting
 from .encoding import Prompt
+from .engine.engine import check_early
 from .engine.request import Request, TokenLogprob
 from .errors import EngineClosed, InvalidOption, SelfdraftError
 from .llm import LLM
@@ -186,6 +188,7 @@ class EngineLoop:
         if method is None or method == self.llm.method_name:
             return self.llm
         if method not in self._methods:
+            check_early(drafting.resolve(method)[0], self.llm.model)  # before another form of it is loaded
             other = self.llm.using(method)
             if other.engine is not self.llm.engine:
                 raise InvalidOption(
@@ -210,10 +213,10 @@ class EngineLoop:
     def _fresh(self) -> list[Fresh]:
         fresh = []
         for number, (request, asked, sent) in list(self.live.items()):
-            ids, start = request.tokens[len(request.prompt) + sent :], sent
             ended = request.finish_reason is not None
-            if not ids and not ended:
+            if request.added == sent and not ended:
                 continue
+            ids, start = request.tokens[len(request.prompt) + sent :], sent
             end = self._llm(asked.method).completion(request, asked.chat) if ended else None
             fresh.append(Fresh(number, ids, request.logprobs[start:], end))
             if ended:

@@ -66,9 +66,9 @@ class DraftContext:
     that guess at random. temperature: of the sampling, 0 is greedy. noise: the Gumbel noise that the
     sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
-    log-probability plus noise. cost: what a step takes with so many rows of this request, measured, in
-    units of a step with one; it may change while others join and leave. lookahead: what the model's
-    adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
+    log-probability plus noise. cost: of so many rows of this request, in tokens that the time would bring
+    otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. lookahead: what the
+    model's adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
     """
 
     prompt: Sequence[int]

@@ -44,13 +44,11 @@ from ..params import SamplingParams
 from ..sampling.grammar import Guide
 from ..sampling.sampler import Sampler
 from ..sampling.stopping import Stop
+from .load import Load
 from .request import Request
 from .scheduler import Limits, Scheduler
 from .step import Step
 from .tree import Tree
-
-HISTORY_STEP = 256
-"""Lengths of history whose costs are taken to be equal."""
 
 
 class Engine:
@@ -64,9 +62,7 @@ class Engine:
         self.scheduler = Scheduler(self.limits, self.pool, model.ragged)
         self.lock = threading.RLock()
         """Held during a step: what is read under it belongs together."""
-        self._costs: Sequence[float] = ()
-        """By rows: what a step takes in which each decoding request has so many; of one row: 1."""
-        self._known_costs: dict[tuple[int, int], Sequence[float]] = {}
+        self.load = Load(model.cost)
 
     @property
     def requests(self) -> list[Request]:
@@ -126,7 +122,7 @@ class Engine:
                 sampler.seed,
                 params.temperature,
                 sampler.noise,
-                self._cost,
+                self.load.draft_cost,
                 self.model.lookahead,
                 self.model.loops,
             )
@@ -150,7 +146,7 @@ class Engine:
         """Let a request leave before its end; what it has emitted stays readable."""
         with self.lock, self._whole():
             request.finish_reason = request.finish_reason or "cancelled"
-            self.scheduler.sweep()
+            self.scheduler.leave(request)
 
     def run(self, request: Request) -> Iterator[Sequence[int]]:
         """Step until a request ends; yields the tokens it gained. Leaving early cancels it.
@@ -184,9 +180,10 @@ class Engine:
             parts = []
             if self.model.ragged:
                 rows = sum(map(len, trees))
-                parts = self.scheduler.chunks(rows, self._history(), self.model.cost)
+                parts = self.scheduler.chunks(rows, self.load.history, self.model.cost)
             self._forward(live, trees, parts, start)
-            self.scheduler.sweep()
+            for request in [request for request in self.scheduler.running if request.finish_reason]:
+                self.scheduler.leave(request)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
@@ -199,28 +196,8 @@ class Engine:
                 request.finish_reason = request.finish_reason or "cancelled"
                 request.cache = None
             self.scheduler.running.clear()
-            self.pool = self.scheduler.pool = self.model.pool(self.limits.kv_memory)
+            self.pool = self.scheduler.pool = self.pool.renewed()
             raise
-
-    def _cost(self, rows: int) -> float:
-        """What a step takes in which each request that decodes has so many rows; of one row: 1."""
-        return self._costs[rows] if rows < len(self._costs) else self._measured_costs(rows + 1)[rows]
-
-    def _history(self) -> int:
-        """Tokens before the rows of those that decode, on average."""
-        lengths = [request.length for request in self.scheduler.ready]
-        return sum(lengths) // max(1, len(lengths))
-
-    def _measured_costs(self, rows: int) -> Sequence[float]:
-        """The table of `_cost` for the present load, of so many entries at least."""
-        live = max(1, len(self.scheduler.ready))
-        history = self._history() // HISTORY_STEP * HISTORY_STEP
-        found = self._known_costs.get((live, history), ())
-        if len(found) < rows:
-            one = self.model.cost(live, history)
-            found = [max(1.0, self.model.cost(live * n, history) / one) for n in range(max(rows, 65))]
-            self._known_costs[live, history] = found
-        return found
 
     def _forward(
         self,
@@ -245,6 +222,9 @@ class Engine:
             mine = [live[i] for i in heard], [trees[i] for i in heard], [counts[i] for i in heard]
             self._take(*mine, rows.of(heard))
         took = time.perf_counter() - start
+        if not parts and stages is None:
+            count = sum(map(len, trees))
+            self.model.observe(count, self.load.time(count), took)
         for request in live:
             request.seconds += took
         for request in readers:
@@ -252,21 +232,26 @@ class Engine:
 
     def _propose(self) -> tuple[list[Request], list[Tree]]:
         """The requests that decode, with their trees. One whose drafter fails ends."""
-        self._costs = self._measured_costs(1)
+        ready = self.scheduler.ready
+        self.load.begin(ready)
         live, trees, rows = [], [], 0
-        for request in self.scheduler.ready:
+        later = len(self.scheduler.running)  # each of which needs a row
+        for request in ready:
             if not request.ready:
                 continue  # preempted for one before it
+            later -= 1
+            self.load.ask(request)
             try:
                 tree = self._checked(request.propose(), request)
             except SelfdraftError as error:
                 request.fail(error)
                 continue
-            fitting = self.scheduler.fit(request, tree, rows)
+            fitting = self.scheduler.fit(request, tree, rows + later)
             if fitting is not None:
                 live.append(request)
                 trees.append(fitting)
                 rows += len(fitting)
+                self.load.rows += len(fitting) - request.width
         return live, trees
 
     def _take(
@@ -308,6 +293,7 @@ class Engine:
         for request, step, group, logits in zip(live, steps, groups, mask_logits, strict=True):
             if request.error is not None:
                 continue
+            self.load.ask(request)
             try:
                 request.observe(step, logits if group else None)
             except SelfdraftError as error:

@@ -74,6 +74,8 @@ class Request:
     """Tokens emitted by each decode step."""
     rows: int = 0
     """Rows that the decode steps ran."""
+    width: int = 1
+    """Rows of the last one."""
     prefills: int = 0
     """Forwards that read the prompt."""
     finish_reason: FinishReason | None = None
@@ -97,6 +99,11 @@ class Request:
     def added(self) -> int:
         """How many they are."""
         return len(self.tokens) - len(self.prompt)
+
+    @property
+    def pace(self) -> float:
+        """Tokens that a decode step adds, on average; 1 before the first one."""
+        return self.added / len(self.runs) if self.runs else 1.0
 
     @property
     def room(self) -> int:
@@ -149,12 +156,10 @@ class Request:
         """True if it is reading what another request's text begins with, too: that one can share it later."""
         if self.ready or self.salt != other.salt:
             return False
-        most = min(len(self.tokens), len(other.tokens)) - 1
-        if most < MIN_SHARED or self.tokens[:MIN_SHARED] != other.tokens[:MIN_SHARED]:
-            return False
-        pairs = zip(self.tokens[:most], other.tokens[:most], strict=True)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), most)
-        return self.length < shared
+        count = max(self.length + 1, MIN_SHARED)
+        return count < min(len(self.tokens), len(other.tokens)) and (
+            self.tokens[:count] == other.tokens[:count]
+        )
 
     def propose(self) -> Tree:
         """The drafter's tree, without the rows that could not be emitted any more; the same tree again while
@@ -210,6 +215,7 @@ class Request:
         self.sampler.take(emitted)
         self.runs.append(len(path))
         self.rows += len(tree)
+        self.width = len(tree)
         if self.finish_reason is None and self.room == 0:
             self.finish_reason = "context" if len(self.tokens) == self.context else "length"
         return step

@@ -21,7 +21,7 @@ from .tree import Tree
 MAX_STALL = 2.0
 """Times as long as without it that a step may take in which a part of a prompt is read."""
 MIN_CHUNK = 4
-"""Rows of a prompt that are read in a step in any case."""
+"""Rows of prompts that are read in a step where it has as many left, however long they make it."""
 ROOM = 16
 """Tokens by which each running request must be able to grow before another one is admitted."""
 
@@ -83,15 +83,21 @@ class Scheduler:
         for request in self.requests:
             if request.finish_reason is None and request.deadline is not None and now >= request.deadline:
                 request.finish_reason = "deadline"
-        for request in [request for request in self.running if request.finish_reason is not None]:
+            if request.finish_reason is not None:
+                self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """One that has ended gives its memory back."""
+        if request in self.running:
             self.running.remove(request)
             request.close()
-        if any(request.finish_reason is not None for request in self.waiting):
-            self.waiting = deque(request for request in self.waiting if request.finish_reason is None)
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     def admit(self) -> None:
         """Let those that wait begin, as long as there is memory for all that they have to read."""
-        while self.waiting and len(self.running) < self.limits.max_requests:
+        most = min(self.limits.max_requests, self.limits.max_rows)  # each has a row in every step
+        while self.waiting and len(self.running) < most:
             request = self.waiting[0]
             if any(other.reads_what(request) for other in self.running):
                 return
@@ -109,8 +115,8 @@ class Scheduler:
         return [request for request in self.running if request.ready]
 
     def fit(self, request: Request, tree: Tree, rows: int) -> Tree | None:
-        """The tree that a request may run beside `rows` rows of others: without its drafts where rows or
-        memory are short. None if it has to wait or has ended, because there is none for its last token."""
+        """The tree that a request may run beside `rows` rows that others need: without its drafts where rows
+        or memory are short. None if it has to wait or has ended, because there is none for its last token."""
         if request.pending is None and not self._holds(request, tree, rows):
             tree = tree.prune(0)
         while not request.reserve(request.length + 1):
@@ -156,7 +162,7 @@ class Scheduler:
         """Rows of prompts in a step. read: tokens before the first of them."""
         most = self.limits.max_rows - rows
         if not rows or not self.ragged or most <= MIN_CHUNK:
-            return max(most, min(MIN_CHUNK, self.limits.max_rows))
+            return most
         limit, least = MAX_STALL * cost(rows, history), MIN_CHUNK
         while most - least > 1:  # the most rows that keep to the limit
             middle = (least + most) // 2

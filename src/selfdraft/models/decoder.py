@@ -262,6 +262,10 @@ class Decoder:
             self._times = step_times(self, self.rows, identity)
         return self._times(rows, history)
 
+    def observe(self, rows: int, cost: float, seconds: float) -> None:
+        if self._times is not None:
+            self._times.observe(rows, cost, seconds)
+
 
 @dataclass(frozen=True)
 class KernelNoise:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,11 @@ class DecoderPool(PagePool):
         super().__init__(layers, key_heads, head_size, wide, page, capacity)
         self.work = work
 
+    def renewed(self) -> Self:
+        pool = super().renewed()
+        pool.work = self.work.renewed()
+        return pool
+
 
 class Work:
     """Scratch memory and results of an engine's steps, which grow with the rows."""
@@ -35,6 +40,7 @@ class Work:
         self, built: Build, library: Library, threads: int, activations: int = 8, rank: int = 0
     ) -> None:
         """activations: bits of the inputs of products with quantised weights. rank: of an adapter's LoRA."""
+        self._asked = built, library, threads, activations, rank
         self._built, self._library, self._activations, self._rank = built, library, activations, rank
         self.steps = 0
         self._rows = self._wanted = 0
@@ -44,6 +50,10 @@ class Work:
         }
         self.structure = structures.Work()
         self.grow(64, 64)
+
+    def renewed(self) -> Work:
+        """Fresh ones: an interrupt may have left these half grown."""
+        return Work(*self._asked)
 
     @property
     def logits(self) -> NDArray[np.float32]:

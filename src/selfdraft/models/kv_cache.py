@@ -27,7 +27,7 @@ attention (`models.looped.stages`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -129,6 +129,9 @@ class Lanes(transformers.Cache):
 
     tokens = None  # buffers grow as they are written
     free = None
+
+    def renewed(self) -> Self:
+        return type(self)(self.dtype, self.prefix, self.loops, self.unique)
 
     def lane(self, index: int) -> Lane:
         return Lane(self, index)

@@ -13,11 +13,13 @@ bits of keys and values depend on the text alone, a shared page is what a fresh 
 
 from __future__ import annotations
 
+import copy
 import mmap
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,10 +55,13 @@ class PagePool:
         self.key_heads, self.head_size = key_heads, head_size
         self._shape = (layers, capacity, key_heads * page * head_size * wide)
         self.keys, self.values = _reserved(self._shape), _reserved(self._shape)
+        self._empty()
+
+    def _empty(self) -> None:
         self._fresh = 0
         """Pages below it have been used."""
         self._free: list[int] = []
-        self._users = [0] * capacity
+        self._users = [0] * self.capacity
         self._prefixes: dict[tuple[Beginning, tuple[int, ...]], Prefix] = {}
         self._of_page: dict[int, Prefix] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -127,6 +132,12 @@ class PagePool:
         made = Prefix(key, self._serial, page)
         self._prefixes[key] = self._of_page[page] = made
         return made
+
+    def renewed(self) -> Self:
+        # The memory itself stays: beside it, as much again might not be free.
+        pool = copy.copy(self)
+        pool._empty()
+        return pool
 
     @property
     def memory(self) -> structures.Memory:

@@ -78,6 +78,10 @@ class Pool(Protocol):
     def free(self) -> int | None:
         """How many more they hold now; None likewise."""
 
+    def renewed(self) -> Pool:
+        """The same memory, empty, in place of this pool: where a step was interrupted nobody knows what the
+        caches hold. They are not used again."""
+
 
 class Model(Protocol):
     """A causal language model that can verify a tree."""
@@ -132,6 +136,10 @@ class Model(Protocol):
     def cost(self, rows: int, history: int = 0) -> float:
         """What a step with so many rows takes, in units of one with a single row and little history. history:
         tokens before each row, on average. Measured at first use."""
+
+    def observe(self, rows: int, cost: float, seconds: float) -> None:
+        """A step of so many rows of trees, which should have had this `cost`, took so long. Where such times
+        contradict the costs for long, these are measured anew when the model is loaded next."""
 
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask

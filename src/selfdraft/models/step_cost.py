@@ -7,7 +7,12 @@ fewer rows: where a measurement says so, it is noise.
 
 A table is kept in the cache folder, for a model's shape and dtype on this machine with these threads and
 library versions, so that it is measured once and not at every start. Where the folder cannot be written, it
-is measured each time.
+is measured each time. It may have been measured while the machine was busy, or the machine may have changed:
+so the steps of a running engine are compared with it, and a table that they contradict is forgotten, to be
+measured anew when the model is loaded next. What counts is the ratio of wide steps to narrow ones, since
+other work on the machine makes both longer: only steps that follow one another are compared. Where the table
+says that rows are dear nothing is drafted, so no step contradicts it; therefore none is used for longer than
+`MAX_AGE`.
 """
 
 from __future__ import annotations
@@ -17,10 +22,12 @@ import json
 import logging
 import os
 import platform
+import statistics
 import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, count
 from pathlib import Path
 
@@ -38,6 +45,10 @@ HISTORIES = (2048, 6144)  # longer ones that are measured, where the context hol
 LONG_ROWS = (1, 8, 64)  # numbers of rows that are measured behind those
 ROUNDS = 3  # at least
 SECONDS = 0.5  # and as many more as fit
+COMPARED = 100  # pairs of a wide step and a narrow one until the table is judged
+WIDER = 2.0  # times as many rows as the narrow one's at least
+STALE = 1.5  # times the ratio of their times that the table says, or one of so many, means that it is stale
+MAX_AGE = 30 * 86400.0  # seconds for which a table is used
 TABLE_VERSION = 2  # of the way to measure; another one is measured anew
 LOG = logging.getLogger("selfdraft")
 
@@ -55,6 +66,11 @@ class StepTimes:
         self.histories = list(self.seconds)
         self._lines = [_Line(of) for of in self.seconds.values()]
         self.unit = self._lines[0].times[0]
+        self.path: Path | None = None
+        """Where it is kept; None once it is stale, too."""
+        self._last = 0, 1.0, 1.0
+        self._ratios: list[float] = []
+        """Of wide steps to narrow ones beside them: times as long as the table says."""
 
     def __call__(self, rows: int, history: int = 0) -> float:
         first = max(self.unit, self._lines[0](rows))
@@ -64,6 +80,29 @@ class StepTimes:
         low, high = (max(first, self._lines[i](rows)) for i in (at - 1, at))
         a, b = self.histories[at - 1 : at + 1]
         return max(first, low + (high - low) * (history - a) / (b - a)) / self.unit
+
+    def observe(self, rows: int, cost: float, seconds: float) -> None:
+        """A step of so many rows, for which the table says this cost, took so long."""
+        before, self._last = self._last, (rows, cost, seconds)
+        narrow, wide = sorted((before, self._last))
+        if self.path is None or not 0 < WIDER * narrow[0] <= wide[0]:
+            return
+        self._ratios.append(wide[2] / narrow[2] / (wide[1] / narrow[1]))
+        if len(self._ratios) == COMPARED:
+            self._judge(statistics.median(self._ratios))
+            self._ratios.clear()
+
+    def _judge(self, ratio: float) -> None:
+        if self.path is None or 1 / STALE <= ratio <= STALE:
+            return
+        LOG.warning(
+            "steps of many rows, beside those of few, take %.1f times what was measured once; step times are "
+            "measured anew when the model is loaded next",
+            ratio,
+        )
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        self.path = None
 
 
 class _Line:
@@ -91,6 +130,7 @@ def step_times(model: Model, rows_per_call: RowRange, identity: Mapping[str, obj
     if times is None:
         times = measure(model, rows_per_call)
         _write(path, text, times)
+    times.path = path
     return times
 
 
@@ -171,8 +211,10 @@ def _machine(model: Model) -> Mapping[str, object]:
 
 
 def _read(path: Path, identity: str) -> StepTimes | None:
-    """The table in a file; None where there is none, it is damaged, or another model's."""
+    """The table in a file; None where there is none, it is old, damaged, or another model's."""
     try:
+        if time.time() - path.stat().st_mtime > MAX_AGE:
+            return None
         record = json.loads(path.read_text(encoding="utf-8"))
         seconds = {
             int(history): {int(rows): float(took) for rows, took in of.items()}

@@ -315,6 +315,10 @@ class TransformersModel:
             self.step_times = step_times(self, self.rows, self._shape())
         return self.step_times(rows, history)
 
+    def observe(self, rows: int, cost: float, seconds: float) -> None:
+        if self.step_times is not None:
+            self.step_times.observe(rows, cost, seconds)
+
     def _shape(self) -> Mapping[str, object]:
         """What the time of a step depends on: the shapes and dtypes of weights, and what else is computed."""
         layers = Counter(
