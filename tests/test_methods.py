@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, hook
 from selfdraft.drafting import available, create, resolve
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
-from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter
+from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter, Picks
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.step import accept
@@ -210,13 +210,13 @@ def test_jacobi_refills_its_window_from_discarded_tails() -> None:
 
 
 def test_a_pool_that_stays_empty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    remember = JacobiDrafter._remember
+    remember = Picks.remember
 
-    def forget(self: JacobiDrafter, step: Step) -> None:
+    def forget(self: Picks, step: Step) -> None:
         remember(self, step)
         self.pool.clear()
 
-    monkeypatch.setattr(JacobiDrafter, "_remember", forget)
+    monkeypatch.setattr(Picks, "remember", forget)
     with pytest.raises(AssertionError):
         test_jacobi_refills_its_window_from_discarded_tails()
 

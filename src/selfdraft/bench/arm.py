@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .. import drafting
+from ..drafting.acceptance import SharedAcceptance
 from ..drafting.method import Method
 from ..engine.engine import Engine
 from ..engine.request import first_end
@@ -122,6 +123,8 @@ class Drafted:
     drafts: bool = True
     identity_expected: bool = True
     weight_bytes: int | None = None
+    acceptance: SharedAcceptance = field(default_factory=SharedAcceptance)
+    """What its answers have learned, as those of one engine would."""
 
     @property
     def grade(self) -> str:
@@ -135,7 +138,7 @@ class Drafted:
         times: list[float] = []
         rows = [0]
         started = time.perf_counter()
-        engine = Engine(self.model)
+        engine = Engine(self.model, acceptance=self.acceptance)
         params = replace(self.params, max_new_tokens=length)
         request = engine.submit(prompt, self.method, params, references, eos_ids=self.eos)
         while request.finish_reason is None:

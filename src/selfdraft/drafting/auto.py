@@ -1,0 +1,70 @@
+"""Everything there is to draft from, in one tree a step: the default method.
+
+Copies from references, the prompt and the text so far (`ngrams`), the predictions of mask tokens where the
+model has an adapter with some (`mask_tree`), and what the model picked off the path earlier in this request
+(`jacobi`). Each kind of candidate has an acceptance rate, which is learned, and the tree takes the rows that
+yield most expected tokens per measured time (`draft_tree`). Where nothing pays, nothing is drafted.
+
+Rates start with what the requests before it on the same engine have learned, greedy and sampled ones apart.
+Rates are all that goes from one request to another: no token of one is ever a candidate in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Ge
+
+from ..engine.step import Step
+from ..engine.tree import Tree
+from .acceptance import CREDIT
+from .draft_tree import DraftTreeBuilder, Source, Sources, TreeDrafter
+from .jacobi import Picks, Window, pick_rates
+from .mask_tree import MaskCandidates, MaskTreeBuilder
+from .method import DraftContext, Drafter, drawn_noise
+from .ngrams import PRIOR, NgramCopies
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Draft from all sources that there are."""
+
+    adaptable: ClassVar[bool] = True
+    block: Annotated[int, Ge(1)] = 64  # rows of a step, at most
+
+    def drafter(self, context: DraftContext) -> Drafter:
+        return AutoDrafter(self.block, context)
+
+
+class AutoDrafter(TreeDrafter):
+    def __init__(self, block: int, context: DraftContext) -> None:
+        look, cost, noise = context.lookahead, context.cost, drawn_noise(context)
+        prior = pick_rates(look)
+        self.picks = Picks(prior)
+        self.masks = MaskCandidates(look) if look is not None and look.ids else None
+        parts: list[Source[Any]] = [NgramCopies(context.references, context.prompt), self.picks]
+        kinds = PRIOR | self.picks.prior
+        if self.masks is not None:
+            parts.append(self.masks)
+            kinds |= self.masks.prior
+        rates = context.acceptance.start(("auto", noise is None), kinds)
+        given = (rates, cost, noise, block)
+        if self.masks is None or look is None:
+            super().__init__(DraftTreeBuilder(Sources(*parts), *given))
+        else:
+            super().__init__(MaskTreeBuilder(Sources(*parts), self.masks, look, *given, CREDIT))
+        self.window = Window(self.picks, prior, block, context) if self.masks is None else None
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        tree = super().propose(tokens)
+        return tree if self.window is None else self.window.refill(tree, tokens, self.builder.budget)
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        if self.window is not None:
+            self.window.learn(step.emitted)
+        self.picks.remember(step)
+        if self.masks is not None:
+            self.masks.predict(step.mask_scores)
