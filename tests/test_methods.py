@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, hook
 from selfdraft.drafting import available, create, resolve
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
+from selfdraft.drafting.auto import Auto
 from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter, Picks
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
+from selfdraft.engine.engine import _group
 from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption, UnknownMethod
 from selfdraft.models.transformers import TransformersModel
@@ -86,9 +88,16 @@ def cost(rows: int) -> float:
     return 1 + 0.019 * (rows - 1) + 0.5 * ((rows - 1) // 32)
 
 
-def replay(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], right: float = 0.0) -> Replay:
+def replay(
+    drafter: Drafter,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    right: float = 0.0,
+    mask_scores: Callable[[int], torch.Tensor] | None = None,
+) -> Replay:
     """A drafter against a model that gives this answer, and off its path the right token with a
-    probability, as weights tuned for consistency do."""
+    probability, as weights tuned for consistency do. mask_scores: of so many mask tokens under a row; their
+    ids are above the vocabulary's."""
     dice = random.Random(0)
     text, out = list(prompt), Replay()
     while len(text) < len(prompt) + len(answer):
@@ -97,10 +106,14 @@ def replay(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], right
         on = [True]
         for token, parent, depth in list(zip(tree.tokens, tree.parents, tree.depth, strict=True))[1:]:
             on.append(on[parent] and token == todo[depth - 1])
-        guessed = [on[row] or dice.random() < right for row in range(len(tree))]
-        picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=True)]
+        count = tree.ordinary(VOCABULARY + 1)
+        guessed = [on[row] or dice.random() < right for row in range(count)]
+        picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=False)]
         path, in_flight = accept(tree, picks, [True] * len(tree))
         step = Step(tree, lambda: torch.empty(0), picks, path, in_flight)
+        masks = len(_group(step, count))
+        if mask_scores is not None and masks:
+            step = replace(step, mask_scores=mask_scores(masks))
         drafter.observe(step)
         text += step.emitted
         out.runs.append(len(path))
@@ -231,7 +244,9 @@ def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("params", [greedy(), sampled(0.8, seed=2)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("method", [Llma(), Llma(faithful=True), Jacobi(), Jacobi(faithful=True)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [Llma(), Llma(faithful=True), Jacobi(), Jacobi(faithful=True), Auto()], ids=repr
+)
 def test_drafted_is_plain_alone_and_in_a_batch(
     exact: TransformersModel, method: Method, params: SamplingParams
 ) -> None:

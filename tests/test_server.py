@@ -192,7 +192,7 @@ def test_a_prediction_is_drafted_and_counted(running: Running, llm: LLM) -> None
         assert counts["accepted_prediction_tokens"] == figures["accepted"] > 10
         assert counts["rejected_prediction_tokens"] == figures["drafted"] - figures["accepted"] >= 0
         assert figures["tokens_per_forward"] > alone["selfdraft"]["tokens_per_forward"]
-        assert (figures["method"], figures["weights"]) == ("llma", "base")
+        assert (figures["method"], figures["weights"]) == ("auto", "base")
     empty = running.post(CHAT, **asked, prediction={"type": "content", "content": ""})
     assert set(empty["usage"]["completion_tokens_details"].values()) == {0}
 

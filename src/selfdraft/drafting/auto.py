@@ -21,7 +21,7 @@ from ..engine.step import Step
 from ..engine.tree import Tree
 from .acceptance import CREDIT
 from .draft_tree import DraftTreeBuilder, Source, Sources, TreeDrafter
-from .jacobi import Picks, Window, pick_rates
+from .jacobi import SOURCE, Picks, Window, pick_rates
 from .mask_tree import MaskCandidates, MaskTreeBuilder
 from .method import DraftContext, Drafter, drawn_noise
 from .ngrams import PRIOR, NgramCopies
@@ -55,6 +55,7 @@ class AutoDrafter(TreeDrafter):
             super().__init__(DraftTreeBuilder(Sources(*parts), *given))
         else:
             super().__init__(MaskTreeBuilder(Sources(*parts), self.masks, look, *given, CREDIT))
+        self.builder.hung = SOURCE
         self.window = Window(self.picks, prior, block, context) if self.masks is None else None
 
     def propose(self, tokens: Sequence[int]) -> Tree:

@@ -103,6 +103,7 @@ class DraftTreeBuilder(Generic[S]):
         self.budget = Budget(cost, credit)
         self.root: Node[S] | None = None
         self.counts: defaultdict[Hashable, DraftCount] = defaultdict(DraftCount)  # by source
+        self.hung: Hashable = None  # source of the rows that a drafter hangs behind the trees
 
     def tree(self, tokens: Sequence[int]) -> Tree:
         """The rows to run after the text so far, the most probable first."""
@@ -113,7 +114,7 @@ class DraftTreeBuilder(Generic[S]):
 
     def learn(self, step: Step) -> Sequence[Hashable]:
         """Compare the candidates along the path with the tokens that a step emitted. Returns the sources of
-        the draft tokens that were accepted, None for a row that was not grown here."""
+        the draft tokens that were accepted."""
         emitted = step.emitted
         self.budget.settle(len(emitted), len(step.tree))
         node = self.root
@@ -128,20 +129,18 @@ class DraftTreeBuilder(Generic[S]):
         return self._count(step)
 
     def _count(self, step: Step) -> Sequence[Hashable]:
-        """Count the rows that ran by source. Returns the sources of those on the path."""
-        sources: list[Hashable] = [None]
-        nodes = [self.root]
-        for token, parent in zip(step.tree.tokens[1:], step.tree.parents[1:], strict=True):
-            above = nodes[parent]
-            node = None if above is None else above.children.get(token)
+        """Count the draft tokens that ran by source; mask tokens, which stand behind them, are none. Returns
+        the sources of those on the path."""
+        tree, sources, nodes = step.tree, [self.hung], [self.root]
+        for row in range(1, len(step.picks)):
+            above = nodes[tree.parents[row]]
+            node = None if above is None else above.children.get(tree.tokens[row])
             nodes.append(node)
-            sources.append(None if node is None else node.source)
-            if node is not None:
-                self.counts[node.source].drafted += 1
+            sources.append(self.hung if node is None else node.source)
+            self.counts[sources[row]].drafted += 1
         accepted = [sources[row] for row in step.path[1:]]
         for source in accepted:
-            if source is not None:
-                self.counts[source].accepted += 1
+            self.counts[source].accepted += 1
         return accepted
 
     def _grow(self, tokens: Sequence[int]) -> Iterator[Node[S]]:

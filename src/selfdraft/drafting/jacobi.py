@@ -103,14 +103,15 @@ class Picks:
         tree, path = step.tree, set(step.path)
         far = len(step.path)
         self.drafts = {}
-        for row in range(len(step.picks)):  # rows behind them carry mask tokens
+        for row in range(1, len(step.picks)):  # rows behind them carry mask tokens
             depth = tree.depth[row]
+            if row in path or step.picks[row] < 0:  # below 0: the row was not finite
+                continue
             if depth >= far:
                 self.drafts.setdefault(self.length + depth, step.picks[row])
-            if row not in path and row:
-                before = tree.tokens[tree.parents[row]], tree.tokens[row]
-                self.pool.pop(before, None)
-                self.pool[before] = step.picks[row]
+            before = tree.tokens[tree.parents[row]], tree.tokens[row]
+            self.pool.pop(before, None)
+            self.pool[before] = step.picks[row]
         while len(self.pool) > POOL:
             del self.pool[next(iter(self.pool))]
 
@@ -198,6 +199,7 @@ class JacobiDrafter(TreeDrafter):
         rates, noise = AcceptanceStats(PRIOR | self.picks.prior), drawn_noise(context)
         sources = Sources(copies, self.picks)
         super().__init__(DraftTreeBuilder(sources, rates, context.cost, noise, block))
+        self.builder.hung = SOURCE
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         return self.window.refill(super().propose(tokens), tokens, self.builder.budget)
