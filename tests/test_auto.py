@@ -12,6 +12,7 @@ import torch
 
 import selfdraft
 from selfdraft import LLM, DraftContext, Drafter, Engine, Method, Request, SamplingParams, Step, Tree
+from selfdraft.bench import metrics, source, suite
 from selfdraft.bench.job import Job
 from selfdraft.cli import flags
 from selfdraft.drafting import create
@@ -236,6 +237,19 @@ def test_it_takes_an_adapter_and_needs_none(exact: TransformersModel, folder: Pa
     assert with_masks.using("llma").model.lookahead is None
     answer, plain = (llm.generate("def add(", max_new_tokens=12) for llm in (with_masks, bare.using("plain")))
     assert (answer.ids, answer.grade, answer.method) == (plain.ids, "base", "auto")
+
+
+def test_counts_of_a_bench_survive_a_stop(folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"prompt": "def add(a, b):", "reference": "def add(a, b): return a + b"}\n')
+    asked = Job(str(folder), ["auto"], [], prompts=1, repeats=1, max_new_tokens=12)
+    found = []
+    for _ in range(2):  # the second one reads the answers of the first
+        bench = asked.prepare([source.from_files(suite.own(prompts), [prompts])], tmp_path / "out")
+        bench.run()
+        found.append(metrics.sources(one for one in bench.journal.records.values() if one.arm == "auto"))
+    assert bench.journal.found == 2
+    assert found[0] == found[1] != {}
 
 
 def test_it_is_the_default_everywhere() -> None:

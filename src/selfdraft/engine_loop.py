@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .drafting.acceptance import DraftCount, added
 from .encoding import Prompt
 from .engine.request import Request, TokenLogprob
 from .errors import EngineClosed, InvalidOption, SelfdraftError
@@ -109,6 +110,8 @@ class Stats:
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sources: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Draft tokens by where they are from, of the methods that say so."""
     preemptions: int = 0
 
 
@@ -233,6 +236,7 @@ class EngineLoop:
             generated_tokens=had.generated_tokens + request.added,
             drafted_tokens=had.drafted_tokens + request.rows - steps,
             accepted_tokens=had.accepted_tokens + max(0, request.added - steps),
+            sources=added(had.sources, request.sources),
         )
 
     def _now(self) -> Stats:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .. import drafting
-from ..drafting.acceptance import SharedAcceptance
+from ..drafting.acceptance import DraftCount, SharedAcceptance
 from ..drafting.method import Method
 from ..engine.engine import Engine
 from ..engine.request import first_end
@@ -62,6 +62,8 @@ class Answer:
     """Peak memory in bytes, if another process answered."""
     spent: float = 0.0
     """Processor seconds, if another process answered."""
+    sources: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Draft tokens by where they are from, of methods that say so."""
 
 
 class Arm(Protocol):
@@ -148,7 +150,7 @@ class Drafted:
                 rows.append(request.rows)
         rows = [b - a for a, b in pairwise(rows)]
         part = request.forwards / len(request.runs)
-        return Answer(list(request.emitted), list(request.runs), rows, times, part)
+        return Answer(list(request.emitted), list(request.runs), rows, times, part, sources=request.sources)
 
     def close(self) -> None:
         pass

@@ -93,6 +93,17 @@ class DraftCount:
     """How many were verified."""
     accepted: int = 0
 
+    def __add__(self, other: DraftCount) -> DraftCount:
+        return DraftCount(self.drafted + other.drafted, self.accepted + other.accepted)
+
+
+NONE = DraftCount()
+
+
+def added(one: Mapping[str, DraftCount], other: Mapping[str, DraftCount]) -> dict[str, DraftCount]:
+    """The sums by source."""
+    return {name: one.get(name, NONE) + other.get(name, NONE) for name in {**one, **other}}
+
 
 class Budget:
     """The time of one request: what rows cost, and how much drafts may still lose.
