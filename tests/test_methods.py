@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, hook
+from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, Tree, hook
 from selfdraft.drafting import available, create, resolve
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
 from selfdraft.drafting.auto import Auto
-from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter, Picks
+from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter, Picks, Point
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
 from selfdraft.engine.engine import _group
@@ -220,6 +220,30 @@ def test_jacobi_refills_its_window_from_discarded_tails() -> None:
         drafter.observe(Step(tree, torch.empty(0), [token] * len(tree), [0], []))
         text.append(token)
     assert drafter.propose(text).child(0, picks[7]) is not None
+
+
+def no_row_without_a_pick_is_drafted() -> None:
+    """Row 1 is not finite, so it has no pick: -1 is no token."""
+    picks = Picks([0.5] * 7)
+    picks.read([1, 1])
+    picks.remember(Step(Tree.chain([1, 2, 3]), lambda: torch.empty(0), [5, -1, 7], [0], []))
+    found = {token for at in (3, 4) for one in picks.candidates(Point(at, (1, 2))) for token in one.shares}
+    assert (found, picks.pool) == ({7}, {(2, 3): 7})
+
+
+def test_a_row_without_a_pick_is_not_drafted() -> None:
+    no_row_without_a_pick_is_drafted()
+
+
+def test_a_pick_that_is_none_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = Picks.remember
+
+    def as_any_token(self: Picks, step: Step) -> None:
+        remember(self, replace(step, picks=[abs(pick) for pick in step.picks]))
+
+    monkeypatch.setattr(Picks, "remember", as_any_token)
+    with pytest.raises(AssertionError):
+        no_row_without_a_pick_is_drafted()
 
 
 def test_a_pool_that_stays_empty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
