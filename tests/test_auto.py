@@ -64,13 +64,20 @@ def test_drafted_is_plain(kind: str, masks: bool, quoted: bool, way: str, exact:
     all_equal(exact if kind == "transformers" else tiny("bf16"), masks, quoted, WAYS[way])
 
 
-@pytest.mark.parametrize("fault", [faults.tree_mask, faults.rows_kept, faults.noise_key])
+@pytest.mark.parametrize(
+    ("fault", "masks", "way"),
+    [
+        (faults.tree_mask, True, "greedy"),
+        (faults.rows_kept, True, "greedy"),
+        (faults.noise_key, False, "sampled"),
+    ],
+)
 def test_a_fault_is_seen(
-    fault: faults.Patch, exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
+    fault: faults.Patch, masks: bool, way: str, exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        all_equal(exact, False, True, WAYS["sampled"])
+        all_equal(exact, masks, True, WAYS[way])
 
 
 def one_after_another(model: TransformersModel) -> list[Request]:

@@ -2,7 +2,8 @@
 
 Copies from references, the prompt and the text so far (`ngrams`), the predictions of mask tokens where the
 model has an adapter with some (`mask_tree`), and what the model picked off the path earlier in this request
-(`jacobi`). Each kind of candidate has an acceptance rate, which is learned, and the tree takes the rows that
+(`jacobi`), where these picks are known anyway. A model that was tuned for Jacobi decoding also gets its
+window. Each kind of candidate has an acceptance rate, which is learned, and the tree takes the rows that
 yield most expected tokens per measured time (`draft_tree`). Where nothing pays, nothing is drafted.
 
 Rates start with what the requests before it on the same engine have learned, greedy and sampled ones apart.
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
 from ..engine.step import Step
 from ..engine.tree import Tree
 from .acceptance import CREDIT
-from .draft_tree import DraftTreeBuilder, Source, Sources, TreeDrafter
+from .draft_tree import DraftTreeBuilder, Sources, TreeDrafter
 from .jacobi import SOURCE, Picks, Window, pick_rates
 from .mask_tree import MaskCandidates, MaskTreeBuilder
 from .method import DraftContext, Drafter, drawn_noise
@@ -40,23 +41,32 @@ class Auto:
 
 class AutoDrafter(TreeDrafter):
     def __init__(self, block: int, context: DraftContext) -> None:
-        look, cost, noise = context.lookahead, context.cost, drawn_noise(context)
-        prior = pick_rates(look)
-        self.picks = Picks(prior)
-        self.masks = MaskCandidates(look) if look is not None and look.ids else None
-        parts: list[Source[Any]] = [NgramCopies(context.references, context.prompt), self.picks]
-        kinds = PRIOR | self.picks.prior
-        if self.masks is not None:
+        look, noise = context.lookahead, drawn_noise(context)
+        parts: list[Picks | MaskCandidates] = []
+        self.picks: Picks | None = None
+        self.window: Window | None = None
+        self.masks: MaskCandidates | None = None
+        tuned = look is not None and look.filler is not None
+        # Off the path the picks of a greedy request are known anyway, those of a sampled one must be drawn.
+        if tuned or noise is None:
+            rates = pick_rates(look)
+            self.picks = Picks(rates)
+            parts.append(self.picks)
+            if tuned and look is not None and not look.ids:
+                self.window = Window(self.picks, rates, block, context)
+        if look is not None and look.ids:
+            self.masks = MaskCandidates(look)
             parts.append(self.masks)
-            kinds |= self.masks.prior
-        rates = context.acceptance.start(("auto", noise is None), kinds)
-        given = (rates, cost, noise, block)
-        if self.masks is None or look is None:
-            super().__init__(DraftTreeBuilder(Sources(*parts), *given))
+        kinds = dict(PRIOR)
+        for part in parts:
+            kinds |= part.prior
+        source = Sources(NgramCopies(context.references, context.prompt), *parts)
+        given = context.acceptance.start(("auto", noise is None), kinds), context.cost, noise, block
+        if look is None or self.masks is None:
+            super().__init__(DraftTreeBuilder(source, *given))
         else:
-            super().__init__(MaskTreeBuilder(Sources(*parts), self.masks, look, *given, CREDIT))
+            super().__init__(MaskTreeBuilder(source, self.masks, look, *given, CREDIT))
         self.builder.hung = SOURCE
-        self.window = Window(self.picks, prior, block, context) if self.masks is None else None
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         tree = super().propose(tokens)
@@ -66,6 +76,7 @@ class AutoDrafter(TreeDrafter):
         super().observe(step)
         if self.window is not None:
             self.window.learn(step.emitted)
-        self.picks.remember(step)
+        if self.picks is not None:
+            self.picks.remember(step)
         if self.masks is not None:
             self.masks.predict(step.mask_scores)
