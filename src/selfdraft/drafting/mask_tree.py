@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import mul
 from typing import Generic, NamedTuple
 
@@ -171,15 +171,21 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
         return accepted
 
     def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
-        """The nodes that pay for their rows; with `groups`."""
+        """The nodes that pay for their rows; with `groups`. Where neither masks nor their candidates are run,
+        sizes are compared as without masks."""
         reach = list(accumulate((self.onward[ONWARD, i] for i in range(len(self.ids))), mul))
         plan: Plan[S] = Plan(self.budget, self.expected[0] / self.expected[1], reach)
+        grown: list[Node[S]] = []
         for node in growing:
+            grown.append(node)
             if plan.nodes and node.reached * plan.max_node_value < plan.row_value:
                 break
             plan.add(node)
-        nodes, groups = plan.best(self.max_rows)
-        self.groups = groups if any(groups) or len(nodes) > 1 else [self._probe()]
+        nodes: Sequence[Node[S]]
+        nodes, self.groups = plan.best(self.max_rows)
+        if not any(self.groups) and all(node.source != SOURCE for node in nodes):
+            nodes = super()._sized(chain(grown, growing))
+            self.groups = [] if len(nodes) > 1 else [self._probe()]
         return nodes
 
     def _probe(self) -> int:
