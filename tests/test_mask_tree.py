@@ -86,7 +86,7 @@ def stands_on_the_trunk() -> None:
         trees += max(tree.depth[: tree.ordinary(VOCABULARY)]) > 1
         counts = {kind: list(count) for kind, count in drafter.builder.rates.counts.items()}
         second = [2, scores[0].topk(2).indices[1].item(), first[1]]
-        drafter.observe(Step(Tree.chain(second[:1]), torch.empty(0), second[1:], [0, 0], []))
+        drafter.observe(Step(Tree.chain(second[:2]), torch.empty(0), second[1:], [0, 1], []))
         changed = {kind for kind, count in drafter.builder.rates.counts.items() if count != counts[kind]}
         assert changed
         assert not any(offset == 1 for _, offset, _ in changed)

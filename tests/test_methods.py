@@ -97,7 +97,7 @@ def replay(
 ) -> Replay:
     """A drafter against a model that gives this answer, and off its path the right token with a
     probability, as weights tuned for consistency do. mask_scores: of so many mask tokens under a row; their
-    ids are above the vocabulary's."""
+    ids are twice the vocabulary's size and more."""
     dice = random.Random(0)
     text, out = list(prompt), Replay()
     while len(text) < len(prompt) + len(answer):
@@ -106,7 +106,7 @@ def replay(
         on = [True]
         for token, parent, depth in list(zip(tree.tokens, tree.parents, tree.depth, strict=True))[1:]:
             on.append(on[parent] and token == todo[depth - 1])
-        count = tree.ordinary(VOCABULARY + 1)
+        count = tree.ordinary(2 * VOCABULARY)
         guessed = [on[row] or dice.random() < right for row in range(count)]
         picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=False)]
         path, in_flight = accept(tree, picks, [True] * len(tree))

@@ -9,7 +9,7 @@ drafts have gained in this text, plus a small initial credit and a little more f
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,6 +114,7 @@ class Budget:
     def __init__(self, cost: Callable[[int], float], credit: float = CREDIT) -> None:
         self.measured = cost
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
+        self.table: Sequence[float] = ()
         self.steps = 0
         self.credit = credit
 
@@ -122,6 +123,7 @@ class Budget:
         self.steps += 1
         if self.steps % COST_STEPS == 0:
             self.costs.clear()
+            self.table = ()
 
     def cost(self, rows: int) -> float:
         """The time of a step with so many rows; remembered for a few steps, since it is asked often."""
@@ -129,6 +131,12 @@ class Budget:
         if cost is None:
             cost = self.costs[rows] = self.measured(rows)
         return cost
+
+    def costs_to(self, rows: int) -> Sequence[float]:
+        """The costs of 1 to so many rows, and perhaps more."""
+        if len(self.table) < rows:
+            self.table = [self.cost(count) for count in range(1, rows + 1)]
+        return self.table
 
     def affords(self, rows: int) -> bool:
         """Is the credit enough for a step of so many rows whose draft is rejected altogether?"""

@@ -169,7 +169,7 @@ class DraftTreeBuilder(Generic[S]):
     def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
         """As many nodes as pay."""
         nodes: list[Node[S]] = []
-        costs = list(map(self.budget.cost, range(1, self.max_rows + 1)))
+        costs = self.budget.costs_to(self.max_rows)
         best, rows, promised = MARGIN, 1, 0.0
         for node in growing:
             count = len(nodes)
