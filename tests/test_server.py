@@ -245,6 +245,7 @@ def test_models_and_health(running: Running) -> None:
     page = running.request("GET", "/metrics")[1]
     assert 'selfdraft_requests_total{endpoint="completions",outcome="answered"}' in page
     assert "selfdraft_generated_tokens_total" in page
+    assert "selfdraft_accepted_tokens_by_source" in page
 
 
 WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
