@@ -130,7 +130,7 @@ def gains(given: argparse.Namespace) -> dict[str, object]:
     llm = LLM(given.model)
     work = plan(source.from_folder(suite.named(given.suite), given.data), llm, given.prompts, given.length)
     plain = method("plain")
-    gain = {name: Gain(Timed(method(name))) for name in given.method or ["llma", "jacobi"]}
+    gain = {name: Gain(Timed(method(name))) for name in given.method or ["auto", "llma", "jacobi"]}
     cost = llm.model.cost
     for index, item in enumerate([work.items[0], *list(work.items) * given.repeats]):
         params = SamplingParams(max_new_tokens=work.length, temperature=given.temperature, seed=index)

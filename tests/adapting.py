@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from selfdraft import DraftContext, Drafter, Method, Step, Tree
+from selfdraft.drafting.acceptance import DraftCount
 from selfdraft.drafting.method import free
 from selfdraft.models.adapters.adapter import Adapter, AdapterConfig, LowRank
 from selfdraft.models.adapters.folder import Base
@@ -169,6 +170,10 @@ class HelpedDrafter:
     drafter: Drafter
     dice: random.Random = field(default_factory=lambda: random.Random(0))
     length: int = 0
+
+    @property
+    def sources(self) -> Mapping[Hashable, DraftCount]:
+        return getattr(self.drafter, "sources", {})
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         self.length = len(tokens)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selfdraft import Engine, Method, Request, SamplingParams, Tree
+from selfdraft.drafting.auto import Auto
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
@@ -86,7 +87,7 @@ def test_batch_is_single(model: str, request: pytest.FixtureRequest) -> None:
             Llma(trigger=1, block=8),
             Jacobi(6),
             MaskOracle(alone[-1]),
-            Bita(),
+            Auto(),
             Space(),
         ]
         waiting.append((prompt, methods[seed], params))

@@ -144,7 +144,7 @@ def identifiers(file: Path) -> set[str]:
 
 
 def test_the_engine_names_no_method() -> None:
-    methods = {*drafting.available(), "llma", "jacobi", "bita", "space", "speed"}
+    methods = {*drafting.available(), "auto", "llma", "jacobi", "bita", "space", "speed"}
     files = [*SOURCE.glob("engine/*.py"), *SOURCE.glob("sampling/*.py"), SOURCE / "models" / "protocol.py"]
     assert {file.name: named for file in files if (named := identifiers(file) & methods)} == {}
 

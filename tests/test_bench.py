@@ -705,8 +705,8 @@ def test_command_at_a_temperature(command: Run, folder: Path, mine: Path, tmp_pa
     assert "not expected to be identical" in " ".join(out.split())
     (one,) = json.loads((tmp_path / "out" / "report.json").read_text())["suites"].values()
     expected = {name: figures["identity_expected"] for name, figures in one["arms"].items()}
-    assert expected == {"plain": True, "llma": True, "generate": False}
-    assert one["arms"]["llma"]["identity"]["identical"] == one["arms"]["llma"]["answers"]
+    assert expected == {"plain": True, "auto": True, "generate": False}
+    assert one["arms"]["auto"]["identity"]["identical"] == one["arms"]["auto"]["answers"]
 
 
 @pytest.mark.parametrize(

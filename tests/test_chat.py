@@ -37,7 +37,7 @@ def test_turns_and_commands(command: Run, chatty: Path, tmp_path: Path) -> None:
     assert "commands" in err
     first, second, third = _answers(out)
     assert first == second == third != ""
-    assert "llma" in out
+    assert "auto" in out
     assert "plain" in out
 
 

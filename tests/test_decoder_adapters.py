@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from selfdraft import LLM, Engine, Method, Request, SamplingParams, Tree
+from selfdraft.drafting.auto import Auto
 from selfdraft.drafting.bita import Bita
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
@@ -313,7 +314,7 @@ def test_bits_of_mask_rows_depend_on_their_own_keys(name: str, kind: str) -> Non
 def methods(answer: Sequence[int]) -> Iterator[Method]:
     for method in (Bita(block=40), Bita(faithful=True), Space(), Space(faithful=True)):
         yield Helped(method, answer)
-    yield from (MaskOracle(answer), Bita(), Space(), Llma(trigger=1, block=8), Jacobi(6), Plain())
+    yield from (MaskOracle(answer), Bita(), Auto(), Llma(trigger=1, block=8), Jacobi(6), Plain())
 
 
 @pytest.mark.parametrize("way", WAYS)

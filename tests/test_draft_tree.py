@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from selfdraft import Step, Tree
 from selfdraft.drafting import acceptance
-from selfdraft.drafting.acceptance import AcceptanceStats, Budget, Candidates
+from selfdraft.drafting.acceptance import AcceptanceStats, Budget, Candidates, Kind
 from selfdraft.drafting.draft_tree import MARGIN, DraftTreeBuilder, wins
+from selfdraft.engine.step import accept
 
 
 class Fixed:
@@ -25,6 +28,9 @@ class Fixed:
 
     def rates(self) -> AcceptanceStats:
         return AcceptanceStats({(path, t): p for path, own in self.chances.items() for t, p in own.items()})
+
+    def read(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        return ()
 
     def candidates(self, state: tuple[int, ...]) -> Sequence[Candidates]:
         return [Candidates((state, token), {token: 1.0}) for token in self.chances.get(state, ())]
@@ -69,7 +75,7 @@ def test_no_tree_is_worth_more(
     source = Fixed({path: dict(enumerate(own)) for path, own in given.items()})
     builder = DraftTreeBuilder(source, source.rates(), cost, None, max_rows=5)
     builder.budget.credit = math.inf
-    tree = builder.tree([5], ())
+    tree = builder.tree([5])
     reached, paths = [1.0], [()]
     for token, parent in list(zip(tree.tokens, tree.parents, strict=True))[1:]:
         first, second = given[paths[parent]]
@@ -112,9 +118,16 @@ def test_growth_asks_for_the_noise_of_the_right_position() -> None:
 
     source = Fixed({(): {0: 0.4, 1: 0.4}, (1,): {1: 0.9}})
     builder = DraftTreeBuilder(source, source.rates(), lambda rows: 1 + rows / 50, noise, max_rows=8)
-    assert builder.tree([9, 9, 9], ()).tokens[:3] == (9, 1, 1)
-    builder.tree([9, 9, 9], ())
+    assert builder.tree([9, 9, 9]).tokens[:3] == (9, 1, 1)
+    builder.tree([9, 9, 9])
     assert asked == {3: {0, 1}, 4: {1}} | {p: t for p, t in asked.items() if p > 4 or (p == 4 and t == {1})}
+
+
+def taken(tree: Tree, picks: Sequence[int]) -> Step:
+    """A step that walks a chain; picks: by depth."""
+    made = [picks[depth] for depth in tree.depth[: len(picks)]]
+    path, in_flight = accept(tree, [*made, *[-1] * (len(tree) - len(made))], [True] * len(tree))
+    return Step(tree, lambda: torch.empty(0), made, path, in_flight)
 
 
 def success_ends_silence() -> list[int]:
@@ -124,8 +137,8 @@ def success_ends_silence() -> list[int]:
     builder = DraftTreeBuilder(source, rates, lambda rows: 1 + rows / 10 - 1 / 10, None, max_rows=8)
     rows = []
     for _ in range(60):
-        rows.append(len(builder.tree([1], ())))
-        builder.learn([1, 1, 7][: rows[-1]], rows[-1])
+        rows.append(len(tree := builder.tree([1])))
+        builder.learn(taken(tree, [1, 1, 7]))
     return rows
 
 
@@ -135,7 +148,7 @@ def test_silence_does_not_end_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[-1] == 3
     keep = DraftTreeBuilder.learn
     monkeypatch.setattr(
-        DraftTreeBuilder, "learn", lambda self, new, rows: keep(self, new, rows) if rows > 1 else None
+        DraftTreeBuilder, "learn", lambda self, step: keep(self, step) if len(step.tree) > 1 else ()
     )
     assert success_ends_silence()[-1] == 1, "without virtual learning"
 
@@ -145,20 +158,20 @@ def lost(steps: int) -> float:
     source = Fixed({(): {1: 0.9}, (1,): {1: 0.9}})
     cost = lambda rows: 1 + rows / 8 - 1 / 8  # noqa: E731
     builder = DraftTreeBuilder(
-        source, Sure({"never": 0.0} | dict.fromkeys(source.rates().counts, 0.9)), cost, None, max_rows=8
+        source, Sure({("never",): 0.0} | dict.fromkeys(source.rates().counts, 0.9)), cost, None, max_rows=8
     )
     total = 0.0
     for _ in range(steps):
-        rows = len(builder.tree([1], ()))
-        builder.learn([7], rows)
-        total += cost(rows) - 1
+        tree = builder.tree([1])
+        builder.learn(taken(tree, [7]))
+        total += cost(len(tree)) - 1
     return total
 
 
 class Sure(AcceptanceStats):
     """Odds that learn nothing."""
 
-    def learn(self, kind: Hashable, won: bool) -> None:
+    def learn(self, kind: Kind, accepted: bool) -> None:
         pass
 
 
@@ -171,11 +184,11 @@ def test_what_drafts_lose_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_odds_follow_what_happens() -> None:
     dice = random.Random(0)
-    odds = AcceptanceStats({"kind": 0.9})
+    odds = AcceptanceStats({("kind",): 0.9})
     for _ in range(300):
-        odds.learn("kind", dice.random() < 0.3)
-    assert odds["kind"] == pytest.approx(0.3, abs=0.15)
+        odds.learn(("kind",), dice.random() < 0.3)
+    assert odds["kind",] == pytest.approx(0.3, abs=0.15)
     for _ in range(300):
-        odds.learn("kind", True)
-    assert odds["kind"] > 0.95
-    assert odds.counts["kind"][1] <= acceptance.MEMORY
+        odds.learn(("kind",), True)
+    assert odds["kind",] > 0.95
+    assert odds.counts["kind",][1] <= acceptance.MEMORY

@@ -172,7 +172,8 @@ def differing(llm: LLM) -> list[str]:
     for grammar in GUIDED:
         for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "presence_penalty": 0.5}):
             plain, *drafted = (
-                guided(llm, grammar, method, **options).emitted for method in ("plain", "llma", "jacobi")
+                guided(llm, grammar, method, **options).emitted
+                for method in ("plain", "llma", "jacobi", "auto")
             )
             state = grammars(llm.tokenizer, VOCABULARY, frozenset(llm.eos_ids)).guide(grammar)
             allowed = state.allowed([token for token in plain if token != 1]) >= len(plain) - 1

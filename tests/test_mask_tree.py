@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import DraftContext, Step, Tree
-from selfdraft.drafting import mask_tree
 from selfdraft.drafting.acceptance import Budget
 from selfdraft.drafting.bita import Bita
-from selfdraft.drafting.mask_tree import HAZARDS, FixedDrafter, GroupDrafter, Node, Plan, candidates
+from selfdraft.drafting.draft_tree import Node
+from selfdraft.drafting.mask_tree import HAZARDS, FixedDrafter, GroupDrafter, MaskCandidates, Plan, candidates
 from selfdraft.drafting.method import Lookahead
 from selfdraft.drafting.space import Space
 from selfdraft.engine.engine import _group
@@ -84,12 +84,12 @@ def stands_on_the_trunk() -> None:
             above = tree.visible[row].nonzero().flatten().tolist()[1:-1]
             assert [tree.tokens[i] for i in above] == first[: len(above)]
         trees += max(tree.depth[: tree.ordinary(VOCABULARY)]) > 1
-        counts = {kind: list(count) for kind, count in drafter.rates.counts.items()}
+        counts = {kind: list(count) for kind, count in drafter.builder.rates.counts.items()}
         second = [2, scores[0].topk(2).indices[1].item(), first[1]]
-        drafter.observe(Step(Tree.chain(second[:1]), torch.empty(0), second[1:], [0, 0], []))
-        changed = {kind for kind, count in drafter.rates.counts.items() if count != counts[kind]}
+        drafter.observe(Step(Tree.chain(second[:2]), torch.empty(0), second[1:], [0, 1], []))
+        changed = {kind for kind, count in drafter.builder.rates.counts.items() if count != counts[kind]}
         assert changed
-        assert not any(kind[0] == 1 for kind in changed if isinstance(kind, tuple))
+        assert not any(offset == 1 for _, offset, _ in changed)
     assert trees > 10
 
 
@@ -98,7 +98,7 @@ def test_candidates_stand_below_the_likeliest_ones() -> None:
 
 
 def test_children_off_the_trunk_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_tree, "Node", lambda *given: Node(*given[:4]))
+    monkeypatch.setattr(MaskCandidates, "follow", lambda self, state, token: state + 1)
     with pytest.raises(AssertionError):
         stands_on_the_trunk()
 
@@ -139,10 +139,10 @@ def test_no_chain_with_masks_is_worth_more(chances: list[float], slope: float, r
 
     budget = Budget(cost)
     budget.credit = math.inf
-    plan = Plan(budget, rate, reach)
+    plan: Plan[None] = Plan(budget, rate, reach)
     reached = [1.0, *itertools.accumulate(chances, lambda a, b: a * b)]
     for depth, share in enumerate(reached):
-        plan.add(Node(depth, depth - 1, depth, share))
+        plan.add(Node(depth, depth - 1, depth, share, "copy", None))
     gains = [share - rate * slope for share in reach]
 
     def value(length: int, masks: Sequence[int]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, hook
+from selfdraft import LLM, DraftContext, Drafter, Engine, Method, SamplingParams, Step, Tree, hook
 from selfdraft.drafting import available, create, resolve
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget
-from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter
+from selfdraft.drafting.auto import Auto
+from selfdraft.drafting.jacobi import Jacobi, JacobiDrafter, Picks, Point
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
+from selfdraft.engine.engine import _group
 from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption, UnknownMethod
 from selfdraft.models.transformers import TransformersModel
@@ -86,9 +88,16 @@ def cost(rows: int) -> float:
     return 1 + 0.019 * (rows - 1) + 0.5 * ((rows - 1) // 32)
 
 
-def replay(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], right: float = 0.0) -> Replay:
+def replay(
+    drafter: Drafter,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    right: float = 0.0,
+    mask_scores: Callable[[int], torch.Tensor] | None = None,
+) -> Replay:
     """A drafter against a model that gives this answer, and off its path the right token with a
-    probability, as weights tuned for consistency do."""
+    probability, as weights tuned for consistency do. mask_scores: of so many mask tokens under a row; their
+    ids are twice the vocabulary's size and more."""
     dice = random.Random(0)
     text, out = list(prompt), Replay()
     while len(text) < len(prompt) + len(answer):
@@ -97,10 +106,14 @@ def replay(drafter: Drafter, prompt: Sequence[int], answer: Sequence[int], right
         on = [True]
         for token, parent, depth in list(zip(tree.tokens, tree.parents, tree.depth, strict=True))[1:]:
             on.append(on[parent] and token == todo[depth - 1])
-        guessed = [on[row] or dice.random() < right for row in range(len(tree))]
-        picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=True)]
+        count = tree.ordinary(2 * VOCABULARY)
+        guessed = [on[row] or dice.random() < right for row in range(count)]
+        picks = [todo[d] if good else VOCABULARY for d, good in zip(tree.depth, guessed, strict=False)]
         path, in_flight = accept(tree, picks, [True] * len(tree))
         step = Step(tree, lambda: torch.empty(0), picks, path, in_flight)
+        masks = len(_group(step, count))
+        if mask_scores is not None and masks:
+            step = replace(step, mask_scores=mask_scores(masks))
         drafter.observe(step)
         text += step.emitted
         out.runs.append(len(path))
@@ -209,14 +222,38 @@ def test_jacobi_refills_its_window_from_discarded_tails() -> None:
     assert drafter.propose(text).child(0, picks[7]) is not None
 
 
-def test_a_pool_that_stays_empty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    remember = JacobiDrafter._remember
+def no_row_without_a_pick_is_drafted() -> None:
+    """Row 1 is not finite, so it has no pick: -1 is no token."""
+    picks = Picks([0.5] * 7)
+    picks.read([1, 1])
+    picks.remember(Step(Tree.chain([1, 2, 3]), lambda: torch.empty(0), [5, -1, 7], [0], []))
+    found = {token for at in (3, 4) for one in picks.candidates(Point(at, (1, 2))) for token in one.shares}
+    assert (found, picks.pool) == ({7}, {(2, 3): 7})
 
-    def forget(self: JacobiDrafter, step: Step) -> None:
+
+def test_a_row_without_a_pick_is_not_drafted() -> None:
+    no_row_without_a_pick_is_drafted()
+
+
+def test_a_pick_that_is_none_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = Picks.remember
+
+    def as_any_token(self: Picks, step: Step) -> None:
+        remember(self, replace(step, picks=[abs(pick) for pick in step.picks]))
+
+    monkeypatch.setattr(Picks, "remember", as_any_token)
+    with pytest.raises(AssertionError):
+        no_row_without_a_pick_is_drafted()
+
+
+def test_a_pool_that_stays_empty_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    remember = Picks.remember
+
+    def forget(self: Picks, step: Step) -> None:
         remember(self, step)
         self.pool.clear()
 
-    monkeypatch.setattr(JacobiDrafter, "_remember", forget)
+    monkeypatch.setattr(Picks, "remember", forget)
     with pytest.raises(AssertionError):
         test_jacobi_refills_its_window_from_discarded_tails()
 
@@ -231,7 +268,9 @@ def test_a_window_that_learns_nothing_is_seen(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("params", [greedy(), sampled(0.8, seed=2)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("method", [Llma(), Llma(faithful=True), Jacobi(), Jacobi(faithful=True)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [Llma(), Llma(faithful=True), Jacobi(), Jacobi(faithful=True), Auto()], ids=repr
+)
 def test_drafted_is_plain_alone_and_in_a_batch(
     exact: TransformersModel, method: Method, params: SamplingParams
 ) -> None:

@@ -67,7 +67,7 @@ def some(always: Collection[str] = (), **kinds: st.SearchStrategy[Any]) -> st.Se
     return st.fixed_dictionaries(given, optional=kinds)
 
 
-METHODS = ("plain", "llma", "jacobi", "garbage", *["oracle"] * 4)  # whose drafts are taken
+METHODS = ("plain", "llma", "auto", "jacobi", "garbage", *["oracle"] * 4)  # whose drafts are taken
 
 
 def asked(always: Collection[str] = (), methods: Sequence[str] = METHODS) -> st.SearchStrategy[Asked]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from selfdraft import Engine, Method, Request, SamplingParams, Tree
+from selfdraft.drafting.auto import Auto
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
@@ -127,7 +128,7 @@ def test_the_least_recently_used_is_forgotten_first(model: Decoder) -> None:
     assert reused(1) < 48, "its pages, or the last of them, were taken for the third"
 
 
-@pytest.mark.parametrize("method", [Plain(), Llma(), Jacobi(), Garbage()])
+@pytest.mark.parametrize("method", [Plain(), Llma(), Jacobi(), Auto(), Garbage()])
 def test_who_gives_its_memory_back_goes_on_as_if_it_had_not(model: Decoder, method: Method) -> None:
     engine = Engine(model, Limits(kv_memory=pages(model, 12)))
     prompts = [random_prompt(20, i) for i in range(5)]

@@ -192,7 +192,7 @@ def test_a_prediction_is_drafted_and_counted(running: Running, llm: LLM) -> None
         assert counts["accepted_prediction_tokens"] == figures["accepted"] > 10
         assert counts["rejected_prediction_tokens"] == figures["drafted"] - figures["accepted"] >= 0
         assert figures["tokens_per_forward"] > alone["selfdraft"]["tokens_per_forward"]
-        assert (figures["method"], figures["weights"]) == ("llma", "base")
+        assert (figures["method"], figures["weights"]) == ("auto", "base")
     empty = running.post(CHAT, **asked, prediction={"type": "content", "content": ""})
     assert set(empty["usage"]["completion_tokens_details"].values()) == {0}
 
@@ -245,6 +245,7 @@ def test_models_and_health(running: Running) -> None:
     page = running.request("GET", "/metrics")[1]
     assert 'selfdraft_requests_total{endpoint="completions",outcome="answered"}' in page
     assert "selfdraft_generated_tokens_total" in page
+    assert "selfdraft_accepted_tokens_by_source" in page
 
 
 WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdraft import LLM, Engine, Method, Request
+from selfdraft.drafting.auto import Auto
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
@@ -50,7 +51,15 @@ def tuner(
 def methods(answer: Any) -> list[Method]:
     """Some that draft with masks come first."""
     masked = [Helped(SpaceTuned(), answer), Helped(SpaceTuned(faithful=True), answer), MaskOracle(answer)]
-    return [*masked, SpaceTuned(), Jacobi(12), Jacobi(8, faithful=True), Llma(trigger=1, block=8), Plain()]
+    return [
+        *masked,
+        SpaceTuned(),
+        Jacobi(12),
+        Jacobi(8, faithful=True),
+        Llma(trigger=1, block=8),
+        Auto(),
+        Plain(),
+    ]
 
 
 @pytest.mark.parametrize("way", WAYS)

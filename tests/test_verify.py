@@ -135,7 +135,7 @@ def test_command_line(
     code, out, err = run("--json")
     assert "answer 1 of 6" in err, "progress is written although this is no terminal"
     record = json.loads(out.splitlines()[-1])
-    assert (code, record["verdict"], record["method"]) == (0, "exact", "llma")
+    assert (code, record["verdict"], record["method"]) == (0, "exact", "auto")
     assert record["compared"] > 0
     code, out, _ = run("--method", "jacobi")
     assert code == 0

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from . import drafting
+from .drafting.acceptance import DraftCount, added
 from .encoding import Prompt
 from .engine.engine import check_early
 from .engine.request import Request, TokenLogprob
@@ -111,6 +112,8 @@ class Stats:
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sources: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Draft tokens by where they are from, of the methods that say so."""
     preemptions: int = 0
 
 
@@ -236,6 +239,7 @@ class EngineLoop:
             generated_tokens=had.generated_tokens + request.added,
             drafted_tokens=had.drafted_tokens + request.rows - steps,
             accepted_tokens=had.accepted_tokens + max(0, request.added - steps),
+            sources=added(had.sources, request.sources),
         )
 
     def _now(self) -> Stats:

@@ -33,7 +33,7 @@ from .sampling.grammar import Grammar, grammars
 from .sampling.stopping import StopStrings, TextStream
 
 LOG = logging.getLogger("selfdraft")
-DEFAULT_METHOD = "llma"
+DEFAULT_METHOD = "auto"
 AHEAD = 2
 """Times as many requests as can run that are made from a list of prompts."""
 SAMPLING_CONFIG = {
@@ -118,9 +118,9 @@ class LLM(PromptEncoder):
         model: "smollm2", a folder, a GGUF file, or a hub id (`owner/name`, `owner/name:file.gguf`); or a
         transformers model that is loaded already, with its `tokenizer`, wrapped by peft or quantised as it
         may be. method: a name (see `selfdraft.drafting.available`), with its `options`, or a `Method`.
-        adapter: a folder or a hub id, with which the method drafts (bita, space), or which tunes the model,
-        for any method (`selfdraft train cllm`): then texts are those of the tuned weights. weights: the
-        format in which they run, "as-stored" (None), "bf16", "q8" or "q4". activations: bits to which the
+        adapter: a folder or a hub id, with which the method drafts (auto, bita, space), or which tunes the
+        model, for any method (`selfdraft train cllm`): then texts are those of the tuned weights. weights:
+        the format in which they run, "as-stored" (None), "bf16", "q8" or "q4". activations: bits to which the
         inputs of products with 4- to 8-bit weights are rounded, 8 (None) or 16. dtype: "float32" or
         "bfloat16" instead of weights. device: None is CUDA if there is one. numerics: "exact" gives every
         token the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
@@ -207,7 +207,7 @@ class LLM(PromptEncoder):
     ) -> LLM:
         """The same model with another method. Without an adapter a tuned model stays tuned."""
         made, _ = drafting.resolve(method, options)
-        if adapter is None and getattr(made, "adapted", False) and method == self.method_name:
+        if adapter is None and adapter_folder.drafts_with(made) and method == self.method_name:
             adapter = self.adapter
         start: AnyModel = self.model.base if adapter is None else self.model.loaded
         other = LLM.__new__(LLM)
@@ -436,6 +436,7 @@ class LLM(PromptEncoder):
             forwards=request.forwards,
             tokens_per_forward=len(ids) / request.forwards if request.runs else 0.0,
             rows_per_forward=request.rows / max(1, len(request.runs)),
+            sources=request.sources,
             seconds=request.seconds,
             prefill_seconds=request.prefill_seconds,
             tokens_per_second=len(ids) / request.seconds if ids else 0.0,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from .drafting.acceptance import DraftCount
 from .engine.request import FinishReason, TokenLogprob
 from .errors import SelfdraftError
 from .models.transformers import Grade, Numerics
@@ -39,6 +40,8 @@ class Completion:
     """New tokens per decode forward; the model's own token counts."""
     rows_per_forward: float
     """Tokens that a decode step ran, on average."""
+    sources: Mapping[str, DraftCount]
+    """Draft tokens by where they are from ("copy", "mask", "jacobi"); empty where the method does not say."""
     seconds: float
     """Time of the decode steps."""
     prefill_seconds: float

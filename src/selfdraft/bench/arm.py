@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from .. import drafting
+from ..drafting.acceptance import DraftCount, SharedAcceptance
 from ..drafting.method import Method
 from ..engine.engine import Engine
 from ..engine.request import first_end
@@ -61,6 +62,8 @@ class Answer:
     """Peak memory in bytes, if another process answered."""
     spent: float = 0.0
     """Processor seconds, if another process answered."""
+    sources: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Draft tokens by where they are from, of methods that say so."""
 
 
 class Arm(Protocol):
@@ -122,6 +125,8 @@ class Drafted:
     drafts: bool = True
     identity_expected: bool = True
     weight_bytes: int | None = None
+    acceptance: SharedAcceptance = field(default_factory=SharedAcceptance)
+    """What its answers have learned, as those of one engine would."""
 
     @property
     def grade(self) -> str:
@@ -135,7 +140,7 @@ class Drafted:
         times: list[float] = []
         rows = [0]
         started = time.perf_counter()
-        engine = Engine(self.model)
+        engine = Engine(self.model, acceptance=self.acceptance)
         params = replace(self.params, max_new_tokens=length)
         request = engine.submit(prompt, self.method, params, references, eos_ids=self.eos)
         while request.finish_reason is None:
@@ -145,7 +150,7 @@ class Drafted:
                 rows.append(request.rows)
         rows = [b - a for a, b in pairwise(rows)]
         part = request.forwards / len(request.runs)
-        return Answer(list(request.emitted), list(request.runs), rows, times, part)
+        return Answer(list(request.emitted), list(request.runs), rows, times, part, sources=request.sources)
 
     def close(self) -> None:
         pass

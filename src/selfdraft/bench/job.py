@@ -30,7 +30,7 @@ class Job:
     """The options of a run. Raises InvalidOption and UnknownMethod."""
 
     model: str = DEFAULT_MODEL
-    methods: Sequence[str] = ("llma",)
+    methods: Sequence[str] = ("auto",)
     """Names, with options as in `llma:block=10`; plain decoding is always measured."""
     baselines: Sequence[str] = ("generate",)
     """See `arm.lookups` and `arm.externals`."""

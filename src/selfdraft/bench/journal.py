@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .._common.run_folder import changes, write_all
+from ..drafting.acceptance import DraftCount
 from ..errors import BenchError
 
 
@@ -47,6 +48,7 @@ class Record:
     others: float | None
     """Processor seconds that other processes used meanwhile. None where the system does not report it."""
     part: float = 1.0
+    sources: Mapping[str, DraftCount] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -137,6 +139,7 @@ def _record(line: bytes, where: str) -> Record:
     try:
         given = json.loads(line)
         lists = {name: tuple(given[name]) for name in ("ids", "runs", "rows", "times")}
-        return Record(**{**given, **lists})
+        sources = {name: DraftCount(**count) for name, count in given.pop("sources", {}).items()}
+        return Record(**{**given, **lists}, sources=sources)
     except (ValueError, TypeError, KeyError) as error:
         raise BenchError(f"{where} is not an answer of this bench; give another folder to --out") from error

@@ -124,6 +124,7 @@ class Bench:
             rows=tuple(answer.rows),
             times=tuple(round(at, 7) for at in answer.times),
             part=answer.part,
+            sources=answer.sources,
             peak=machine.peak(device) if answer.peak is None else answer.peak,
             others=_background(before, after, answer),
         )

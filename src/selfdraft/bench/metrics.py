@@ -26,11 +26,12 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
 from .._common.repetition import fresh
+from ..drafting.acceptance import DraftCount, added
 from .interval import interval, median, quantile
 from .journal import Key, Record
 
@@ -213,6 +214,14 @@ def repeated(records: Sequence[Record]) -> dict[str, float]:
         "tokens": 1 - sum(k for k, _ in kept) / sum(n for _, n in kept),
         "answers": sum(k < n for k, n in kept) / len(kept),
     }
+
+
+def sources(records: Iterable[Record]) -> dict[str, dict[str, int]]:
+    """Draft tokens by source, of whole answers: how many were verified, and how many accepted."""
+    total: dict[str, DraftCount] = {}
+    for record in records:
+        total = added(total, record.sources)
+    return {name: asdict(count) for name, count in total.items()}
 
 
 def copied(ids: Sequence[int], texts: Iterable[Sequence[int]]) -> tuple[int, int]:

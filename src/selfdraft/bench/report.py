@@ -103,6 +103,7 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
         "texts": metrics.texts_sha256(mine),
         "prompts": _prompts(arm, mine, records),
         "repeated_share": metrics.repeated(mine),
+        "sources": metrics.sources(mine),
         "peak_bytes": max((r.peak for r in mine if r.peak is not None), default=None),
     }
     for name, cut in (("whole", False), ("cut", True)):

@@ -42,7 +42,7 @@ def bench(
     ] = DEFAULT_MODEL,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,...; repeatable. Default: llma."),
+        typer.Option("--method", "-m", help="NAME or NAME:OPTION=VALUE,...; repeatable. Default: auto."),
     ] = None,
     baseline: Annotated[
         list[str] | None,
@@ -111,9 +111,9 @@ def bench(
 
     Examples:
 
-      selfdraft bench --file my.jsonl --method llma --method llma:block=10
+      selfdraft bench --file my.jsonl --method auto --method llma:block=10
 
-      selfdraft bench --suite py_edits --suite gsm8k --data DIR --method llma --method jacobi
+      selfdraft bench --suite py_edits --suite gsm8k --data DIR --method auto --method llma
 
       selfdraft bench -s humaneval -m llma --baseline generate --baseline lookup-10 --prompts 164
 
@@ -131,7 +131,7 @@ def bench(
     sources = _sources(suite or (), file or (), data)
     job = Job(
         model=model,
-        methods=method or ["llma"],
+        methods=method or ["auto"],
         baselines=[] if baseline == [NONE] else baseline or ["generate"],
         peer_python=_interpreters(peer_python or ()),
         raw=raw,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..llm import LLM
     from ..outputs import Completion
 
-SHOWN = "llma"  # all methods write the same text, so one of them shows it
-METHODS = ("plain", SHOWN, "jacobi")
+SHOWN = "auto"  # all methods write the same text, so one of them shows it
+METHODS = ("plain", SHOWN, "llma", "jacobi")
 
 LETTER = (
     "I am writeing to tell you about the meeting on Monday. We will start at ten in the main room. Please "

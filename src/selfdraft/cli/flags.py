@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 DEFAULT_MODEL = "smollm2"
-DEFAULT_METHOD = "llma"
+DEFAULT_METHOD = "auto"
 
 Model = Annotated[
     str, typer.Option(help="smollm2, looped-tiny, a model folder, a GGUF file, or a Hugging Face id.")
 ]
-Method = Annotated[str, typer.Option(help="Drafting method: plain, llma, jacobi, or another installed one.")]
+Method = Annotated[
+    str, typer.Option(help="Drafting method: auto, plain, llma, jacobi, or another installed one.")
+]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable.")
 ]

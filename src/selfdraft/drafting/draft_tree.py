@@ -10,22 +10,25 @@ may jump.
 
 When sampling, the noise of future positions is known. A token of probability q with Gumbel noise g is picked
 if log q + g exceeds the scores of all others, whose maximum is a Gumbel variable located at log(1 - q): with
-probability exp(-(1 - q)/q exp(-g)). The probability that the token is picked lies between q and that.
+probability exp(-(1 - q)/q exp(-g)). The probability that the token is picked lies between q and that. Of
+candidates that were chosen with that noise the rates hold as they are.
 
 Candidates are compared with the tokens that came, also where they were not run, so that a drafter which
-proposes nothing goes on learning.
+proposes nothing goes on learning. What was run is counted by source.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from ..engine.step import Step
 from ..engine.tree import Tree
-from .acceptance import AcceptanceStats, Budget, Candidates
+from .acceptance import CREDIT, AcceptanceStats, Budget, Candidates, DraftCount
 
 S = TypeVar("S")
 
@@ -39,11 +42,33 @@ MARGIN = 1.02  # a draft must promise so many times the tokens of plain decoding
 class Source(Protocol[S]):
     """Where a drafter has its candidates from. A state is a point of a draft, in terms of the source."""
 
+    def read(self, tokens: Sequence[int]) -> S:
+        """The state at the end of the text so far."""
+
     def candidates(self, state: S) -> Sequence[Candidates]:
         """What may come next, the likelier kinds first."""
 
     def follow(self, state: S, token: int) -> S:
         """The point after one of the candidates."""
+
+
+class Sources:
+    """Several sources as one. At each point the candidates of the first source come first."""
+
+    def __init__(self, *parts: Source[Any]) -> None:
+        self.parts = parts
+
+    def read(self, tokens: Sequence[int]) -> Sequence[Any]:
+        return [part.read(tokens) for part in self.parts]
+
+    def candidates(self, state: Sequence[Any]) -> Sequence[Candidates]:
+        found: list[Candidates] = []
+        for part, own in zip(self.parts, state, strict=True):
+            found += part.candidates(own)
+        return found
+
+    def follow(self, state: Sequence[Any], token: int) -> Sequence[Any]:
+        return [part.follow(own, token) for part, own in zip(self.parts, state, strict=True)]
 
 
 @dataclass(slots=True)
@@ -54,8 +79,9 @@ class Node(Generic[S]):
     parent: int  # index of the node above; -1 for the root
     depth: int
     reached: float  # probability that the walk comes here
+    source: Hashable  # that its token is from: of several the one whose candidates come first
     state: S
-    candidates: Sequence[Candidates]
+    candidates: Sequence[Candidates] = ()
     children: dict[int, Node[S]] = field(default_factory=dict)  # by token
 
 
@@ -69,78 +95,113 @@ class DraftTreeBuilder(Generic[S]):
         cost: Callable[[int], float],
         noise: Callable[[int, Sequence[int]], Sequence[float]] | None,
         max_rows: int,
+        credit: float = CREDIT,
     ) -> None:
-        """noise: as `DraftContext.noise`; None when greedy. max_rows: of one step."""
+        """noise: as `DraftContext.noise`; None when greedy. max_rows: of one step. credit: as of `Budget`."""
         self.source, self.rates, self.noise, self.max_rows = source, rates, noise, max_rows
         self.known_noise: dict[int, dict[int, float]] = {}  # position -> token -> noise
-        self.budget = Budget(cost)
+        self.budget = Budget(cost, credit)
         self.root: Node[S] | None = None
+        self.counts: defaultdict[Hashable, DraftCount] = defaultdict(DraftCount)  # by source
+        self.hung: Hashable = None  # source of the rows that a drafter hangs behind the trees
 
-    def tree(self, tokens: Sequence[int], state: S) -> Tree:
+    def tree(self, tokens: Sequence[int]) -> Tree:
         """The rows to run after the text so far, the most probable first."""
         self.budget.begin()
         self.known_noise = {at: noise for at, noise in self.known_noise.items() if at >= len(tokens)}
-        nodes = self._grow(tokens, state)
+        nodes = self._sized(self._grow(tokens))
         return Tree(tuple([node.token for node in nodes]), tuple([node.parent for node in nodes]))
 
-    def learn(self, emitted: Sequence[int], rows: int) -> None:
-        """Compare the candidates along the path with the tokens that a step of so many rows emitted."""
-        self.budget.settle(len(emitted), rows)
+    def learn(self, step: Step) -> Sequence[Hashable]:
+        """Compare the candidates along the path with the tokens that a step emitted. Returns the sources of
+        the draft tokens that were accepted."""
+        emitted = step.emitted
+        self.budget.settle(len(emitted), len(step.tree))
         node = self.root
         for token in emitted:
             if node is None:
-                return
-            for kind, shares in node.candidates:
+                break
+            for kind, shares, _ in node.candidates:
                 self.rates.learn(kind, token in shares)
                 if token in shares:
                     break
             node = node.children.get(token)
-        self.root = None
+        return self._count(step)
 
-    def _grow(self, tokens: Sequence[int], state: S) -> list[Node[S]]:
-        """Nodes in the order of their probability to be reached, as many as pay; parents come first."""
-        self.root = Node(tokens[-1], -1, 0, 1.0, state, self.source.candidates(state))
-        nodes = [self.root]
-        queue: list[tuple[float, int, int, int]] = []  # minus reached, order of arrival, parent, token
-        costs = list(map(self.budget.cost, range(1, self.max_rows + 1)))
-        best, rows, promised, order = MARGIN, 1, 1.0, 0
+    def _count(self, step: Step) -> Sequence[Hashable]:
+        """Count the draft tokens that ran by source; mask tokens, which stand behind them, are none. Returns
+        the sources of those on the path."""
+        tree, sources, nodes = step.tree, [self.hung], [self.root]
+        for row in range(1, len(step.picks)):
+            above = nodes[tree.parents[row]]
+            node = None if above is None else above.children.get(tree.tokens[row])
+            nodes.append(node)
+            sources.append(self.hung if node is None else node.source)
+            self.counts[sources[row]].drafted += 1
+        accepted = [sources[row] for row in step.path[1:]]
+        for source in accepted:
+            self.counts[source].accepted += 1
+        return accepted
+
+    def _grow(self, tokens: Sequence[int]) -> Iterator[Node[S]]:
+        """Nodes in the order of their probability to be reached, parents first. A node has candidates once
+        the next one is asked for."""
+        node = self.root = Node(tokens[-1], -1, 0, 1.0, None, self.source.read(tokens))
+        nodes = [node]
+        # Minus reached, order of arrival, parent, token, source.
+        queue: list[tuple[float, int, int, int, Hashable]] = []
+        order = 0
         while True:
-            node, count = nodes[-1], len(nodes)
-            for token, chance in self._chances(node, len(tokens)):
+            yield node
+            node.candidates = self.source.candidates(node.state)
+            for token, (chance, source) in self._chances(node, len(tokens)).items():
                 if chance * node.reached >= MIN_REACHED:
                     order += 1
-                    heappush(queue, (-chance * node.reached, order, count - 1, token))
-            if not queue or count == self.max_rows:
-                return nodes[:rows]
-            reached, _, parent, token = heappop(queue)
-            # No larger tree can be better: not if each further row were reached as often as this one.
-            if all(promised - reached * i <= best * cost for i, cost in enumerate(costs[count:], 1)):
-                return nodes[:rows]
-            promised -= reached
-            if promised > best * costs[count] and self.budget.affords(count + 1):
-                best, rows = promised / costs[count], count + 1
+                    heappush(queue, (-chance * node.reached, order, len(nodes) - 1, token, source))
+            if not queue or len(nodes) == self.max_rows:
+                return
+            reached, _, parent, token, source = heappop(queue)
             above = nodes[parent]
             state = self.source.follow(above.state, token)
-            node = Node(token, parent, above.depth + 1, -reached, state, self.source.candidates(state))
-            above.children[token] = node
+            node = above.children[token] = Node(token, parent, above.depth + 1, -reached, source, state)
             nodes.append(node)
 
-    def _chances(self, node: Node[S], length: int) -> Iterable[tuple[int, float]]:
-        """The candidates at a node, each with the probability that it is picked there."""
-        chances: dict[int, float] = {}
+    def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
+        """As many nodes as pay."""
+        nodes: list[Node[S]] = []
+        costs = self.budget.costs_to(self.max_rows)
+        best, rows, promised = MARGIN, 1, 0.0
+        for node in growing:
+            count = len(nodes)
+            # No larger tree can be better: not if each further row were reached as often as this one.
+            rest = enumerate(costs[count:], 1)
+            if count and all(promised + node.reached * i <= best * cost for i, cost in rest):
+                break
+            nodes.append(node)
+            promised += node.reached
+            if promised > best * costs[count] and self.budget.affords(count + 1):
+                best, rows = promised / costs[count], count + 1
+        return nodes[:rows]
+
+    def _chances(self, node: Node[S], length: int) -> Mapping[int, tuple[float, Hashable]]:
+        """The candidates at a node, each with the probability that it is picked there, and its source."""
+        chances: dict[int, tuple[float, Hashable]] = {}
+        undrawn: dict[int, float] = {}  # the part of a chance that is to be seen with the noise
         left = 1.0
-        for kind, shares in node.candidates:
+        for kind, shares, drawn in node.candidates:
             rate = self.rates[kind] * left
             for token, share in shares.items():
-                chances[token] = chances.get(token, 0.0) + rate * share
+                before, source = chances.get(token, (0.0, kind[0]))
+                chances[token] = before + rate * share, source
+                if not drawn and self.noise is not None:
+                    undrawn[token] = undrawn.get(token, 0.0) + rate * share
             left -= rate
-        if self.noise is None or not chances:
-            return chances.items()
-        noise = self._noise(length + node.depth, list(chances))
-        return [
-            (token, chance + UNDECIDED * (wins(chance, noise[token]) - chance))
-            for token, chance in chances.items()
-        ]
+        if undrawn:
+            noise = self._noise(length + node.depth, list(undrawn))
+            for token, part in undrawn.items():
+                chance, source = chances[token]
+                chances[token] = chance + UNDECIDED * (wins(part, noise[token]) - part), source
+        return chances
 
     def _noise(self, position: int, tokens: Sequence[int]) -> Mapping[int, float]:
         known = self.known_noise.setdefault(position, {})
@@ -155,3 +216,20 @@ def wins(chance: float, noise: float) -> float:
     """Probability that a token of probability `chance` is picked where this Gumbel noise is added to it."""
     chance = min(max(chance, 1e-9), 1 - 1e-9)
     return math.exp(-(1 - chance) / chance * math.exp(-noise))
+
+
+class TreeDrafter:
+    """A drafter whose trees a builder makes."""
+
+    def __init__(self, builder: DraftTreeBuilder[Any]) -> None:
+        self.builder = builder
+
+    @property
+    def sources(self) -> Mapping[Hashable, DraftCount]:
+        return self.builder.counts
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return self.builder.tree(tokens)
+
+    def observe(self, step: Step) -> None:
+        self.builder.learn(step)

@@ -21,7 +21,7 @@ little; on one tuned for consistency several tokens per pass converge.
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -29,11 +29,12 @@ from annotated_types import Ge
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .acceptance import AcceptanceStats, Candidates
-from .draft_tree import MARGIN, MIN_REACHED, DraftTreeBuilder
-from .method import DraftContext, Drafter, Lookahead
-from .ngrams import PRIOR, NgramCopies, Places
+from .acceptance import AcceptanceStats, Budget, Candidates, Kind
+from .draft_tree import MARGIN, MIN_REACHED, DraftTreeBuilder, Sources, TreeDrafter
+from .method import DraftContext, Drafter, Lookahead, drawn_noise
+from .ngrams import PRIOR, NgramCopies
 
+SOURCE = "jacobi"
 # Acceptance rates of a draft token 1, 2, 3-4, 5-8, ... rows ahead, where those before it were right:
 UNTUNED = (0.15, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6)
 TUNED = (0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)  # of a model that was tuned for it but not calibrated
@@ -64,87 +65,76 @@ class Point(NamedTuple):
 
     at: int  # index in the text of the next token
     before: tuple[int, int]  # the two tokens before it
-    places: Places  # that the n-grams copy from
 
 
-class JacobiDrafter:
-    def __init__(self, block: int, context: DraftContext) -> None:
-        self.block = block
-        self.dice = random.Random(context.seed)
-        self.copies = NgramCopies((), context.prompt)
+class Picks:
+    """What the model picked off the path, as a `draft_tree.Source`: draft tokens of positions to come, and
+    the n-grams of discarded tails."""
+
+    def __init__(self, prior: Sequence[float]) -> None:
+        """prior: acceptance rates of draft tokens by distance."""
+        self.prior: dict[Kind, float] = {(SOURCE, i): rate for i, rate in enumerate(prior)}
+        self.prior[SOURCE, "pool"] = POOL_RATE
+        self.length = 0
         self.drafts: dict[int, int] = {}  # index in the text -> the pick of the last pass
         # Two tokens -> what once followed them, off the text; the oldest first.
         self.pool: dict[tuple[int, int], int] = {}
-        look = context.lookahead
-        self.filler = look.filler if look is not None else None
-        prior = UNTUNED if look is None or self.filler is None else _calibrated(look)
-        self.rates = AcceptanceStats(dict(enumerate(prior)))
-        drafted: dict[Hashable, float] = {("draft", i): rate for i, rate in enumerate(prior)}
-        noise = context.noise if context.temperature > 0 else None
-        self.builder = DraftTreeBuilder(
-            self, AcceptanceStats(PRIOR | drafted | {"pool": POOL_RATE}), context.cost, noise, block
-        )
-        self.length = 0
-        self.probing = 0.0  # time that may go to probing, in steps of one row
 
-    def propose(self, tokens: Sequence[int]) -> Tree:
+    def read(self, tokens: Sequence[int]) -> Point:
         self.length = len(tokens)
-        before = (tokens[-2] if len(tokens) > 1 else -1, tokens[-1])
-        tree = self.builder.tree(tokens, Point(len(tokens), before, self.copies.read(tokens)))
-        return self._refill(tree, tokens, self._window(len(tree)))
-
-    def observe(self, step: Step) -> None:
-        emitted = step.emitted
-        self.builder.learn(emitted, len(step.tree))
-        for i, token in enumerate(emitted):
-            draft = self.drafts.get(self.length + i)
-            if draft is not None:
-                self.rates.learn(_distance(i), draft == token)
-            if draft != token:
-                break
-        self._remember(step)
+        return Point(len(tokens), (tokens[-2] if len(tokens) > 1 else -1, tokens[-1]))
 
     def candidates(self, state: Point) -> Sequence[Candidates]:
-        found: list[Candidates] = self.copies.candidates(state.places)
+        found = []
         draft = self.drafts.get(state.at)
         if draft is not None:
-            found.append(Candidates(("draft", _distance(state.at - self.length)), {draft: 1.0}))
+            kind = (SOURCE, _distance(state.at - self.length))
+            found.append(Candidates(kind, {draft: 1.0}, drawn=True))
         pooled = self.pool.get(state.before)
         if pooled is not None:
-            found.append(Candidates("pool", {pooled: 1.0}))
+            found.append(Candidates((SOURCE, "pool"), {pooled: 1.0}))
         return found
 
     def follow(self, state: Point, token: int) -> Point:
-        return Point(state.at + 1, (state.before[1], token), self.copies.follow(state.places, token))
+        return Point(state.at + 1, (state.before[1], token))
 
-    def _window(self, rows: int) -> int:
-        """Rows of the window that pay; those of a probe, where there is time for one.
+    def remember(self, step: Step) -> None:
+        """Keep the picks off the path."""
+        tree, path = step.tree, set(step.path)
+        far = len(step.path)
+        self.drafts = {}
+        for row in range(1, len(step.picks)):  # rows behind them carry mask tokens
+            depth = tree.depth[row]
+            if row in path or step.picks[row] < 0:  # below 0: the row was not finite
+                continue
+            if depth >= far:
+                self.drafts.setdefault(self.length + depth, step.picks[row])
+            before = tree.tokens[tree.parents[row]], tree.tokens[row]
+            self.pool.pop(before, None)
+            self.pool[before] = step.picks[row]
+        while len(self.pool) > POOL:
+            del self.pool[next(iter(self.pool))]
 
-        With so many draft tokens in the window, a step yields the tokens that they promise, and needs as many
-        rows more so that the window is as long after it.
-        """
-        best, window, tokens, reached = MARGIN, 1, 1.0, 1.0
-        for drafts in range(1, self.block):
-            reached *= self.rates[_distance(drafts - 1)]
-            tokens += reached
-            if reached < MIN_REACHED or drafts + int(tokens) > self.block:
-                break
-            wanted = drafts + int(tokens)
-            rate = tokens / self.builder.budget.cost(wanted)
-            if rate > best and self.builder.budget.affords(wanted):
-                best, window = rate, wanted
-        probe = min(PROBE, self.block)
-        if max(rows, window) >= probe:
-            return window
-        self.probing += PROBING_TIME
-        extra = self.builder.budget.cost(probe) - self.builder.budget.cost(max(rows, window))
-        if extra > self.probing or not self.builder.budget.affords(probe):
-            return window
-        self.probing -= extra
-        return probe
 
-    def _refill(self, tree: Tree, tokens: Sequence[int], window: int) -> Tree:
+class Window:
+    """Rows behind a tree that are run for their picks, where that pays, or to learn whether it does."""
+
+    def __init__(self, picks: Picks, prior: Sequence[float], block: int, context: DraftContext) -> None:
+        """prior: as of `Picks`. block: rows of a step, at most."""
+        self.picks, self.block = picks, block
+        self.rates = AcceptanceStats({(SOURCE, i): rate for i, rate in enumerate(prior)})
+        self.dice = random.Random(context.seed)
+        self.filler = context.lookahead.filler if context.lookahead is not None else None
+        self.probing = 0.0  # time that may go to probing, in steps of one row
+
+    @property
+    def learned(self) -> Sequence[float]:
+        """Acceptance rates by distance."""
+        return [self.rates[kind] for kind in self.rates.counts]
+
+    def refill(self, tree: Tree, tokens: Sequence[int], budget: Budget) -> Tree:
         """The tree, its first line of rows made as long as the window where there is room."""
+        window = self._rows(len(tree), budget)
         row = 0
         line = list(tokens[-2:])
         for child, parent in enumerate(tree.parents[1:], start=1):
@@ -153,29 +143,71 @@ class JacobiDrafter:
                 line.append(tree.tokens[child])
         more: list[int] = []
         first = len(tokens) + tree.depth[row]
+        picks = self.picks
         for at in range(first, min(len(tokens) + window - 1, first + self.block - len(tree))):
-            known = self.drafts.get(at, self.pool.get((line[-2], line[-1])) if len(line) > 1 else None)
+            known = picks.drafts.get(at, picks.pool.get((line[-2], line[-1])) if len(line) > 1 else None)
             line.append(self._unknown(tokens) if known is None else known)
             more.append(line[-1])
         return tree.hang(row, more) if more else tree
 
+    def learn(self, emitted: Sequence[int]) -> None:
+        """Compare the drafts of the last pass with the tokens of this one."""
+        for i, token in enumerate(emitted):
+            draft = self.picks.drafts.get(self.picks.length + i)
+            if draft is not None:
+                self.rates.learn((SOURCE, _distance(i)), draft == token)
+            if draft != token:
+                return
+
+    def _rows(self, rows: int, budget: Budget) -> int:
+        """Rows of the window that pay beside a tree of so many rows; those of a probe, where there is time
+        for one.
+
+        With so many draft tokens in the window, a step yields the tokens that they promise, and needs as many
+        rows more so that the window is as long after it.
+        """
+        best, window, tokens, reached = MARGIN, 1, 1.0, 1.0
+        for drafts in range(1, self.block):
+            reached *= self.rates[SOURCE, _distance(drafts - 1)]
+            tokens += reached
+            if reached < MIN_REACHED or drafts + int(tokens) > self.block:
+                break
+            wanted = drafts + int(tokens)
+            rate = tokens / budget.cost(wanted)
+            if rate > best and budget.affords(wanted):
+                best, window = rate, wanted
+        probe = min(PROBE, self.block)
+        if max(rows, window) >= probe:
+            return window
+        self.probing += PROBING_TIME
+        extra = budget.cost(probe) - budget.cost(max(rows, window))
+        if extra > self.probing or not budget.affords(probe):
+            return window
+        self.probing -= extra
+        return probe
+
     def _unknown(self, tokens: Sequence[int]) -> int:
         return self.dice.choice(tokens) if self.filler is None else self.filler
 
-    def _remember(self, step: Step) -> None:
-        """Keep the picks off the path: draft tokens of positions to come, and n-grams for the pool."""
-        tree, path = step.tree, set(step.path)
-        far = len(step.path)
-        self.drafts = {}
-        for row, depth in enumerate(tree.depth):
-            if depth >= far:
-                self.drafts.setdefault(self.length + depth, step.picks[row])
-            if row not in path and row:
-                before = tree.tokens[tree.parents[row]], tree.tokens[row]
-                self.pool.pop(before, None)
-                self.pool[before] = step.picks[row]
-        while len(self.pool) > POOL:
-            del self.pool[next(iter(self.pool))]
+
+class JacobiDrafter(TreeDrafter):
+    def __init__(self, block: int, context: DraftContext) -> None:
+        copies = NgramCopies((), context.prompt)
+        prior = pick_rates(context.lookahead)
+        self.picks = Picks(prior)
+        self.window = Window(self.picks, prior, block, context)
+        rates, noise = AcceptanceStats(PRIOR | self.picks.prior), drawn_noise(context)
+        sources = Sources(copies, self.picks)
+        super().__init__(DraftTreeBuilder(sources, rates, context.cost, noise, block))
+        self.builder.hung = SOURCE
+
+    def propose(self, tokens: Sequence[int]) -> Tree:
+        return self.window.refill(super().propose(tokens), tokens, self.builder.budget)
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        self.window.learn(step.emitted)
+        self.picks.remember(step)
 
 
 def _distance(ahead: int) -> int:
@@ -183,7 +215,10 @@ def _distance(ahead: int) -> int:
     return min(ahead.bit_length(), len(UNTUNED) - 1)
 
 
-def _calibrated(look: Lookahead) -> Sequence[float]:
+def pick_rates(look: Lookahead | None) -> Sequence[float]:
+    """Acceptance rates of draft tokens by distance, at first: as calibrated, where weights are tuned."""
+    if look is None or look.filler is None:
+        return UNTUNED
     table = look.odds.get(RATES, ())
     return table[0] if [len(row) for row in table] == [len(UNTUNED)] else TUNED
 

@@ -25,8 +25,8 @@ from ..engine.step import Step
 from ..engine.tree import Tree
 from ..errors import InvalidOption
 from .acceptance import AcceptanceStats
-from .draft_tree import DraftTreeBuilder
-from .method import DraftContext, Drafter
+from .draft_tree import DraftTreeBuilder, TreeDrafter
+from .method import DraftContext, Drafter, drawn_noise
 from .ngrams import PRIOR, NgramCopies
 
 
@@ -47,22 +47,11 @@ class Llma:
             )
 
     def drafter(self, context: DraftContext) -> Drafter:
-        return FaithfulDrafter(self, context) if self.faithful else LlmaDrafter(self, context)
-
-
-class LlmaDrafter:
-    def __init__(self, options: Llma, context: DraftContext) -> None:
-        self.copies = NgramCopies(context.references, context.prompt, options.trigger)
-        noise = context.noise if context.temperature > 0 else None
-        self.builder = DraftTreeBuilder(
-            self.copies, AcceptanceStats(PRIOR), context.cost, noise, options.block or 64
-        )
-
-    def propose(self, tokens: Sequence[int]) -> Tree:
-        return self.builder.tree(tokens, self.copies.read(tokens))
-
-    def observe(self, step: Step) -> None:
-        self.builder.learn(step.emitted, len(step.tree))
+        if self.faithful:
+            return FaithfulDrafter(self, context)
+        copies = NgramCopies(context.references, context.prompt, self.trigger)
+        rates, noise = AcceptanceStats(PRIOR), drawn_noise(context)
+        return TreeDrafter(DraftTreeBuilder(copies, rates, context.cost, noise, self.block or 64))
 
 
 class FaithfulDrafter:

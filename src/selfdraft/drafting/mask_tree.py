@@ -30,21 +30,21 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Sequence
-from heapq import heappop, heappush
-from itertools import accumulate
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import accumulate, chain
 from operator import mul
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 from torch import Tensor
 
 from ..engine.step import Step
 from ..engine.tree import Tree
 from ..errors import AdapterError
-from .acceptance import AcceptanceStats, Budget
-from .draft_tree import MIN_REACHED
-from .method import DraftContext, Lookahead
+from .acceptance import AcceptanceStats, Budget, Candidates, Kind
+from .draft_tree import DraftTreeBuilder, Node, S, Source, TreeDrafter
+from .method import DraftContext, Lookahead, Noise
 
+SOURCE = "mask"
 WIDTH = 6  # candidates per offset
 HAZARDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)  # bounds of the kinds
 ODDS = "hazard"  # the name of the calibrated rates in an adapter, [offset][kind]
@@ -61,16 +61,6 @@ class Candidate(NamedTuple):
 
     token: int
     kind: int  # class of its hazard, see HAZARDS
-
-
-class Node(NamedTuple):
-    """A point of a draft."""
-
-    token: int
-    parent: int  # index of the node above; -1 for the root
-    depth: int
-    reached: float  # probability that the walk comes here
-    trunk: bool = True  # are it and all above it the likeliest candidates of their offsets?
 
 
 def lookahead(context: DraftContext, method: str) -> Lookahead:
@@ -96,106 +86,134 @@ def candidates(scores: Tensor) -> list[list[Candidate]]:
     return found
 
 
-class GroupDrafter:
-    """Drafts sparse trees with groups of masks."""
+class MaskCandidates:
+    """What the masks behind the end of a text predict, as a `draft_tree.Source`. A state is the offset of the
+    next token, or None off the trunk."""
 
-    def __init__(self, look: Lookahead, cost: Callable[[int], float], most: int) -> None:
-        """most: rows of a step, at most."""
-        self.ids, self.most = tuple(look.ids), most
-        self.budget = Budget(cost, CREDIT)
-        offsets = range(len(self.ids))
-        odds = _known(look, ODDS, len(self.ids), len(hazard_middles())) or [
+    def __init__(self, look: Lookahead) -> None:
+        offsets = range(len(look.ids))
+        odds = _known(look, ODDS, len(offsets), len(hazard_middles())) or [
             [TRUST * at for at in hazard_middles()] for _ in offsets
         ]
+        self.prior: dict[Kind, float] = {
+            (SOURCE, i, kind): rate for i in offsets for kind, rate in enumerate(odds[i])
+        }
+        self.offered: list[list[Candidates]] = []  # by offset, the likeliest first
+        self.trunk: list[int] = []  # the likeliest token of each offset
+
+    def read(self, tokens: Sequence[int]) -> int | None:
+        return 0
+
+    def candidates(self, state: int | None) -> Sequence[Candidates]:
+        return () if state is None or state >= len(self.offered) else self.offered[state]
+
+    def follow(self, state: int | None, token: int) -> int | None:
+        on = state is not None and state < len(self.trunk) and self.trunk[state] == token
+        return state + 1 if on and state is not None else None
+
+    def predict(self, scores: Tensor | None) -> None:
+        """Take the candidates of the next tree from these scores, [masks, vocabulary]; None: there are none.
+        They include the noise of their positions."""
+        found = [] if scores is None else candidates(scores)
+        self.trunk = [offered[0].token for offered in found]
+        self.offered = [
+            [Candidates((SOURCE, i, kind), {token: 1.0}, drawn=True) for token, kind in offered]
+            for i, offered in enumerate(found)
+        ]
+
+
+class MaskTreeBuilder(DraftTreeBuilder[S]):
+    """Builds trees with groups of masks under the nodes where they pay."""
+
+    def __init__(
+        self,
+        source: Source[S],
+        masks: MaskCandidates,
+        look: Lookahead,
+        rates: AcceptanceStats,
+        cost: Callable[[int], float],
+        noise: Noise | None,
+        max_rows: int,
+        credit: float,
+    ) -> None:
+        """source: of all candidates. masks: the part of it, or it itself, that the masks predict. credit: as
+        of `Budget`. The others as of `DraftTreeBuilder`."""
+        super().__init__(source, rates, cost, noise, max_rows, credit)
+        self.masks, self.ids = masks, tuple(look.ids)
         onward = (_known(look, ONWARD, 1, len(self.ids)) or [[FIRST_ONWARD] * len(self.ids)])[0]
-        prior: dict[Hashable, float] = {(i, kind): p for i in offsets for kind, p in enumerate(odds[i])}
-        # Acceptance rates of candidates by (offset, kind); and by offset, how often the walk goes on through
-        # it.
-        self.rates = AcceptanceStats(prior | dict(enumerate(onward)))
+        # By offset, how often the walk goes on through a candidate of the masks.
+        self.onward = AcceptanceStats({(ONWARD, i): rate for i, rate in enumerate(onward)})
         self.expected = [
             PRIOR_STEPS * (1 + sum(accumulate(onward, mul))),
             PRIOR_STEPS * self.budget.cost(2 + 3 * len(self.ids)),
         ]
-        self.candidates: list[list[Candidate]] = []
-        self.nodes: list[Node] = []
+        self.groups: Sequence[int] = ()  # how many masks stand under each node
         self.probing = 0.0
 
-    def propose(self, tokens: Sequence[int]) -> Tree:
-        self.budget.begin()
-        self.nodes, masks = self._plan(tokens[-1])
-        ids = [node.token for node in self.nodes]
-        parents = [node.parent for node in self.nodes]
-        for row, count in enumerate(masks):
+    def tree(self, tokens: Sequence[int]) -> Tree:
+        tree = super().tree(tokens)
+        ids, parents = list(tree.tokens), list(tree.parents)
+        for row, count in enumerate(self.groups):
             if count:
                 parents += [row, *range(len(ids), len(ids) + count - 1)]
                 ids += self.ids[:count]
         return Tree(tuple(ids), tuple(parents))
 
-    def observe(self, step: Step) -> None:
-        emitted = step.emitted
-        rows = len(step.tree)
-        self.budget.settle(len(emitted), rows)
-        self.expected = [self.expected[0] + len(emitted), self.expected[1] + self.budget.cost(rows)]
-        trunk = True
-        for i, offered in enumerate(self.candidates[: len(emitted)]):
-            last = i + 1 == len(self.candidates)
-            for offset in range(i, len(self.ids) if last else i + 1):
-                self.rates.learn(offset, len(emitted) > i + 1)
-            if trunk:
-                self._learn(i, offered, emitted[i])
-            trunk = trunk and emitted[i] == offered[0].token
-        self.candidates = [] if step.mask_scores is None else candidates(step.mask_scores)
+    def learn(self, step: Step) -> Sequence[Hashable]:
+        accepted = super().learn(step)
+        tokens = len(step.emitted)
+        self.expected = [self.expected[0] + tokens, self.expected[1] + self.budget.cost(len(step.tree))]
+        pending = len(self.masks.offered)
+        for i in range(min(pending, tokens)):
+            through = i < len(accepted) and accepted[i] == SOURCE
+            for offset in range(i, len(self.ids) if i + 1 == pending else i + 1):
+                self.onward.learn((ONWARD, offset), through)
+        return accepted
 
-    def _learn(self, offset: int, offered: Sequence[Candidate], token: int) -> None:
-        for candidate in offered:
-            self.rates.learn((offset, candidate.kind), candidate.token == token)
-            if candidate.token == token:
-                return
-
-    def _plan(self, last: int) -> tuple[list[Node], list[int]]:
-        """The nodes that pay for their rows, and how many masks stand under each."""
-        reach = list(accumulate((self.rates[i] for i in range(len(self.ids))), mul))
-        plan = Plan(self.budget, self.expected[0] / self.expected[1], reach)
-        plan.add(Node(last, -1, 0, 1.0))
-        chances = [self._chances(i, offered) for i, offered in enumerate(self.candidates)]
-        # Minus reached, order of arrival, parent, token, trunk.
-        queue: list[tuple[float, int, int, int, bool]] = []
-        order = 0
-        while True:
-            node, count = plan.nodes[-1], len(plan.nodes)
-            below = chances[node.depth] if node.trunk and node.depth < len(chances) else ()
-            for rank, (token, chance) in enumerate(below):
-                if chance * node.reached >= MIN_REACHED:
-                    order += 1
-                    heappush(queue, (-chance * node.reached, order, count - 1, token, rank == 0))
-            if not queue or count + 1 > self.most or -queue[0][0] * plan.max_node_value < plan.row_value:
+    def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
+        """The nodes that pay for their rows; with `groups`. Where neither masks nor their candidates are run,
+        sizes are compared as without masks."""
+        reach = list(accumulate((self.onward[ONWARD, i] for i in range(len(self.ids))), mul))
+        plan: Plan[S] = Plan(self.budget, self.expected[0] / self.expected[1], reach)
+        grown: list[Node[S]] = []
+        for node in growing:
+            grown.append(node)
+            if plan.nodes and node.reached * plan.max_node_value < plan.row_value:
                 break
-            reached, _, parent, token, trunk = heappop(queue)
-            plan.add(Node(token, parent, plan.nodes[parent].depth + 1, -reached, trunk))
-        return self._probe(*plan.best(self.most))
+            plan.add(node)
+        nodes: Sequence[Node[S]]
+        nodes, self.groups = plan.best(self.max_rows)
+        if not any(self.groups) and all(node.source != SOURCE for node in nodes):
+            nodes = super()._sized(chain(grown, growing))
+            self.groups = [] if len(nodes) > 1 else [self._probe()]
+        return nodes
 
-    def _chances(self, offset: int, offered: Sequence[Candidate]) -> list[tuple[int, float]]:
-        left, chances = 1.0, []
-        for token, kind in offered:
-            rate = self.rates[offset, kind]
-            chances.append((token, left * rate))
-            left *= 1 - rate
-        return chances
-
-    def _probe(self, nodes: list[Node], masks: list[int]) -> tuple[list[Node], list[int]]:
-        """The plan; where it proposes nothing, now and then masks to learn from."""
-        if any(masks) or len(nodes) > 1:
-            return nodes, masks
+    def _probe(self) -> int:
+        """Masks under a row that is alone: none, but now and then all of them, to learn from."""
         self.probing += PROBING
         rows = 1 + len(self.ids)
         extra = self.budget.cost(rows) - 1
-        if extra > self.probing or not self.budget.affords(rows) or rows > self.most:
-            return nodes, masks
+        if extra > self.probing or not self.budget.affords(rows) or rows > self.max_rows:
+            return 0
         self.probing -= extra
-        return nodes, [len(self.ids)]
+        return len(self.ids)
 
 
-class Plan:
+class GroupDrafter(TreeDrafter):
+    """Drafts sparse trees with groups of masks."""
+
+    def __init__(self, look: Lookahead, cost: Callable[[int], float], most: int) -> None:
+        """most: rows of a step, at most."""
+        self.masks = MaskCandidates(look)
+        rates = AcceptanceStats(self.masks.prior)
+        super().__init__(MaskTreeBuilder(self.masks, self.masks, look, rates, cost, None, most, CREDIT))
+
+    def observe(self, step: Step) -> None:
+        super().observe(step)
+        self.masks.predict(step.mask_scores)
+
+
+class Plan(Generic[S]):
     """A tree that grows node by node, with the masks that pay under its nodes.
 
     Time is in steps of one row.
@@ -213,12 +231,12 @@ class Plan:
         for gain in self.gains:
             self.totals.append(self.totals[-1] + max(0.0, gain))
         self.max_node_value = 1 + self.totals[-1]  # tokens gained by a node that is always reached, at most
-        self.nodes: list[Node] = []
+        self.nodes: list[Node[S]] = []
         self.ends: list[float] = []  # probability that the walk ends there
         self.value, self.rows = 0.0, 0
         self.scores: list[tuple[float, int]] = []  # by number of nodes: what exceeds the rate, and the rows
 
-    def add(self, node: Node) -> None:
+    def add(self, node: Node[S]) -> None:
         if node.parent >= 0:
             self._count(node.parent, -1)
             self.ends[node.parent] -= node.reached
@@ -230,21 +248,22 @@ class Plan:
         self.rows += 1
         self.scores.append((self.value - self.rate * self.budget.cost(self.rows), self.rows))
 
-    def best(self, most: int) -> tuple[list[Node], list[int]]:
+    def best(self, most: int) -> tuple[list[Node[S]], list[int]]:
         """Nodes, and the number of masks under each, of the best size with at most so many rows.
 
-        New masks must be within the budget. Pending candidates were paid for with the masks that predicted
-        them, and are verified even when no new masks fit the budget.
+        All must be within the budget, except for pending candidates of masks: they were paid for with the
+        masks that predicted them, and are verified even when no new masks fit the budget.
         """
         found, count, masked = -math.inf, 1, False
         for i, (score, rows) in enumerate(self.scores, start=1):
             if score > found and rows <= most and self.budget.affords(rows):
                 found, count, masked = score, i, True
-        promised = 0.0
+        promised, unpaid = 0.0, 0
         for i, node in enumerate(self.nodes[:most], start=1):
             promised += node.reached
+            unpaid += node.source != SOURCE
             score = promised - self.rate * self.budget.cost(i)
-            if score > found:
+            if score > found and self.budget.affords(unpaid):
                 found, count, masked = score, i, False
         if not masked:
             return self.nodes[:count], [0] * count

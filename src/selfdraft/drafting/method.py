@@ -15,6 +15,7 @@ from typing import Protocol
 
 from ..engine.step import Step
 from ..engine.tree import Tree
+from .acceptance import SharedAcceptance
 
 Noise = Callable[[int, Sequence[int]], Sequence[float]]
 Cost = Callable[[int], float]
@@ -69,6 +70,7 @@ class DraftContext:
     log-probability plus noise. cost: of so many rows of this request, in tokens that the time would bring
     otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. lookahead: what the
     model's adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
+    acceptance: for rates that later requests of the same engine shall start with.
     """
 
     prompt: Sequence[int]
@@ -79,10 +81,20 @@ class DraftContext:
     cost: Cost = free
     lookahead: Lookahead | None = None
     loops: Loops | None = None
+    acceptance: SharedAcceptance = field(default_factory=SharedAcceptance)
+
+
+def drawn_noise(context: DraftContext) -> Noise | None:
+    """The noise of a request that samples; None of a greedy one."""
+    return context.noise if context.temperature > 0 else None
 
 
 class Drafter(Protocol):
-    """Drafting state of one request."""
+    """Drafting state of one request.
+
+    An attribute `sources`, if it has one, says how many draft tokens there were: a mapping from the name of
+    where they are from to a `DraftCount`.
+    """
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         """Rows to verify next; row 0 must carry tokens[-1]. `tokens` is all text so far: read it only.
@@ -98,9 +110,10 @@ class Method(Protocol):
     """Options of a way to draft.
 
     A class attribute `adapted = True` says that it drafts with the mask tokens of an adapter, which the
-    model must then come with. `early = True`: it drafts from picks of rows that are only part of the way
-    through a looped model. Then each step is one pass through the layers (a stage), after which all rows are
-    read; those under way stay in flight, and go on if they are proposed again.
+    model must then come with; `adaptable = True`, that it does so where the model came with one.
+    `early = True`: it drafts from picks of rows that are only part of the way through a looped model. Then
+    each step is one pass through the layers (a stage), after which all rows are read; those under way stay in
+    flight, and go on if they are proposed again.
     """
 
     def drafter(self, context: DraftContext) -> Drafter:

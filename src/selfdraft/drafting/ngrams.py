@@ -8,9 +8,9 @@ contexts first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
-from .acceptance import Candidates
+from .acceptance import Candidates, Kind
 from .suffix_index import BORDER, SuffixIndex
 
 PLACES = 8  # places considered, at most; more of them gain nothing
@@ -18,9 +18,10 @@ PLACES = 8  # places considered, at most; more of them gain nothing
 # was measured on edits and on code. AGREED: all places of such a context continue alike, or there is one.
 AGREED = (0.25, 0.55, 0.8, 0.9, 0.95, 0.97)
 DIVIDED = (0.2, 0.4, 0.5, 0.7, 0.85, 0.9)
-PRIOR: dict[Hashable, float] = {
-    **{(size, True): rate for size, rate in enumerate(AGREED)},
-    **{(size, False): rate for size, rate in enumerate(DIVIDED)},
+SOURCE = "copy"
+PRIOR: dict[Kind, float] = {
+    **{(SOURCE, size, True): rate for size, rate in enumerate(AGREED)},
+    **{(SOURCE, size, False): rate for size, rate in enumerate(DIVIDED)},
 }
 
 Places = Sequence[tuple[int, int]]  # place, length of the context it shares with the draft
@@ -52,12 +53,14 @@ class NgramCopies:
         tokens = [ids[place] for place, _ in state]
         size = _size(state[0][1])
         if tokens.count(tokens[0]) == len(tokens) and _size(state[-1][1]) == size:
-            return [Candidates((size, True), {tokens[0]: 1.0})]
+            return [Candidates((SOURCE, size, True), {tokens[0]: 1.0})]
         counts: dict[int, Counter[int]] = {}
         for token, (_, length) in zip(tokens, state, strict=True):
             counts.setdefault(_size(length), Counter())[token] += 1
         return [
-            Candidates((size, len(own) == 1), {token: count / own.total() for token, count in own.items()})
+            Candidates(
+                (SOURCE, size, len(own) == 1), {token: count / own.total() for token, count in own.items()}
+            )
             for size, own in counts.items()
         ]
 

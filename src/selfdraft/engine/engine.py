@@ -27,6 +27,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ..drafting.acceptance import SharedAcceptance
 from ..drafting.method import DraftContext, Drafter, Method
 from ..drafting.references import is_ids
 from ..errors import (
@@ -54,9 +55,14 @@ from .tree import Tree
 class Engine:
     """A model and the requests that run on it."""
 
-    def __init__(self, model: Model, limits: Limits | None = None) -> None:
-        """Raises InvalidOption for limits that cannot be kept."""
+    def __init__(
+        self, model: Model, limits: Limits | None = None, acceptance: SharedAcceptance | None = None
+    ) -> None:
+        """acceptance: what earlier requests of the model have learned, of another engine. Raises
+        InvalidOption for limits that cannot be kept."""
         self.model = model
+        self.acceptance = acceptance or SharedAcceptance()
+        """Acceptance rates that its requests start with."""
         self.limits = limits or Limits()
         self.pool = model.pool(self.limits.kv_memory)
         self.scheduler = Scheduler(self.limits, self.pool, model.ragged)
@@ -125,6 +131,7 @@ class Engine:
                 self.load.draft_cost,
                 self.model.lookahead,
                 self.model.loops,
+                self.acceptance,
             )
             request = Request(
                 context.prompt,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..drafting.acceptance import DraftCount
 from ..drafting.method import Drafter
 from ..errors import DraftError, InvalidTree, SelfdraftError, StopError
 from ..models.protocol import Cache, Pool
@@ -76,6 +77,8 @@ class Request:
     """Rows that the decode steps ran."""
     width: int = 1
     """Rows of the last one."""
+    sources: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Draft tokens by where they are from, if the drafter says so."""
     prefills: int = 0
     """Forwards that read the prompt."""
     finish_reason: FinishReason | None = None
@@ -227,6 +230,8 @@ class Request:
             step = replace(step, mask_scores=self.sampler.mask_scores(mask_logits))
         try:
             self.drafter.observe(step)
+            counts = getattr(self.drafter, "sources", {})
+            self.sources = {str(name): DraftCount(one.drafted, one.accepted) for name, one in counts.items()}
         except Exception as error:  # a drafter is others' code
             raise _named(error, f"{type(self.drafter).__name__}.observe") from error
 

@@ -1,6 +1,6 @@
 """For those who stay with `model.generate`: drafting as its `custom_generate`.
 
-    fast = selfdraft.hook(method="llma", tokenizer=tokenizer)
+    fast = selfdraft.hook(tokenizer=tokenizer)
     model.generate(**inputs, max_new_tokens=200, custom_generate=fast)
 
 The ids are those of `generate` itself when greedy. When sampling, the noise is this package's, keyed by a
@@ -46,6 +46,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .. import drafting
+from ..drafting.acceptance import SharedAcceptance
 from ..drafting.method import Method
 from ..drafting.references import encode_text, spellings
 from ..engine.engine import Engine
@@ -71,7 +72,7 @@ INPUTS = {
 
 
 def hook(
-    method: str | Method = "llma",
+    method: str | Method = "auto",
     *,
     options: Mapping[str, object] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -119,6 +120,7 @@ class Hook:
     numerics: Numerics | None = None
     adapter: str | None = None
     _model: TransformersModel | None = field(default=None, init=False, repr=False)
+    _acceptance: SharedAcceptance = field(default_factory=SharedAcceptance, init=False, repr=False)
 
     def __call__(
         self,
@@ -139,7 +141,7 @@ class Hook:
         _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
         params = _params(logits_processor, stopping_criteria, generation_config, input_ids.shape[1])
         with _own_attention(model):
-            engine = Engine(self._of(model))
+            engine = Engine(self._of(model), acceptance=self._acceptance)
             requests = [
                 engine.submit(
                     prompt,
@@ -166,6 +168,7 @@ class Hook:
             probed = drive(model, self.numerics)
             source = adapter_folder.chosen(self.method, self.name, probed.name, self.adapter)
             self._model = adapter_folder.fit(probed, self.method, self.name, source)
+            self._acceptance = SharedAcceptance()
         if model.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
         return self._model

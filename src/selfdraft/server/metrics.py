@@ -80,3 +80,9 @@ class _Engine(Collector):
             yield GaugeMetricFamily(f"selfdraft_{name}", about, getattr(stats, name) or 0)
         for name, about in counters.items():
             yield CounterMetricFamily(f"selfdraft_{name}", about, getattr(stats, name))
+        for name in ("drafted", "accepted"):
+            metric = f"selfdraft_{name}_tokens_by_source"
+            family = CounterMetricFamily(metric, f"Draft tokens {name}, by source", labels=["source"])
+            for source, count in stats.sources.items():
+                family.add_metric([source], getattr(count, name))
+            yield family

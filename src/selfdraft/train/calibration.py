@@ -97,7 +97,7 @@ def window_acceptance(
     """
     method = FreeRows()
     answer_all(model, method, prompts, params)
-    tables = [[drafter.rates[far] for far in range(len(drafter.rates.counts))] for drafter in method.drafters]
+    tables = [drafter.window.learned for drafter in method.drafters]
     return {RATES: [[round(fmean(column), 4) for column in zip(*tables, strict=True)]]} if tables else {}
 
 

@@ -78,16 +78,20 @@ def fit(model: AnyBase, method: Method, label: str, source: str | None) -> AnyBa
     nothing."""
     if source is None:
         return model
-    drafts = getattr(method, "adapted", False)
     adapter = load(source, model)
-    if drafts and not adapter.config.masks:
+    if getattr(method, "adapted", False) and not adapter.config.masks:
         raise AdapterError(
             f"adapter {source!r} has no mask tokens, with which method {label!r} drafts; it tunes the model "
             "for others, as jacobi"
         )
-    if not drafts and adapter.config.gated:
+    if adapter.config.gated and not drafts_with(method):
         raise AdapterError(f"adapter {source!r}: method {label!r} drafts without one")
     return model.adapted(adapter)
+
+
+def drafts_with(method: Method) -> bool:
+    """Does the method draft with the mask tokens of an adapter, where there is one?"""
+    return getattr(method, "adapted", False) or getattr(method, "adaptable", False)
 
 
 def load(source: str, model: Base, bound: bool = True) -> Adapter:
