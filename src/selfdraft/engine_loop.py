@@ -271,7 +271,14 @@ def facts(llm: LLM) -> Facts:
     )
 
 
-def serve(connection: Connection, model: str, options: Mapping[str, Any]) -> None:
+def prepare_grammars(llm: LLM) -> None:
+    """Let the first request with a grammar find all that it needs. Where there can be no grammars, each such
+    request is told."""
+    with suppress(InvalidOption):
+        llm.load_grammars()
+
+
+def serve(connection: Connection, model: str, options: Mapping[str, Any], grammars: bool) -> None:
     """The main function of an engine's own process: load the model, say what it is (`Facts`, or the error),
     then answer commands with reports until a `Close` comes or the other end is gone."""
     try:
@@ -279,6 +286,8 @@ def serve(connection: Connection, model: str, options: Mapping[str, Any]) -> Non
     except SelfdraftError as error:
         connection.send(error)
         return
+    if grammars:
+        prepare_grammars(llm)
     connection.send(facts(llm))
     loop = EngineLoop(llm, connection.send)
 
