@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 from selfdraft import LLM, SamplingParams
 from selfdraft.async_llm import AsyncLLM
 from selfdraft.engine.engine import Engine
+from selfdraft.engine.request import Request
 from selfdraft.engine.scheduler import Limits
+from selfdraft.engine.step import Step
 from selfdraft.sampling.detokenizer import Detokenizer
 from selfdraft.server import generation, guard, prompts, requests, run, time_limit
 from serving import TEMPLATE, Running, served
@@ -242,9 +245,46 @@ def test_models_and_health(running: Running) -> None:
     assert running.request("GET", "/v1/models/other")[1]["error"]["code"] == "model_not_found"
     assert running.request("GET", "/health")[:2] == (200, {"status": "ok"})
     assert "<html" in running.request("GET", "/")[1]
+    running.post(COMPLETIONS, prompt="def", max_tokens=1)
     page = running.request("GET", "/metrics")[1]
     assert 'selfdraft_requests_total{endpoint="completions",outcome="answered"}' in page
     assert "selfdraft_generated_tokens_total" in page
+
+
+def metrics(running: Running) -> dict[str, float]:
+    """Values by name; those of all labels added up under the name alone."""
+    lines = running.request("GET", "/metrics")[1].splitlines()
+    values = {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if x[0] != "#")}
+    for name in [name for name in values if "{" in name]:
+        family = name.split("{")[0]
+        values[family] = values.get(family, 0.0) + values[name]
+    return values
+
+
+def test_metrics_count_rows_and_sources(fresh: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second request's drafter says that 3 of its draft tokens are copies, of which 1 was accepted."""
+    observe = Request.observe
+
+    def counted(self: Request, step: Step, mask_logits: Any) -> None:
+        observe(self, step, mask_logits)
+        self.sources = {"copies": SimpleNamespace(drafted=3, accepted=1)}  # type: ignore[attr-defined]
+
+    with served(AsyncLLM.load(fresh)) as running:
+        asked = {"prompt": TEXT[:60], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        text = running.post(COMPLETIONS, **asked, method="plain")["choices"][0]["text"]
+        before = metrics(running)
+        monkeypatch.setattr(Request, "observe", counted)
+        made = running.post(COMPLETIONS, **asked, references=[text])
+        after = metrics(running)
+    gained = {name: after[name] - before.get(name, 0.0) for name in after}
+    usage, figures = made["usage"], made["selfdraft"]
+    read = usage["prompt_tokens"] - 1 - usage["prompt_tokens_details"]["cached_tokens"]
+    decoded = usage["completion_tokens"] - figures["accepted"] + figures["drafted"]
+    assert gained["selfdraft_step_rows_sum"] == read + decoded
+    assert after["selfdraft_step_rows_count"] == after["selfdraft_step_seconds_count"]
+    for what, copies in (("drafted", 3), ("accepted", 1)):
+        assert gained[f"selfdraft_{what}_tokens_total"] == figures[what] > copies
+        assert gained[f'selfdraft_{what}_tokens_total{{source="copies"}}'] == copies
 
 
 WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [

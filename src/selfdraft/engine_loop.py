@@ -103,7 +103,7 @@ class Stats:
     seconds: float = 0.0
     """Time of the steps."""
     rows: int = 0
-    """Rows of the decoding requests' trees."""
+    """Rows that the steps ran, of trees and of prompts."""
     prompt_tokens: int = 0
     """Of the requests that ended."""
     reused_tokens: int = 0
@@ -111,6 +111,8 @@ class Stats:
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    sources: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of these two, by where draft tokens are from: those of the drafters that say so."""
     preemptions: int = 0
 
 
@@ -228,14 +230,18 @@ class EngineLoop:
 
     def _count(self, request: Request) -> None:
         steps, had = len(request.runs), self.stats
+        sources = dict(had.sources)
+        for name, count in getattr(request, "sources", {}).items():
+            drafted, accepted = sources.get(name, (0, 0))
+            sources[name] = drafted + count.drafted, accepted + count.accepted
         self.stats = replace(
             had,
-            rows=had.rows + request.rows,
             prompt_tokens=had.prompt_tokens + len(request.prompt),
             reused_tokens=had.reused_tokens + request.reused,
             generated_tokens=had.generated_tokens + request.added,
             drafted_tokens=had.drafted_tokens + request.rows - steps,
             accepted_tokens=had.accepted_tokens + max(0, request.added - steps),
+            sources=sources,
         )
 
     def _now(self) -> Stats:
@@ -247,6 +253,7 @@ class EngineLoop:
             waiting=len(scheduler.waiting),
             kv_tokens=pool.tokens,
             kv_tokens_used=used,
+            rows=self.llm.engine.rows,
             preemptions=scheduler.preemptions,
         )
 
