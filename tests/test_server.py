@@ -28,6 +28,8 @@ from selfdraft.engine.scheduler import Limits
 from selfdraft.engine.step import Step
 from selfdraft.sampling.detokenizer import Detokenizer
 from selfdraft.server import generation, guard, prompts, requests, run, time_limit
+from selfdraft.server.requests import ResponsesRequest
+from selfdraft.server.responses_input import as_chat
 from serving import TEMPLATE, Running, served
 
 from conftest import TEXT
@@ -343,6 +345,14 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/v1/responses", {"input": ""}, 400, "input"),
     ("/v1/responses", {"input": "a", "previous_response_id": "x"}, 400, "previous_response_id"),
     ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
+    ("/v1/responses", {"input": "a", "tool_choice": "required"}, 400, "tool_choice"),
+    (
+        "/v1/responses",
+        {"input": [{"type": "function_call_output", "call_id": "x", "output": "a"}]},
+        400,
+        "input.0",
+    ),
+    ("/v1/responses", {"input": [{"type": "function_call", "call_id": "x"}]}, 400, "input.0"),
     ("/v1/detokenize", {"tokens": [-1]}, 400, "tokens"),
 ]
 
@@ -683,6 +693,57 @@ def test_responses(running: Running) -> None:
     assert chat["choices"][0]["message"]["content"] == text
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
     assert whole["usage"]["output_tokens"] == 6
+
+
+FLAT_TOOL = {"type": "function", **TOOL["function"]}
+"""As the Responses API has it."""
+
+
+def test_tools_in_responses(running: Running) -> None:
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    asked = {"input": "a", "temperature": 0, "tools": [FLAT_TOOL]}
+    chat = running.post(
+        CHAT, messages=say("a"), temperature=0, tools=[TOOL], max_tokens=90, tool_choice="required"
+    )
+    right = chat["choices"][0]["message"]["tool_calls"][0]["function"]
+    for choice in ("required", {"type": "function", "name": "add"}):
+        whole = running.post("/v1/responses", **asked, tool_choice=choice, max_output_tokens=90)
+        (call,) = whole["output"]
+        assert (call["type"], call["status"], whole["status"]) == ("function_call", "completed", "completed")
+        assert (call["name"], call["arguments"]) == ("add", right["arguments"])
+        assert whole["tool_choice"] == choice
+        assert whole["tools"][0]["name"] == "add"
+    events = running.events("/v1/responses", **asked, tool_choice="required", max_output_tokens=90)
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        *("created", "in_progress", "output_item.added"),
+        *("function_call_arguments.delta", "function_call_arguments.done"),
+        *("output_item.done", "completed"),
+    ]
+    assert events[2]["item"]["arguments"] == ""
+    assert events[3]["delta"] == events[4]["arguments"] == right["arguments"]
+    assert events[-1]["response"]["output"] == [events[5]["item"]]
+    free = running.post("/v1/responses", **asked, tool_choice="none", max_output_tokens=5)
+    assert free["output"][0]["type"] == "message"
+
+
+def test_what_was_called_goes_on_as_in_a_chat(running: Running) -> None:
+    """The output of one request and what the function returned are the input of the next."""
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'}
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "So:"}]}
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+    items = [{"role": "user", "content": "a"}, thought, said, call, output]
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    turn = {"role": "assistant", "content": "So:", "tool_calls": [{"id": "c1", "function": function}]}
+    messages = [*say("a"), turn, {"role": "tool", "tool_call_id": "c1", "content": "3"}]
+    same = {"temperature": 0}
+    chat = running.post(CHAT, messages=messages, max_tokens=8, tools=[TOOL], **same)
+    response = running.post("/v1/responses", input=items, max_output_tokens=8, tools=[FLAT_TOOL], **same)
+    assert response["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert response["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    (turn_of_it,) = [m for m in as_chat(ResponsesRequest(model="m", input=items)).messages if m.tool_calls]
+    assert turn_of_it.model_dump()["reasoning_content"] == "hm"
+    assert turn_of_it.content == "So:"
 
 
 def test_clients_of_openai(running: Running) -> None:
