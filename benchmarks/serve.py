@@ -8,10 +8,11 @@ load: n clients, each of which asks again as soon as it is answered, in turn by 
 GGUF file, of llama-cpp-python's server, which answers one request at a time (llama.cpp's own server is in no
 package). Chats, edits and summaries of some 450 tokens, greedy; no run finds the prompts of another in the
 prefix cache. soak: short requests by 16 clients. edits: each edit by plain decoding, and by the method
-without and with `prediction`, one after another. Three cases: `quoted`, the prompt holds the function that
-the prediction repeats; `known`, it holds a signature, and the prediction is the body that a person wrote;
-`again`, the prediction is the model's answer to the same request before a sentence was added. Memory: of all
-processes of a server, at its peak (Linux). The last line is JSON.
+without and with `prediction`, one after another. `quoted`: the prompt holds the function that the prediction
+repeats. In the other cases it holds a signature. `known`: the prediction is the body that a person wrote;
+`again`: the model's answer to the same request before a sentence was added; `same`: its answer to this very
+request, which bounds what can be gained. Memory: of all processes of a server, at its peak (Linux). The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def soak(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def edits(asked: argparse.Namespace) -> dict[str, Any]:
-    """Medians of plain decoding, of the method, and of the method with a prediction."""
+    """Plain decoding, the method, and the method with a prediction, by case."""
     found = {}
     with selfdraft(asked.model, "--default", "temperature=0", *asked.serve) as own:
         for name in asked.cases:
@@ -296,7 +297,8 @@ def cases(name: str, data: str, count: int, port: int, tokens: int) -> Iterator[
         elif name == "known":
             yield prompt, item.turns[0] + text
         else:
-            yield f"{prompt}\n\n{ADDED}", _one(port, prompt, tokens, {}).text
+            asked = f"{prompt}\n\n{ADDED}" if name == "again" else prompt
+            yield asked, _one(port, prompt, tokens, {}).text
 
 
 def mixed(data: str, count: int) -> list[str]:
@@ -358,7 +360,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--items", type=int, default=60)
-    parser.add_argument("--cases", nargs="+", default=["quoted", "known", "again"])
+    parser.add_argument("--cases", nargs="+", default=["quoted", "known", "again", "same"])
     asked, asked.serve = parser.parse_known_args()
     found = globals()[asked.what](asked)
     about = {"model": asked.model, "machine": machine.describe(torch.device("cpu")), "asked": vars(asked)}

@@ -773,6 +773,34 @@ def test_clients_of_openai(running: Running) -> None:
         client.chat.completions.create(**asked | {"model": "other"})
 
 
+FIM_STOPS = [
+    *(
+        "<|endoftext|>",
+        "<|file_separator|>",
+        "<|fim_pad|>",
+        "<|fim_prefix|>",
+        "<|fim_middle|>",
+        "<|fim_suffix|>",
+    ),
+    *("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<PRE>", "<SUF>", "<MID>", "[PREFIX]", "[SUFFIX]"),
+]
+"""What Zed sends with a request for an edit prediction."""
+
+
+def test_requests_as_editors_send_them(running: Running) -> None:
+    """Zed: a prompt with both sides of the cursor. Continue: an edit, streamed from /v1/completions, with the
+    old code as the prediction."""
+    prompt = "<|fim_prefix|>def add(a, b):\n    <|fim_suffix|>\n<|fim_middle|>"
+    zed = running.post(COMPLETIONS, prompt=prompt, max_tokens=64, stop=FIM_STOPS)
+    assert isinstance(zed["choices"][0]["text"], str)
+    assert zed["id"]
+    asked = {"prompt": "rewrite:\n```python\n", "max_tokens": 40, "temperature": 0}
+    text = running.post(COMPLETIONS, **asked)["choices"][0]["text"]
+    events = running.events(COMPLETIONS, **asked, prediction={"type": "content", "content": text})
+    assert joined(events) == text
+    assert events[-2]["selfdraft"]["accepted"] > 10
+
+
 def test_the_openapi_page_names_the_endpoints(running: Running) -> None:
     _, page, _ = running.request("GET", "/openapi.json")
     assert {CHAT, COMPLETIONS, "/v1/responses", "/v1/tokenize"} <= set(page["paths"])
