@@ -187,7 +187,7 @@ def test_a_method_that_fails(running: Running, method: str, stream: bool) -> Non
 def test_a_token_that_is_not_a_number(running: Running, stream: bool) -> None:
     def fault() -> None:
         for prompt in ([5, 6, BAD], [BAD, *range(5, 40)]):
-            asked = {"model": "tiny", "prompt": prompt, "stream": stream}
+            asked = {"model": "tiny", "prompt": prompt, "stream": stream, "logprobs": 2}
             status, failed, _ = running.request("POST", COMPLETIONS, asked)
             assert (status, failed["error"]["code"]) == (500, "NotFinite")
 
@@ -196,7 +196,7 @@ def test_a_token_that_is_not_a_number(running: Running, stream: bool) -> None:
 
 def test_a_token_that_is_not_a_number_in_an_answer(running: Running) -> None:
     """The model chooses it: the step after has no pick. The part before it has been sent."""
-    asked = {**neighbour(9), "logit_bias": {str(BAD): 100}}
+    asked = {**neighbour(9), "logit_bias": {str(BAD): 100}, "logprobs": 2}
     *_, failed, done = running.events(COMPLETIONS, **asked)
     assert (failed["error"]["code"], done) == ("NotFinite", "[DONE]")
     assert unharmed(running, lambda: None)
