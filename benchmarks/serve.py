@@ -7,12 +7,11 @@
 load: n clients, each of which asks again as soon as it is answered, in turn by every method and, on the same
 GGUF file, of llama-cpp-python's server, which answers one request at a time; it is not llama.cpp's own.
 Chats, edits and summaries of some 450 tokens, greedy; no run finds the prompts of another in the prefix
-cache. soak: short requests by 16 clients. edits: each edit by plain decoding, and by the method without and with
-`prediction`, one after another. `quoted`: the prompt holds the function that the prediction
-repeats. In the other cases it holds a signature. `known`: the prediction is the body that a person wrote;
-`again`: the model's answer to the same request before a sentence was added; `same`: its answer to this very
-request, which bounds what can be gained. Memory: of all processes of a server, at its peak (Linux). The last
-line is JSON.
+cache. soak: short requests by 16 clients. edits: each edit by plain decoding, and by the method without and
+with `prediction`, one after another. `quoted`: the prompt holds the function that the prediction repeats. In
+the other cases it holds a signature. `known`: the prediction is the body that a person wrote; `again`: the
+model's answer to the same request before a sentence was added; `same`: its answer to this very request, which
+bounds what can be gained. Memory: of all processes of a server, at its peak (Linux). The last line is JSON.
 """
 
 from __future__ import annotations
