@@ -25,6 +25,7 @@ from selfdraft.errors import (
     ModelUnsupported,
     QueueFull,
 )
+from selfdraft.sampling.grammar import Grammar, Grammars
 
 PROMPTS = ["def add", "class Tree", "for i in", "return self"]
 
@@ -194,3 +195,25 @@ def test_an_engine_that_breaks_ends_its_requests(folder: Path, monkeypatch: pyte
     with pytest.raises(EngineClosed):
         served.submit([5, 6], params(0))
     served.close()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_vocabulary_is_read_before_requests_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Without `grammars` the engine's thread reads it, while its requests wait."""
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    read_by = []
+    read = Grammars.__init__
+
+    def note(self: Grammars, *given: Any) -> None:
+        read_by.append(threading.current_thread().name)
+        read(self, *given)
+
+    monkeypatch.setattr(Grammars, "__init__", note)
+    with AsyncLLM.load(str(folder), grammars=before) as served:
+        for _ in range(2):
+            ticket = served.submit([5, 6], params(0), grammar=Grammar("regex", "(a|b){3}"))
+            assert set(ticket.wait().text) <= {"a", "b"}
+    assert len(read_by) == 1
+    assert (read_by[0] != "selfdraft-engine") == before

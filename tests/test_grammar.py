@@ -6,6 +6,8 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
 from selfdraft import LLM, Request, SamplingParams
-from selfdraft.errors import InvalidOption, NotFinite
+from selfdraft.errors import GrammarError, InvalidOption, NotFinite
 from selfdraft.sampling.grammar import Grammar, Grammars, Guide, check, grammars
 
 from conftest import TEXT, VOCABULARY
@@ -198,7 +200,7 @@ def test_drafted_is_plain_under_a_grammar(llm: LLM) -> None:
 def test_a_planted_fault_in_the_tails_is_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = Guide.mask
     monkeypatch.setattr(Guide, "mask", lambda self, tail=(): mask(self))  # of the text alone
-    with pytest.raises(AssertionError, match=r"not allowed|\[\]"):
+    with pytest.raises((AssertionError, GrammarError), match=r"had allowed|\[\]"):
         assert differing(llm) == []
 
 
@@ -206,3 +208,48 @@ def test_a_bias_that_leaves_no_token_ends_its_request(llm: LLM) -> None:
     bans = {token: -math.inf for token in range(VOCABULARY) if token != 5}
     with pytest.raises(NotFinite):
         guided(llm, Grammar("regex", "return"), "llma", logit_bias=bans)
+
+
+@pytest.fixture(scope="module")
+def marked(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token as Qwen2.5 has <tool_call>: added, and not special."""
+    made = deepcopy(tokenizer)
+    made.add_tokens(["<mark>"])
+    return made
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_names_of_added_tokens_are_spelled(
+    marked: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """llguidance masks all but the added token where its name is forced, and then rejects it."""
+    if not kept:
+        monkeypatch.setattr(Guide, "_spelled", lambda self, token: [])
+    known = Grammars(marked, VOCABULARY + 1, {1})
+    for grammar in (Grammar("regex", "<mark>[ab]"), Grammar("json_schema", '{"const": "<mark>"}')):
+        guide = known.guide(grammar)
+        assert guide.allowed(guide.forced()) == len(guide.forced())
+        if not kept:
+            with pytest.raises(GrammarError):
+                walk(guide, 0)
+            continue
+        text = marked.decode(walk(guide, 0)[:-1])
+        assert text in ("<mark>a", "<mark>b", '"<mark>"')
+
+
+def test_a_matcher_that_contradicts_itself_ends_its_own_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, params = llm.encode("def add"), SamplingParams(max_new_tokens=12, ignore_eos=True)
+    alone = llm.generate("def add", params, raw=True).ids
+
+    def fail(self: Guide, tail: Sequence[int] = ()) -> None:
+        raise GrammarError("planted")
+
+    monkeypatch.setattr(Guide, "mask", fail)
+    beside = llm.submit(ids, (), params)
+    wrong = llm.submit(ids, (), replace(params, ignore_eos=False, logprobs=2), grammar=WORDS)
+    while llm.engine.requests:
+        llm.engine.step()
+    assert (wrong.finish_reason, str(wrong.error), wrong.added) == ("error", "planted", 0)
+    assert list(beside.emitted) == alone

@@ -92,7 +92,7 @@ def asked(always: Collection[str] = (), methods: Sequence[str] = METHODS) -> st.
         logprobs=st.none() | st.integers(0, 3),
         stop=st.lists(st.sampled_from(["a", "e", "re", "\n", "t", "(", "zz"]), min_size=1).map(tuple),
     )
-    text = st.builds(random_prompt, st.integers(1, 60), st.integers(0, 9))
+    text = st.builds(random_prompt, st.integers(1, 50), st.integers(0, 9))
     return st.builds(
         Asked,
         prompt=text,
@@ -207,7 +207,7 @@ def test_requests_do_not_depend_on_memory_that_is_short(tokenizer: PreTrainedTok
     """In bfloat16, on pages that hold two or three of them, few rows to a step."""
     model = decoder("BF16", run_as="bf16", vocab_size=320, max_position_embeddings=256)
     CROWDS.clear()
-    limits = Limits(kv_memory=7 * page_bytes(model), max_rows=24, max_requests=5)
+    limits = Limits(kv_memory=6 * page_bytes(model), max_rows=24, max_requests=5)
     compare(model, tokenizer, crowds(400), limits=limits)
     assert sum(requests for requests, _ in CROWDS) >= int(REQUESTS or 400)
     assert sum(preemptions for _, preemptions in CROWDS) >= 5, "requests gave their memory back and went on"
@@ -235,7 +235,7 @@ def test_a_fault_of_the_memory_is_seen(
     fault: Patch, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = decoder("BF16", run_as="bf16", vocab_size=320, max_position_embeddings=256)
-    limits = Limits(kv_memory=7 * page_bytes(model), max_rows=24, max_requests=5)
+    limits = Limits(kv_memory=6 * page_bytes(model), max_rows=24, max_requests=5)
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         compare(model, tokenizer, 60, limits=limits)

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("prometheus_client", reason="the extra serve is not installed")
 
+from selfdraft.async_llm import AsyncLLM
 from selfdraft.cli.serve import memory
 from selfdraft.errors import InvalidOption
 
@@ -99,6 +100,20 @@ def test_mistakes_are_one_line(command: Run, folder: Path, words: tuple[str, ...
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_the_engine_is_a_process_that_has_its_grammars(
+    command: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def load(model: str, **options: object) -> None:
+        asked.update(options)
+        raise InvalidOption("not now")
+
+    monkeypatch.setattr(AsyncLLM, "load", load)
+    assert command("serve", "--model", str(folder), "--port", "0")[0] == 2
+    assert (asked["process"], asked["grammars"]) == (True, True)
 
 
 def test_sizes_of_memory() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,13 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 from selfdraft import LLM, SamplingParams
 from selfdraft.async_llm import AsyncLLM
 from selfdraft.engine.engine import Engine
+from selfdraft.engine.request import Request
 from selfdraft.engine.scheduler import Limits
+from selfdraft.engine.step import Step
 from selfdraft.sampling.detokenizer import Detokenizer
 from selfdraft.server import generation, guard, prompts, requests, run, time_limit
+from selfdraft.server.requests import ResponsesRequest
+from selfdraft.server.responses_input import as_chat
 from serving import TEMPLATE, Running, served
 
 from conftest import TEXT
@@ -242,10 +247,47 @@ def test_models_and_health(running: Running) -> None:
     assert running.request("GET", "/v1/models/other")[1]["error"]["code"] == "model_not_found"
     assert running.request("GET", "/health")[:2] == (200, {"status": "ok"})
     assert "<html" in running.request("GET", "/")[1]
+    running.post(COMPLETIONS, prompt="def", max_tokens=1)
     page = running.request("GET", "/metrics")[1]
     assert 'selfdraft_requests_total{endpoint="completions",outcome="answered"}' in page
     assert "selfdraft_generated_tokens_total" in page
-    assert "selfdraft_accepted_tokens_by_source" in page
+    assert "selfdraft_accepted_tokens_total{source=" in page
+
+
+def metrics(running: Running) -> dict[str, float]:
+    """Values by name; those of all labels added up under the name alone."""
+    lines = running.request("GET", "/metrics")[1].splitlines()
+    values = {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if x[0] != "#")}
+    for name in [name for name in values if "{" in name]:
+        family = name.split("{")[0]
+        values[family] = values.get(family, 0.0) + values[name]
+    return values
+
+
+def test_metrics_count_rows_and_sources(fresh: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second request's drafter says that 3 of its draft tokens are copies, of which 1 was accepted."""
+    observe = Request.observe
+
+    def counted(self: Request, step: Step, mask_logits: Any) -> None:
+        observe(self, step, mask_logits)
+        self.sources = {"copies": SimpleNamespace(drafted=3, accepted=1)}  # type: ignore[attr-defined]
+
+    with served(AsyncLLM.load(fresh)) as running:
+        asked = {"prompt": TEXT[:60], "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        text = running.post(COMPLETIONS, **asked, method="plain")["choices"][0]["text"]
+        before = metrics(running)
+        monkeypatch.setattr(Request, "observe", counted)
+        made = running.post(COMPLETIONS, **asked, references=[text])
+        after = metrics(running)
+    gained = {name: after[name] - before.get(name, 0.0) for name in after}
+    usage, figures = made["usage"], made["selfdraft"]
+    read = usage["prompt_tokens"] - 1 - usage["prompt_tokens_details"]["cached_tokens"]
+    decoded = usage["completion_tokens"] - figures["accepted"] + figures["drafted"]
+    assert gained["selfdraft_step_rows_sum"] == read + decoded
+    assert after["selfdraft_step_rows_count"] == after["selfdraft_step_seconds_count"]
+    for what, copies in (("drafted", 3), ("accepted", 1)):
+        assert gained[f"selfdraft_{what}_tokens_total"] == figures[what] > copies
+        assert gained[f'selfdraft_{what}_tokens_total{{source="copies"}}'] == copies
 
 
 WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
@@ -304,6 +346,14 @@ WRONG: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/v1/responses", {"input": ""}, 400, "input"),
     ("/v1/responses", {"input": "a", "previous_response_id": "x"}, 400, "previous_response_id"),
     ("/v1/responses", {"input": "a", "tools": [{"type": "web_search"}]}, 400, "tools"),
+    ("/v1/responses", {"input": "a", "tool_choice": "required"}, 400, "tool_choice"),
+    (
+        "/v1/responses",
+        {"input": [{"type": "function_call_output", "call_id": "x", "output": "a"}]},
+        400,
+        "input.0",
+    ),
+    ("/v1/responses", {"input": [{"type": "function_call", "call_id": "x"}]}, 400, "input.0"),
     ("/v1/detokenize", {"tokens": [-1]}, 400, "tokens"),
 ]
 
@@ -646,6 +696,57 @@ def test_responses(running: Running) -> None:
     assert whole["usage"]["output_tokens"] == 6
 
 
+FLAT_TOOL = {"type": "function", **TOOL["function"]}
+"""As the Responses API has it."""
+
+
+def test_tools_in_responses(running: Running) -> None:
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    asked = {"input": "a", "temperature": 0, "tools": [FLAT_TOOL]}
+    chat = running.post(
+        CHAT, messages=say("a"), temperature=0, tools=[TOOL], max_tokens=90, tool_choice="required"
+    )
+    right = chat["choices"][0]["message"]["tool_calls"][0]["function"]
+    for choice in ("required", {"type": "function", "name": "add"}):
+        whole = running.post("/v1/responses", **asked, tool_choice=choice, max_output_tokens=90)
+        (call,) = whole["output"]
+        assert (call["type"], call["status"], whole["status"]) == ("function_call", "completed", "completed")
+        assert (call["name"], call["arguments"]) == ("add", right["arguments"])
+        assert whole["tool_choice"] == choice
+        assert whole["tools"][0]["name"] == "add"
+    events = running.events("/v1/responses", **asked, tool_choice="required", max_output_tokens=90)
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        *("created", "in_progress", "output_item.added"),
+        *("function_call_arguments.delta", "function_call_arguments.done"),
+        *("output_item.done", "completed"),
+    ]
+    assert events[2]["item"]["arguments"] == ""
+    assert events[3]["delta"] == events[4]["arguments"] == right["arguments"]
+    assert events[-1]["response"]["output"] == [events[5]["item"]]
+    free = running.post("/v1/responses", **asked, tool_choice="none", max_output_tokens=5)
+    assert free["output"][0]["type"] == "message"
+
+
+def test_what_was_called_goes_on_as_in_a_chat(running: Running) -> None:
+    """The output of one request and what the function returned are the input of the next."""
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "add", "arguments": '{"a": 1}'}
+    said = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "So:"}]}
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]}
+    output = {"type": "function_call_output", "call_id": "c1", "output": "3"}
+    items = [{"role": "user", "content": "a"}, thought, said, call, output]
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    turn = {"role": "assistant", "content": "So:", "tool_calls": [{"id": "c1", "function": function}]}
+    messages = [*say("a"), turn, {"role": "tool", "tool_call_id": "c1", "content": "3"}]
+    same = {"temperature": 0}
+    chat = running.post(CHAT, messages=messages, max_tokens=8, tools=[TOOL], **same)
+    response = running.post("/v1/responses", input=items, max_output_tokens=8, tools=[FLAT_TOOL], **same)
+    assert response["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert response["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    (turn_of_it,) = [m for m in as_chat(ResponsesRequest(model="m", input=items)).messages if m.tool_calls]
+    assert turn_of_it.model_dump()["reasoning_content"] == "hm"
+    assert turn_of_it.content == "So:"
+
+
 def test_clients_of_openai(running: Running) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0)
@@ -671,6 +772,34 @@ def test_clients_of_openai(running: Running) -> None:
         client.chat.completions.create(**asked | {"temperature": -1})
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(**asked | {"model": "other"})
+
+
+FIM_STOPS = [
+    *(
+        "<|endoftext|>",
+        "<|file_separator|>",
+        "<|fim_pad|>",
+        "<|fim_prefix|>",
+        "<|fim_middle|>",
+        "<|fim_suffix|>",
+    ),
+    *("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<PRE>", "<SUF>", "<MID>", "[PREFIX]", "[SUFFIX]"),
+]
+"""What Zed sends with a request for an edit prediction."""
+
+
+def test_requests_as_editors_send_them(running: Running) -> None:
+    """Zed: a prompt with both sides of the cursor. Continue: an edit, streamed from /v1/completions, with the
+    old code as the prediction."""
+    prompt = "<|fim_prefix|>def add(a, b):\n    <|fim_suffix|>\n<|fim_middle|>"
+    zed = running.post(COMPLETIONS, prompt=prompt, max_tokens=64, stop=FIM_STOPS)
+    assert isinstance(zed["choices"][0]["text"], str)
+    assert zed["id"]
+    asked = {"prompt": "rewrite:\n```python\n", "max_tokens": 40, "temperature": 0}
+    text = running.post(COMPLETIONS, **asked)["choices"][0]["text"]
+    events = running.events(COMPLETIONS, **asked, prediction={"type": "content", "content": text})
+    assert joined(events) == text
+    assert events[-2]["selfdraft"]["accepted"] > 10
 
 
 def test_the_openapi_page_names_the_endpoints(running: Running) -> None:

@@ -32,6 +32,7 @@ from .engine_loop import (
     Stats,
     Submit,
     facts,
+    prepare_grammars,
     serve,
 )
 from .errors import EngineClosed, SelfdraftError
@@ -189,22 +190,23 @@ class AsyncLLM(PromptEncoder):
         *,
         process: bool = False,
         limits: Limits | None = None,
+        grammars: bool = False,
         **options: Any,
     ) -> Self:
         """Load a model, or take one that is loaded; options as those of `LLM`.
 
         process: run the engine in a process of its own; a script then keeps its main code under
-        `if __name__ == "__main__":`, since the new process imports it. Raises as `LLM`.
+        `if __name__ == "__main__":`, since the new process imports it. grammars: prepare for grammars now, so
+        that the first request with one holds up nobody; see `LLM.load_grammars`. Raises as `LLM`.
         """
         limits = limits or Limits()
-        if isinstance(model, LLM):
-            given = model
-            return cls(given.tokenizer, given.engine.limits, lambda self: Thread(given, self))
-        if process:
-            tokenizer = load_tokenizer(model)
-            return cls(tokenizer, limits, lambda self: Process(model, {**options, "limits": limits}, self))
-        loaded = LLM(model, limits=limits, **options)
-        return cls(loaded.tokenizer, limits, lambda self: Thread(loaded, self))
+        if process and not isinstance(model, LLM):
+            tokenizer, given = load_tokenizer(model), {**options, "limits": limits}
+            return cls(tokenizer, limits, lambda self: Process(model, given, grammars, self))
+        loaded = model if isinstance(model, LLM) else LLM(model, limits=limits, **options)
+        if grammars:
+            prepare_grammars(loaded)
+        return cls(loaded.tokenizer, loaded.engine.limits, lambda self: Thread(loaded, self))
 
     def submit(
         self,
@@ -325,8 +327,8 @@ class Thread:
 class Process:
     """An engine in a process of its own, which is started again when it dies."""
 
-    def __init__(self, model: str, options: Mapping[str, Any], owner: AsyncLLM) -> None:
-        self._model, self._options, self._owner = model, options, owner
+    def __init__(self, model: str, options: Mapping[str, Any], grammars: bool, owner: AsyncLLM) -> None:
+        self._arguments, self._owner = (model, options, grammars), owner
         self._sending = threading.Lock()
         self._ending = self._starting = False
         self._start()
@@ -354,7 +356,7 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=serve, args=(theirs, self._model, self._options), name="selfdraft-engine", daemon=True
+            target=serve, args=(theirs, *self._arguments), name="selfdraft-engine", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -364,7 +366,7 @@ class Process:
             self._process.join()
             code = self._process.exitcode
             raise EngineClosed(
-                f"the process died while it loaded {self._model} (exit code {code})"
+                f"the process died while it loaded {self._arguments[0]} (exit code {code})"
             ) from error
         if isinstance(first, SelfdraftError):
             raise first

@@ -104,7 +104,7 @@ class Stats:
     seconds: float = 0.0
     """Time of the steps."""
     rows: int = 0
-    """Rows of the decoding requests' trees."""
+    """Rows that the steps ran, of trees and of prompts."""
     prompt_tokens: int = 0
     """Of the requests that ended."""
     reused_tokens: int = 0
@@ -233,7 +233,6 @@ class EngineLoop:
         steps, had = len(request.runs), self.stats
         self.stats = replace(
             had,
-            rows=had.rows + request.rows,
             prompt_tokens=had.prompt_tokens + len(request.prompt),
             reused_tokens=had.reused_tokens + request.reused,
             generated_tokens=had.generated_tokens + request.added,
@@ -251,6 +250,7 @@ class EngineLoop:
             waiting=len(scheduler.waiting),
             kv_tokens=pool.tokens,
             kv_tokens_used=used,
+            rows=self.llm.engine.rows,
             preemptions=scheduler.preemptions,
         )
 
@@ -275,7 +275,14 @@ def facts(llm: LLM) -> Facts:
     )
 
 
-def serve(connection: Connection, model: str, options: Mapping[str, Any]) -> None:
+def prepare_grammars(llm: LLM) -> None:
+    """Let the first request with a grammar find all that it needs. Where there can be no grammars, each such
+    request is told."""
+    with suppress(InvalidOption):
+        llm.load_grammars()
+
+
+def serve(connection: Connection, model: str, options: Mapping[str, Any], grammars: bool) -> None:
     """The main function of an engine's own process: load the model, say what it is (`Facts`, or the error),
     then answer commands with reports until a `Close` comes or the other end is gone."""
     try:
@@ -283,6 +290,8 @@ def serve(connection: Connection, model: str, options: Mapping[str, Any]) -> Non
     except SelfdraftError as error:
         connection.send(error)
         return
+    if grammars:
+        prepare_grammars(llm)
     connection.send(facts(llm))
     loop = EngineLoop(llm, connection.send)
 

@@ -7,6 +7,7 @@ SelfdraftError
 ├── DraftError           a drafter raised an error; it is the cause
 │   └── InvalidTree      a drafter proposed something that is not a tree of this text
 ├── StopError            what watches for the end of a text raised an error; it is the cause
+├── GrammarError         a grammar's matcher contradicts itself
 ├── NotFinite            NaN or infinity in the model's weights or in what it computed
 ├── KVMemoryExhausted    a text that the memory for keys and values does not hold
 ├── QueueFull            as many requests wait as may
@@ -58,6 +59,10 @@ class InvalidTree(DraftError, ValueError):
 
 class NotFinite(SelfdraftError, ArithmeticError):
     """The model computed NaN or infinity for a token of the text, so there is no next one."""
+
+
+class GrammarError(SelfdraftError):
+    """The library that follows a grammar rejects a token that it had allowed. Only its own request ends."""
 
 
 class StopError(SelfdraftError):

@@ -127,6 +127,7 @@ def serve(
             llm = AsyncLLM.load(
                 model,
                 process=True,
+                grammars=True,
                 limits=Limits(**{name: value for name, value in given.items() if value is not None}),
                 method=method,
                 options=flags.pairs("--option", option),

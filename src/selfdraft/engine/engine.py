@@ -68,6 +68,8 @@ class Engine:
         self.scheduler = Scheduler(self.limits, self.pool, model.ragged)
         self.lock = threading.RLock()
         """Held during a step: what is read under it belongs together."""
+        self.rows = 0
+        """Rows that its forwards ran so far, of trees and of prompts."""
         self.load = Load(model.cost)
 
     @property
@@ -222,6 +224,7 @@ class Engine:
         caches = [request.cache for request in (*live, *readers) if request.cache is not None]
         chains = [Tree.chain(part) for _, part in parts]
         rows = self.model.forward([*trees, *chains], caches, stages, [*counts, *[0] * len(parts)])
+        self.rows += sum(map(len, (*trees, *chains)))
         for request, part in parts:
             request.read(len(part))
         heard = [i for i, request in enumerate(live) if request.has_output(trees[i], rows.done[i])]

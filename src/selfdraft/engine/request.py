@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..drafting.acceptance import DraftCount
 from ..drafting.method import Drafter
-from ..errors import DraftError, InvalidTree, SelfdraftError, StopError
+from ..errors import DraftError, GrammarError, InvalidTree, SelfdraftError, StopError
 from ..models.protocol import Cache, Pool
 from ..params import SamplingParams
 from ..sampling.sampler import Draws, Sampler
@@ -201,7 +201,11 @@ class Request:
 
     def advance(self, tree: Tree, draws: Draws, done: Sequence[bool]) -> Step:
         """Take the picks of one forward: extend the text and keep the accepted rows."""
-        walked, in_flight = accept(tree, draws, done)
+        try:
+            walked, in_flight = accept(tree, draws, done)
+        except GrammarError as error:
+            self.fail(error)
+            walked, in_flight = [], []
         picks = [draws[row] for row in walked]
         try:
             path = walked[: self._end(picks)]
@@ -215,7 +219,10 @@ class Request:
             self.logprobs += _logprobs(draws.logits, path, emitted, self.params.logprobs)
         self.tokens += emitted
         self.keep(path, in_flight)
-        self.sampler.take(emitted)
+        try:
+            self.sampler.take(emitted)
+        except GrammarError as error:
+            self.fail(error)
         self.runs.append(len(path))
         self.rows += len(tree)
         self.width = len(tree)

@@ -20,10 +20,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..engine.tree import Tree
-from ..errors import InvalidOption
+from ..errors import GrammarError, InvalidOption
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, LLTokenizer
 
 MAX_FORCED = 32
 """Tokens of forced text that are drafted in one step, at most."""
@@ -65,7 +65,6 @@ class Grammars:
         ends = sorted(token for token in eos_ids if 0 <= token < vocabulary)
         if not ends:
             raise InvalidOption("a grammar needs a model with an end-of-text token", option="grammar")
-        self._vocabulary = vocabulary
         try:
             # slow tokenizers have no Rust part; others fail in ways of their own
             self._tokenizer = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=ends)  # type: ignore[arg-type]
@@ -81,7 +80,7 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, _compiled(grammar), log_level=0)
         if matcher.is_error():
             raise _unsound(grammar, matcher.get_error())
-        return Guide(matcher, self._vocabulary, grammar.think, grammar.thinking)
+        return Guide(matcher, self._tokenizer, grammar.think, grammar.thinking)
 
 
 def check(grammar: Grammar) -> None:
@@ -101,10 +100,11 @@ class Guide:
     """Where one answer stands in its grammar."""
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: int, think: tuple[int, int] | None, thinking: bool
+        self, matcher: LLMatcher, tokenizer: LLTokenizer, think: tuple[int, int] | None, thinking: bool
     ) -> None:
         self._matcher = matcher
-        self._vocabulary = vocabulary
+        self._tokenizer = tokenizer
+        self._vocabulary = tokenizer.vocab_size
         self._think = think
         self._thinking = thinking and think is not None
         self._begun = thinking  # the first token may be `<think>`
@@ -131,20 +131,32 @@ class Guide:
         return kept
 
     def mask(self, tail: Sequence[int] = ()) -> np.ndarray | None:
-        """Which tokens may follow the text and a tail that is allowed: bool, [vocabulary]. None: all."""
+        """Which tokens may follow the text and a tail that is allowed: bool, [vocabulary]. None: all. Raises
+        GrammarError."""
         _, bound = self._split(tail)
         thinking, begun = self._after(tail)
         if thinking:
             return None
-        for token in bound:
-            assert self._matcher.consume_token(token), "the tail was not allowed"
+        self._consume(bound)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little", count=self._vocabulary).astype(bool)
+        if np.count_nonzero(bits) == 1 and (forced := self._spelled(int(allowed.argmax()))):
+            allowed[:] = False
+            allowed[forced] = True
         if bound:
             self._matcher.rollback(len(bound))
-        allowed = np.unpackbits(bits, bitorder="little", count=self._vocabulary).astype(bool)
         if self._think is not None and not begun:
             allowed[self._think[0]] = True
         return allowed
+
+    def _spelled(self, token: int) -> list[int]:
+        """Tokens with which forced text may go on, where llguidance masks all but one token, which it then
+        rejects: an added one, such as <tool_call>, whose name is forced as letters. Else empty."""
+        if self._matcher.is_accepting() or self._matcher.validate_tokens([token]):
+            return []  # the end of the text, or a token as any
+        text: bytes = self._matcher.compute_ff_bytes()
+        parts = [self._tokenizer.tokenize_bytes(text[: count + 1]) for count in range(len(text))]
+        return [part[0] for part in parts if len(part) == 1 and self._matcher.validate_tokens(part)]
 
     def cut(self, tree: Tree, room: int, vocabulary: int) -> Tree:
         """A tree of drafts without the rows that the grammar excludes, and with text that it forces. room:
@@ -165,14 +177,19 @@ class Guide:
         """Tokens of which the grammar allows no other text: a draft that is free."""
         if self._thinking or (self._think is not None and not self._begun):
             return []
-        return list(self._matcher.compute_ff_tokens())
+        tokens = list(self._matcher.compute_ff_tokens())
+        return tokens[: self.allowed(tokens)]  # it may force names of added tokens that it rejects
 
     def take(self, tokens: Sequence[int]) -> None:
-        """The text goes on with tokens that are allowed."""
+        """The text goes on with tokens that are allowed. Raises GrammarError."""
         _, bound = self._split(tokens)
         self._thinking, self._begun = self._after(tokens)
-        for token in bound:
-            assert self._matcher.consume_token(token), f"token {token} was not allowed by the grammar"
+        self._consume(bound)
+
+    def _consume(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            if not self._matcher.consume_token(token):
+                raise GrammarError(f"llguidance rejects token {token}, which it had allowed")
 
     def _split(self, tokens: Sequence[int]) -> tuple[int, Sequence[int]]:
         """How many of these tokens are free, and those after them."""

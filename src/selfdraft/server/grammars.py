@@ -113,5 +113,5 @@ def _of_tools(tools: Sequence[Tool], serving: Serving) -> Grammar:
 
 
 def _mark(tag: str, serving: Serving) -> str:
-    """How a tag stands in a Lark grammar: bare where it is a special token, else as text."""
-    return tag if tag in serving.llm.tokenizer.all_special_tokens else json.dumps(tag)
+    """How a tag stands in a Lark grammar: bare where it is a token of its own, else as text."""
+    return tag if tag in serving.llm.tokenizer.get_added_vocab() else json.dumps(tag)

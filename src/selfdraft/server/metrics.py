@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..engine_loop import Stats
 
 STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -43,6 +44,12 @@ class Metrics:
         self.step = Histogram(
             "selfdraft_step_seconds", "Steps of the engine", buckets=STEPS, registry=registry
         )
+        self.rows = Histogram(
+            "selfdraft_step_rows",
+            "Rows of a step: tokens of trees and of prompts that went through the model at once",
+            buckets=ROWS,
+            registry=registry,
+        )
         registry.register(_Engine(stats))
         self._seen = stats()
 
@@ -51,6 +58,7 @@ class Metrics:
         before, self._seen = self._seen, stats
         if stats.steps == before.steps + 1:
             self.step.observe(stats.seconds - before.seconds)
+            self.rows.observe(stats.rows - before.rows)
 
     def page(self) -> bytes:
         return generate_latest(self._registry)
@@ -72,17 +80,23 @@ class _Engine(Collector):
             "prompt_tokens": "Tokens of prompts",
             "reused_tokens": "Tokens of prompts that were remembered and not read again",
             "generated_tokens": "Tokens of answers",
-            "drafted_tokens": "Draft tokens that were verified",
-            "accepted_tokens": "Draft tokens that were accepted",
             "preemptions": "Times that a request gave its memory back and waited",
         }
         for name, about in gauges.items():
             yield GaugeMetricFamily(f"selfdraft_{name}", about, getattr(stats, name) or 0)
         for name, about in counters.items():
             yield CounterMetricFamily(f"selfdraft_{name}", about, getattr(stats, name))
-        for name in ("drafted", "accepted"):
-            metric = f"selfdraft_{name}_tokens_by_source"
-            family = CounterMetricFamily(metric, f"Draft tokens {name}, by source", labels=["source"])
-            for source, count in stats.sources.items():
-                family.add_metric([source], getattr(count, name))
-            yield family
+        yield from _drafts(stats)
+
+
+def _drafts(stats: Stats) -> Iterator[Metric]:
+    """Draft tokens by where they are from; those of drafters that do not say it have an empty source."""
+    for name, about, total in (
+        ("drafted", "Draft tokens that were verified", stats.drafted_tokens),
+        ("accepted", "Draft tokens that were accepted", stats.accepted_tokens),
+    ):
+        family = CounterMetricFamily(f"selfdraft_{name}_tokens", about, labels=["source"])
+        known = {source: getattr(count, name) for source, count in stats.sources.items()}
+        for source, count in {**known, "": max(0, total - sum(known.values()))}.items():
+            family.add_metric([source], count)
+        yield family

@@ -22,6 +22,8 @@ MAX_REFERENCE = 400_000
 MAX_GRAMMAR = 64_000
 """Characters of a schema, a regular expression or a grammar."""
 MAX_LOGPROBS = 20
+TEXTS = ("text", "input_text", "output_text", "reasoning_text")
+"""Types of the parts of a content that are text."""
 
 
 class Body(BaseModel):
@@ -204,9 +206,19 @@ class TextOptions(Body):
 
 
 class InputItem(Body):
+    """A message, what the model thought, a call of a function, or what one returned."""
+
     type: str | None = None
     role: str | None = None
     content: str | list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+
+
+class ResponsesTool(Function):
+    type: Literal["function"]
 
 
 class ResponsesRequest(Asked):
@@ -220,7 +232,7 @@ class ResponsesRequest(Asked):
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[ResponsesTool], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     truncation: str | None = None
     top_logprobs: int | None = None
@@ -258,7 +270,7 @@ def part_texts(content: str | Sequence[Part] | None, param: str) -> str | None:
 def _texts(parts: Sequence[Part], param: str) -> list[str]:
     texts = []
     for part in parts:
-        if part.type not in ("text", "input_text", "output_text") or part.text is None:
+        if part.type not in TEXTS or part.text is None:
             raise refused(f"content parts are text; got one of type {part.type!r:.80}", param)
         texts.append(part.text)
     return texts

@@ -1,4 +1,5 @@
-"""`/v1/responses`, without state: text in, one message out, streamed as OpenAI's typed events."""
+"""`/v1/responses`, without state: a message or calls of functions come back, streamed as OpenAI's typed
+events."""
 
 from __future__ import annotations
 
@@ -13,99 +14,46 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .errors import api_error, refused
+from .errors import api_error
 from .generation import FINISH, Generation
 from .grammars import chat_grammar
 from .prompts import Rendered
-from .requests import (
-    ChatRequest,
-    InputItem,
-    Message,
-    ResponseFormat,
-    ResponsesRequest,
-    TextFormat,
-    part_texts,
-)
+from .requests import ResponsesRequest
+from .responses_input import as_chat
 from .serving import Serving, figures, respond, usage
-from .split import Delta, Splitter
+from .split import Splitter
 from .sse import event
+from .tools import Call, chosen_tools
 
-NOT_HELD = {
-    "previous_response_id": "nothing is kept between requests",
-    "conversation": "nothing is kept between requests",
-    "background": "answers are given at once",
-    "prompt": "there are no stored prompts",
-    "tools": "there are no tools here; use /v1/chat/completions",
-    "top_logprobs": "log-probabilities are in /v1/chat/completions",
-}
-"""Fields that are not honoured, and why."""
+Step = tuple[str, dict[str, Any]]
+"""The name of an event and its data."""
 
 
 async def answer_response(serving: Serving, asked: ResponsesRequest, request: Request) -> Response:
     """Answer a request of the Responses API, streamed or whole."""
-    chat = _as_chat(asked)
+    chat = as_chat(asked)
+    tools = chosen_tools(chat, serving.prompts.tool_format)
     rendered = await asyncio.to_thread(serving.prompts.chat, chat)
-    grammar = chat_grammar(chat, (), rendered, serving)
+    grammar = chat_grammar(chat, tools, rendered, serving)
     generation = await serving.start(
         "responses", asked, [rendered.ids], 1, asked.max_output_tokens, grammar=grammar
     )
-    return await respond(ResponsesAnswer(serving, asked, rendered, generation), asked.stream, request)
-
-
-def _as_chat(asked: ResponsesRequest) -> ChatRequest:
-    """The chat that the request is. Raises ApiError for what is not honoured."""
-    for name, why in NOT_HELD.items():
-        if getattr(asked, name):
-            raise refused(f"{name}: {why}", name)
-    if asked.truncation not in (None, "disabled"):
-        raise refused("truncation other than disabled is not supported", "truncation")
-    if asked.text is not None and asked.text.verbosity not in (None, "medium"):
-        raise refused("text.verbosity is not supported", "text.verbosity")
-    messages = [] if asked.instructions is None else [Message(role="system", content=asked.instructions)]
-    if isinstance(asked.input, str):
-        messages.append(Message(role="user", content=asked.input))
-    else:
-        messages += [_message(item, f"input.{number}") for number, item in enumerate(asked.input)]
-    if not asked.input:
-        raise refused("the input is empty; give text", "input")
-    return ChatRequest(
-        model=asked.model,
-        messages=messages,
-        reasoning_effort=(asked.reasoning or {}).get("effort"),
-        chat_template_kwargs=asked.chat_template_kwargs,
-        response_format=_format(asked.text.format if asked.text is not None else None),
-        guided_regex=asked.guided_regex,
-        guided_grammar=asked.guided_grammar,
-        min_tokens=asked.min_tokens,
-        ignore_eos=asked.ignore_eos,
-    )
-
-
-def _message(item: InputItem, where: str) -> Message:
-    if item.type not in (None, "message") or item.role is None:
-        raise refused(f"{where}: input items are messages; got {item.type!r:.80}", where)
-    return Message(role=item.role, content=part_texts(item.content, where))
-
-
-def _format(given: TextFormat | None) -> ResponseFormat | None:
-    if given is None:
-        return None
-    return ResponseFormat(type=given.type, json_schema={"name": given.name or "", "schema": given.schema_})
+    names = frozenset(tool.function.name for tool in tools)
+    return await respond(ResponsesAnswer(serving, asked, rendered, generation, names), asked.stream, request)
 
 
 @dataclass
-class Item:
-    """One item of the output: the model's reasoning, or its message."""
+class TextItem:
+    """An item of the output that is text: the model's reasoning, or its message."""
 
     id: str
     part: str
     """Of the splitter: reasoning or content."""
     text: str = ""
 
-    def shown(self, status: str, text: str | None = None) -> dict[str, Any]:
-        """The item as an object. text: None is what has come so far; "" is an item without content."""
-        text = self.text if text is None else text
-        content = [self.content(text)] if text or status != "in_progress" else []
+    def shown(self, status: str) -> dict[str, Any]:
+        """The item as an object, with what has come so far."""
+        content = [self.content(self.text)] if self.text or status != "in_progress" else []
         if self.part == "reasoning":
             return {"type": "reasoning", "id": self.id, "summary": [], "content": content, "status": status}
         return {"type": "message", "id": self.id, "role": "assistant", "status": status, "content": content}
@@ -120,20 +68,48 @@ class Item:
         return "reasoning_text" if self.part == "reasoning" else "output_text"
 
 
+@dataclass
+class CallItem:
+    """An item of the output that is a call of a function."""
+
+    call: Call
+    id: str
+    call_id: str
+
+    def shown(self, status: str, arguments: str | None = None) -> dict[str, Any]:
+        return {
+            "type": "function_call",
+            "id": self.id,
+            "call_id": self.call_id,
+            "name": self.call.name,
+            "arguments": self.call.arguments if arguments is None else arguments,
+            "status": status,
+        }
+
+
 class ResponsesAnswer:
     """The answer in the shapes of the API."""
 
     def __init__(
-        self, serving: Serving, asked: ResponsesRequest, rendered: Rendered, generation: Generation
+        self,
+        serving: Serving,
+        asked: ResponsesRequest,
+        rendered: Rendered,
+        generation: Generation,
+        names: frozenset[str],
     ) -> None:
+        """names: functions that may be called."""
         self.generation = generation
         self._serving = serving
         self._asked = asked
         self._prompt_tokens = len(rendered.ids)
         self._id = f"resp_{secrets.token_hex(16)}"
         self._created = int(time.time())
-        self._splitter = Splitter(rendered.reasons, rendered.reasoning)
-        self._items: list[Item] = []
+        tools = serving.prompts.tool_format if names else None
+        self._splitter = Splitter(rendered.reasons, rendered.reasoning, tools, names)
+        self._items: list[TextItem | CallItem] = []
+        self._open: TextItem | None = None
+        """The last item, while text may be added to it."""
         self._number = 0
 
     async def whole(self) -> dict[str, Any]:
@@ -156,54 +132,79 @@ class ResponsesAnswer:
             said = {"code": failed["code"] or failed["type"], "message": failed["message"]}
             yield self._event("response.failed", response=self._response("failed") | {"error": said})
 
-    async def _steps(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    async def _steps(self) -> AsyncIterator[Step]:
         """The events between the first two and the last one."""
         async with aclosing(self.generation.pieces()) as pieces:
             async for piece in pieces:
-                for delta in self._splitter.add(piece.text, last=piece.completion is not None):
-                    assert isinstance(delta, Delta)
-                    if not self._items or self._items[-1].part != delta.part:
-                        for step in (*self._end(), *self._begin(delta.part)):
+                for part in self._splitter.add(piece.text, last=piece.completion is not None):
+                    if isinstance(part, Call):
+                        for step in (*self._end(), *self._called(part)):
                             yield step
-                    self._items[-1].text += delta.text
-                    yield self._text_event("delta", delta=delta.text)
-        if not self._items or self._items[-1].part != "content":  # an answer has a message, be it empty
-            for step in (*self._end(), *self._begin("content")):
+                        continue
+                    if self._open is None or self._open.part != part.part:
+                        for step in (*self._end(), *self._begin(part.part)):
+                            yield step
+                    yield self._add(part.text)
+        if all(isinstance(item, TextItem) and item.part == "reasoning" for item in self._items):
+            for step in (*self._end(), *self._begin("content")):  # an answer has a message, be it empty
                 yield step
         for step in self._end():
             yield step
 
-    def _begin(self, part: str) -> list[tuple[str, dict[str, Any]]]:
-        item = Item(f"{'rs' if part == 'reasoning' else 'msg'}_{secrets.token_hex(16)}", part)
+    def _begin(self, part: str) -> list[Step]:
+        """Open an item for text."""
+        item = self._open = TextItem(
+            f"{'rs' if part == 'reasoning' else 'msg'}_{secrets.token_hex(16)}", part
+        )
         self._items.append(item)
-        at = {"output_index": len(self._items) - 1}
         return [
-            ("response.output_item.added", {**at, "item": item.shown("in_progress")}),
-            (
-                "response.content_part.added",
-                {**at, "item_id": item.id, "content_index": 0, "part": item.content("")},
-            ),
+            ("response.output_item.added", {**self._at(), "item": item.shown("in_progress")}),
+            ("response.content_part.added", {**self._in(item), "part": item.content("")}),
         ]
 
-    def _end(self) -> list[tuple[str, dict[str, Any]]]:
-        if not self._items:
+    def _add(self, text: str) -> Step:
+        """Add text to the open item."""
+        item = self._open
+        assert item is not None
+        item.text += text
+        return self._text_event(item, "delta", delta=text)
+
+    def _end(self) -> list[Step]:
+        """Close the open item."""
+        item, self._open = self._open, None
+        if item is None:
             return []
-        item, at = self._items[-1], {"output_index": len(self._items) - 1}
-        part = {**at, "item_id": item.id, "content_index": 0, "part": item.content(item.text)}
         return [
-            self._text_event("done", text=item.text),
-            ("response.content_part.done", part),
-            ("response.output_item.done", {**at, "item": item.shown("completed")}),
+            self._text_event(item, "done", text=item.text),
+            ("response.content_part.done", {**self._in(item), "part": item.content(item.text)}),
+            ("response.output_item.done", {**self._at(), "item": item.shown("completed")}),
         ]
 
-    def _text_event(self, what: str, **data: Any) -> tuple[str, dict[str, Any]]:
-        item = self._items[-1]
-        place = {"output_index": len(self._items) - 1, "item_id": item.id, "content_index": 0}
+    def _called(self, call: Call) -> list[Step]:
+        """A whole item for a call."""
+        item = CallItem(call, f"fc_{secrets.token_hex(16)}", f"call_{secrets.token_hex(12)}")
+        self._items.append(item)
+        at, name = {**self._at(), "item_id": item.id}, "response.function_call_arguments"
+        return [
+            ("response.output_item.added", {**self._at(), "item": item.shown("in_progress", "")}),
+            (f"{name}.delta", {**at, "delta": call.arguments}),
+            (f"{name}.done", {**at, "name": call.name, "arguments": call.arguments}),
+            ("response.output_item.done", {**self._at(), "item": item.shown("completed")}),
+        ]
+
+    def _at(self) -> dict[str, Any]:
+        """The place of the last item."""
+        return {"output_index": len(self._items) - 1}
+
+    def _in(self, item: TextItem) -> dict[str, Any]:
+        return {**self._at(), "item_id": item.id, "content_index": 0}
+
+    def _text_event(self, item: TextItem, what: str, **data: Any) -> Step:
         if item.part == "content":
             data["logprobs"] = []
-        return f"response.{item.kind}.{what}", {**place, **data}
+        return f"response.{item.kind}.{what}", {**self._in(item), **data}
 
-    def _event(self, name: str, **data: Any) -> bytes:
+    def _event(self, name: str, /, **data: Any) -> bytes:
         number, self._number = self._number, self._number + 1
         return event({"type": name, "sequence_number": number, **data}, name)
 
@@ -235,8 +236,8 @@ class ResponsesAnswer:
             "store": False,
             "temperature": params.temperature,
             "text": {"format": self._format()},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_p": params.top_p,
             "top_logprobs": 0,
             "presence_penalty": params.presence_penalty,
