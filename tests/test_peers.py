@@ -495,7 +495,7 @@ def test_command(workers: Path, command: Run, folder: Path, mine: Path, tmp_path
     code, out, err = command(*words)
     assert code == 0, err
     arms = json.loads(out.splitlines()[-1])["suites"]["mine"]["arms"]
-    assert list(arms) == ["plain", "llma", "llamacpp-lookup-4"]
+    assert list(arms) == ["plain", "auto", "llamacpp-lookup-4"]
     assert arms["llamacpp-lookup-4"]["rows_per_forward"] == pytest.approx((1 + 5) / 2)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["peers"] == {"llamacpp": {"fake": "1"}}
