@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import random
 import time
@@ -157,6 +158,8 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(step_cost, "measure", measure)
+    monkeypatch.setattr(step_cost, "_preemptions", lambda: 0)
+    monkeypatch.setattr(step_cost, "_measured_busy", {})
     monkeypatch.setattr("selfdraft.models.transformers.step_times", step_cost.step_times)
     return seen
 
@@ -173,6 +176,20 @@ def started(double: TransformersModel, **changes: Any) -> TransformersModel:
 def test_a_second_start_measures_nothing(double: TransformersModel, measurements: list[Any]) -> None:
     assert [started(double).cost(2) for _ in range(3)] == [2.0, 2.0, 2.0]
     assert len(measurements) == 1
+
+
+def test_what_was_measured_on_a_busy_machine_is_not_kept(
+    double: TransformersModel, measurements: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = itertools.count(step=1000)
+    monkeypatch.setattr(step_cost, "_preemptions", lambda: next(taken))
+    assert [started(double).cost(2) for _ in range(2)] == [2.0, 2.0]
+    assert not (tmp_path / "cache" / "step_times").exists()
+    step_cost._measured_busy.clear()  # as in a new process
+    monkeypatch.setattr(step_cost, "_preemptions", lambda: 7)
+    assert [started(double).cost(2) for _ in range(2)] == [3.0, 3.0]
+    assert len(measurements) == 2
+    assert len(list((tmp_path / "cache" / "step_times").iterdir())) == 1
 
 
 def test_another_model_or_machine_is_measured(

@@ -7,7 +7,8 @@ fewer rows: where a measurement says so, it is noise.
 
 A table is kept in the cache folder, for a model's shape and dtype on this machine with these threads and
 library versions, so that it is measured once and not at every start. Where the folder cannot be written, it
-is measured each time. It may have been measured while the machine was busy, or the machine may have changed:
+is measured each time. A table that was measured while other work took the cores serves this process alone:
+steps of one row suffer more from that than those of many, which then look cheap. The machine may change, too:
 so the steps of a running engine are compared with it, and a table that they contradict is forgotten, to be
 measured anew when the model is loaded next. What counts is the ratio of wide steps to narrow ones, since
 other work on the machine makes both longer: only steps that follow one another are compared. Where the table
@@ -23,6 +24,7 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from bisect import bisect_left
@@ -49,8 +51,11 @@ COMPARED = 100  # pairs of a wide step and a narrow one until the table is judge
 WIDER = 2.0  # times as many rows as the narrow one's at least
 STALE = 1.5  # times the ratio of their times that the table says, or one of so many, means that it is stale
 MAX_AGE = 30 * 86400.0  # seconds for which a table is used
-TABLE_VERSION = 2  # of the way to measure; another one is measured anew
+TABLE_VERSION = 3  # of the way to measure; another one is measured anew
+MAX_PREEMPTIONS = 50  # a second: on a machine that is busier than that a table serves this process alone
 LOG = logging.getLogger("selfdraft")
+_measured_busy: dict[Path, StepTimes] = {}
+"""Tables that are not kept, since other work disturbed their measurement."""
 
 
 Seconds = Mapping[int, Mapping[int, float]]
@@ -126,12 +131,25 @@ def step_times(model: Model, rows_per_call: RowRange, identity: Mapping[str, obj
     identity = {**identity, "rows_per_call": [rows_per_call.least, rows_per_call.most], **_machine(model)}
     text = json.dumps(identity, sort_keys=True, default=str)
     path = cache_folder() / "step_times" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
-    times = _read(path, text)
+    times = _read(path, text) or _measured_busy.get(path)
     if times is None:
+        start, before = time.perf_counter(), _preemptions()
         times = measure(model, rows_per_call)
-        _write(path, text, times)
+        if _preemptions() - before > MAX_PREEMPTIONS * (time.perf_counter() - start):
+            _measured_busy[path] = times
+        else:
+            _write(path, text, times)
     times.path = path
     return times
+
+
+def _preemptions() -> int:
+    """How often other work took a core from this process."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def measure(model: Model, rows_per_call: RowRange) -> StepTimes:
