@@ -32,7 +32,7 @@ SECTIONS = {  # name -> what was measured
     "looped-tiny": "looped-tiny, the looped model in the package",
     "gpu": "On a GPU",
 }
-IN_README = ("smollm2", "qwen-coder")
+IN_README = ("smollm2", "smollm2-bf16", "qwen-coder")
 NOT_MEASURED = "not measured yet"
 FOLDERS = re.compile(r"(?<![\w./~:])(?:~|\.{1,2})?/[^\s,=]+")
 """A path that begins at a root or at a dot, but not a word/word or an address."""
@@ -67,8 +67,8 @@ README_COLUMNS = (
     "prompts",
     "can be copied",
     "plain, tokens/s",
+    "`auto`",
     "`llma`",
-    "`jacobi`",
     "best baseline",
 )
 
@@ -235,7 +235,7 @@ def _readme_rows(name: str, report: Report | None) -> Iterator[Sequence[str]]:
             suite,
             f"{found['copied_share']:.0%}",
             _number(arms[PLAIN]["cut"]["tokens_per_second"], 0),
-            *(_number(_times_plain(arms.get(method))) for method in ("llma", "jacobi")),
+            *(_number(_times_plain(arms.get(method))) for method in ("auto", "llma")),
             _best_baseline(arms),
         )
 
