@@ -117,7 +117,7 @@ def test_the_table_of_the_readme_has_the_figures_of_the_reports(results: ModuleT
     made = results.with_figures(readme, results.read(kept))
     record = results.read(kept)["smollm2"]["suites"]["mine"]
     plain = record["arms"]["plain"]["cut"]["tokens_per_second"]
-    cells = f"{record['copied_share']:.0%} | {plain:.0f} | 1.50 |  | `generate` 1.04"
+    cells = f"{record['copied_share']:.0%} | {plain:.0f} |  | 1.50 | `generate` 1.04"
     assert f"| smollm2 | mine | {cells} |" in made
     assert "| qwen-coder | not measured yet |" in made
     assert made.startswith("before\n")
