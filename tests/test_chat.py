@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-import pytest
-
 from conftest import TEXT, Run
-
-
-@pytest.fixture
-def chatty(folder: Path, tmp_path: Path) -> Path:
-    made = tmp_path / "chatty"
-    shutil.copytree(folder, made)
-    (made / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    return made
 
 
 def test_turns_and_commands(command: Run, chatty: Path, tmp_path: Path) -> None:

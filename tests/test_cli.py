@@ -75,15 +75,6 @@ def records(out: str) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.fixture
-def chatty(folder: Path, tmp_path: Path) -> Path:
-    """The same model with a chat template."""
-    made = tmp_path / "chatty"
-    shutil.copytree(folder, made)
-    (made / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    return made
-
-
 def test_generate_asks_through_the_chat_template(command: Run, chatty: Path) -> None:
     model = ("--model", str(chatty), "-n", "5", "--json")
     told = records(command("generate", "hello", *model)[1])

@@ -260,13 +260,18 @@ def kept(tmp_path: Path) -> StepTimes:
 
 
 @pytest.mark.parametrize("ratio", [1.0, 5.0])
+@pytest.mark.parametrize("taken", [0, 1000])
 def test_a_table_that_steps_contradict_is_measured_anew(
     double: TransformersModel,
     measurements: list[Any],
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     ratio: float,
+    taken: int,
 ) -> None:
+    """Also one that is not kept, since other work took the cores while it was measured."""
+    preemptions = itertools.count(step=taken)
+    monkeypatch.setattr(step_cost, "_preemptions", lambda: next(preemptions))
     model = started(double)
     assert model.cost(2) == 2.0
     assert model.step_times is not None

@@ -62,9 +62,8 @@ class Build:
         tied = "lm_head.weight" not in weights
         head = table if tied else self._linear("lm_head.weight", self.vocabulary, self.hidden)
         self.wide = 4 if self._format(head) in ("f16", "f32") else 2
-        packed_head = self._matrix(
-            ["model.embed_tokens" if tied else "lm_head"], [head]
-        )  # first: nothing else is held while the largest matrix is read
+        # First: nothing else is held while the largest matrix is read.
+        packed_head = self._matrix(["model.embed_tokens" if tied else "lm_head"], [head])
         weights.release()
         layers = (structures.Layer * self.layers)()
         for i in range(self.layers):

@@ -72,7 +72,7 @@ class StepTimes:
         self._lines = [_Line(of) for of in self.seconds.values()]
         self.unit = self._lines[0].times[0]
         self.path: Path | None = None
-        """Where it is kept; None once it is stale, too."""
+        """Where it is kept, or would be; None once it is stale, too."""
         self._last = 0, 1.0, 1.0
         self._ratios: list[float] = []
         """Of wide steps to narrow ones beside them: times as long as the table says."""
@@ -105,8 +105,9 @@ class StepTimes:
             "measured anew when the model is loaded next",
             ratio,
         )
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        if _measured_busy.pop(self.path, None) is None:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
         self.path = None
 
 

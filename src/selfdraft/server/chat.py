@@ -18,7 +18,7 @@ from .generation import FINISH, Generation, Piece, Token
 from .grammars import chat_grammar
 from .logprobs import chat_logprobs
 from .prompts import Rendered
-from .requests import ChatRequest
+from .requests import ChatRequest, StreamOptions
 from .serving import Serving, figures, respond, usage
 from .split import Delta, Splitter
 from .sse import DONE, event
@@ -107,9 +107,8 @@ class ChatAnswer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer in events. An error that ends it is one, too."""
-        options = self._asked.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        drafts = options is not None and bool(options.include_drafts)
+        options = self._asked.stream_options or StreamOptions()
+        with_usage, drafts = options.include_usage, options.include_drafts
         head = {**self._head, "object": "chat.completion.chunk"}
         tail: dict[str, Any] = {"usage": None} if with_usage else {}
 

@@ -16,7 +16,7 @@ from .errors import api_error, refused
 from .generation import FINISH, Generation, Token
 from .grammars import grammar_of
 from .logprobs import completion_logprobs
-from .requests import MAX_CHOICES, CompletionRequest
+from .requests import MAX_CHOICES, CompletionRequest, StreamOptions
 from .serving import Serving, figures, respond, usage
 from .sse import DONE, event
 
@@ -109,9 +109,8 @@ class CompletionAnswer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The answer in events. An error that ends it is one, too."""
-        options = self._asked.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        drafts = options is not None and bool(options.include_drafts)
+        options = self._asked.stream_options or StreamOptions()
+        with_usage, drafts = options.include_usage, options.include_drafts
         tail: dict[str, Any] = {"usage": None} if with_usage else {}
 
         def chunk(
