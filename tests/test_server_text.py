@@ -48,6 +48,7 @@ HERMES: dict[str, Any] = {"tools": "hermes", "names": NAMES}
         ("<tool_call>{broken</tool_call> x", HERMES, ("", "<tool_call>{broken</tool_call> x", [])),
         ("<tool_call>never ends", HERMES, ("", "<tool_call>never ends", [])),
         (CALL.replace("add", "other"), HERMES, ("", CALL.replace("add", "other"), [])),
+        (CALL.replace('"add"', "{}"), HERMES, ("", CALL.replace('"add"', "{}"), [])),
         (CALL, {}, ("", CALL, [])),
         (LLAMA, {"tools": "llama", "names": NAMES}, ("", "", [Call("look", '{"x": "y"}')])),
         (

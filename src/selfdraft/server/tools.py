@@ -66,9 +66,12 @@ def parse_call(text: str, names: frozenset[str]) -> Call | None:
         stated = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(stated, dict) or stated.get("name") not in names:
+    if not isinstance(stated, dict):
+        return None
+    name = stated.get("name")
+    if not isinstance(name, str) or name not in names:
         return None
     arguments: Any = stated.get("arguments", stated.get("parameters"))
     if not isinstance(arguments, dict):
         return None
-    return Call(stated["name"], json.dumps(arguments, ensure_ascii=False))
+    return Call(name, json.dumps(arguments, ensure_ascii=False))
