@@ -247,7 +247,7 @@ def steps(times: StepTimes, ratio: float, seed: int = 0) -> None:
         load = min(8.0, max(1.0, load * rng.uniform(0.8, 1.25)))
         held_up = 20.0 if rng.random() < 0.1 else 1.0
         wide = i % 3 == 0
-        times.observe(*((8, times(8)) if wide else (1, 1.0)), load * held_up * (ratio if wide else 1.0))
+        times.observe(8 if wide else 1, 0, load * held_up * (ratio if wide else 1.0))
 
 
 @pytest.fixture
@@ -293,9 +293,9 @@ def test_comparing_with_an_idle_machine_is_seen(kept: StepTimes, monkeypatch: py
     """The fault: wide steps are compared with the first narrow one, when nothing else ran."""
     observe = StepTimes.observe
 
-    def late(self: StepTimes, rows: int, cost: float, seconds: float) -> None:
-        self._last = 1, 1.0, 1.0
-        observe(self, rows, cost, seconds)
+    def late(self: StepTimes, rows: int, history: int, seconds: float) -> None:
+        self._last = 1, 0, 1.0
+        observe(self, rows, history, seconds)
 
     monkeypatch.setattr(StepTimes, "observe", late)
     with pytest.raises(AssertionError):
@@ -306,7 +306,7 @@ def test_steps_that_read_prompts_are_not_compared(
     exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(exact, "observe", lambda rows, cost, seconds: seen.append(rows))
+    monkeypatch.setattr(exact, "observe", lambda rows, history, seconds: seen.append(rows))
     right = run(exact, Plain(), random_prompt(9, 1)).emitted
     del seen[:]
     request = run(exact, Oracle(right, depth=3), random_prompt(9, 1))

@@ -73,17 +73,23 @@ def lookahead(context: DraftContext, method: str) -> Lookahead:
     return context.lookahead
 
 
-def candidates(scores: Tensor) -> list[list[Candidate]]:
-    """Candidates by offset, the likeliest first. scores: [masks, vocabulary]."""
+def candidates(scores: Tensor, vocabulary: Sequence[int] | None = None) -> list[list[Candidate]]:
+    """Candidates by offset, the likeliest first. scores: [masks, ids of the vocabulary]; see `Lookahead`."""
     likely = scores.softmax(-1).topk(min(WIDTH, scores.shape[-1]))
     found = []
-    for tokens, shares in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
+    for tokens, shares in zip(ids_of(likely.indices, vocabulary), likely.values.tolist(), strict=True):
         left, row = 1.0, []
         for token, share in zip(tokens, shares, strict=True):
             row.append(Candidate(token, bisect_right(HAZARDS, share / left if left > share else 1.0)))
             left -= share
         found.append(row)
     return found
+
+
+def ids_of(index: Tensor, vocabulary: Sequence[int] | None) -> list[list[int]]:
+    """The ids that stand at these places of the vocabulary that masks predict."""
+    places: list[list[int]] = index.tolist()
+    return places if vocabulary is None else [[vocabulary[at] for at in row] for row in places]
 
 
 class MaskCandidates:
@@ -98,6 +104,7 @@ class MaskCandidates:
         self.prior: dict[Kind, float] = {
             (SOURCE, i, kind): rate for i in offsets for kind, rate in enumerate(odds[i])
         }
+        self.vocabulary = look.vocabulary
         self.offered: list[list[Candidates]] = []  # by offset, the likeliest first
         self.trunk: list[int] = []  # the likeliest token of each offset
 
@@ -112,9 +119,9 @@ class MaskCandidates:
         return state + 1 if on and state is not None else None
 
     def predict(self, scores: Tensor | None) -> None:
-        """Take the candidates of the next tree from these scores, [masks, vocabulary]; None: there are none.
-        They include the noise of their positions."""
-        found = [] if scores is None else candidates(scores)
+        """Take the candidates of the next tree from these scores, as of `Step`; None: there are none. They
+        include the noise of their positions."""
+        found = [] if scores is None else candidates(scores, self.vocabulary)
         self.trunk = [offered[0].token for offered in found]
         self.offered = [
             [Candidates((SOURCE, i, kind), {token: 1.0}, drawn=True) for token, kind in offered]
@@ -302,7 +309,7 @@ class FixedDrafter:
     def __init__(self, look: Lookahead, nodes: Sequence[tuple[int, int, int]]) -> None:
         """nodes: in order, each (parent, offset, rank): the candidate of that rank at that offset, under the
         node of that index, of which 0 is the last token. Each has a whole group of masks under it."""
-        self.ids, self.nodes = tuple(look.ids), nodes
+        self.ids, self.nodes, self.vocabulary = tuple(look.ids), nodes, look.vocabulary
         self.width = 1 + max((rank for _, _, rank in nodes), default=0)
         self.candidates: list[list[int]] = []
 
@@ -317,4 +324,5 @@ class FixedDrafter:
 
     def observe(self, step: Step) -> None:
         scores = step.mask_scores
-        self.candidates = [] if scores is None else scores.topk(self.width).indices.tolist()
+        best = None if scores is None else scores.topk(self.width).indices
+        self.candidates = [] if best is None else ids_of(best, self.vocabulary)

@@ -40,11 +40,13 @@ class Lookahead:
     next token of the text, the scores at mask j are about the token j + 1 places after it. odds: how often
     guesses of a kind came true when the adapter was calibrated, by the drafter's names. filler: the ordinary
     token that a tuned model learned to read as one not known yet, if any; such a model may be without masks.
+    vocabulary: the ids that masks predict, to which their scores belong in this order; None: all.
     """
 
     ids: Sequence[int]
     odds: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     filler: int | None = None
+    vocabulary: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

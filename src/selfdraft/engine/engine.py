@@ -113,7 +113,7 @@ class Engine:
             raise InvalidOption(f"timeout must be above 0 seconds; got {timeout!r}", option="timeout")
         with self.lock:
             self.scheduler.check(prompt)
-            ends = params.end_ids(eos_ids)
+            ends, look = params.end_ids(eos_ids), self.model.lookahead
             sampler = Sampler(
                 params,
                 prompt,
@@ -123,6 +123,7 @@ class Engine:
                 sample,
                 self.model.noise,
                 guide,
+                look.vocabulary if look is not None else None,
             )
             context = DraftContext(
                 tuple(prompt),
@@ -131,7 +132,7 @@ class Engine:
                 params.temperature,
                 sampler.noise,
                 self.load.draft_cost,
-                self.model.lookahead,
+                look,
                 self.model.loops,
                 self.acceptance,
             )
@@ -234,7 +235,7 @@ class Engine:
         took = time.perf_counter() - start
         if not parts and stages is None:
             count = sum(map(len, trees))
-            self.model.observe(count, self.load.time(count), took)
+            self.model.observe(count, self.load.history, took)
         for request in live:
             request.seconds += took
         for request in readers:

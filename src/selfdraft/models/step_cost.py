@@ -8,12 +8,14 @@ fewer rows: where a measurement says so, it is noise.
 A table is kept in the cache folder, for a model's shape and dtype on this machine with these threads and
 library versions, so that it is measured once and not at every start. Where the folder cannot be written, it
 is measured each time. A table that was measured while other work took the cores serves this process alone:
-steps of one row suffer more from that than those of many, which then look cheap. The machine may change, too:
-so the steps of a running engine are compared with it, and a table that they contradict is forgotten, to be
-measured anew when the model is loaded next. What counts is the ratio of wide steps to narrow ones, since
-other work on the machine makes both longer: only steps that follow one another are compared. Where the table
-says that rows are dear nothing is drafted, so no step contradicts it; therefore none is used for longer than
-`MAX_AGE`.
+steps of one row suffer more from that than those of many, which then look cheap.
+
+The machine changes, too: how fast its memory is depends on who else uses it, and with that what further rows
+cost beside the first. So the steps of a running engine correct the table, by one factor on what all further
+rows cost. It comes from the ratio of wide steps to narrow ones, since other work on the machine makes both
+longer: only steps that follow one another are compared. A table that is contradicted for long is forgotten,
+to be measured anew when the model is loaded next. Where the table says that rows are dear nothing is drafted,
+so no step contradicts it; therefore none is used for longer than `MAX_AGE`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate, count
@@ -47,9 +50,11 @@ HISTORIES = (2048, 6144)  # longer ones that are measured, where the context hol
 LONG_ROWS = (1, 8, 64)  # numbers of rows that are measured behind those
 ROUNDS = 3  # at least
 SECONDS = 0.5  # and as many more as fit
-COMPARED = 100  # pairs of a wide step and a narrow one until the table is judged
+COMPARED = 100  # pairs of a wide step and a narrow one, the latest, that say what further rows cost now
+CORRECTED = 10  # pairs between corrections
 WIDER = 2.0  # times as many rows as the narrow one's at least
-STALE = 1.5  # times the ratio of their times that the table says, or one of so many, means that it is stale
+MOST = 4.0  # times what the table says that further rows cost, or one of so many, at most
+STALE = 2.0  # so many times, or one of so many, for COMPARED pairs means that the table is stale
 MAX_AGE = 30 * 86400.0  # seconds for which a table is used
 TABLE_VERSION = 3  # of the way to measure; another one is measured anew
 MAX_PREEMPTIONS = 50  # a second: on a machine that is busier than that a table serves this process alone
@@ -73,11 +78,19 @@ class StepTimes:
         self.unit = self._lines[0].times[0]
         self.path: Path | None = None
         """Where it is kept, or would be; None once it is stale, too."""
-        self._last = 0, 1.0, 1.0
-        self._ratios: list[float] = []
-        """Of wide steps to narrow ones beside them: times as long as the table says."""
+        self.factor = 1.0
+        """Times what the table says that further rows cost, as steps have shown."""
+        self._last = 0, 0, 1.0
+        self._pairs: deque[tuple[float, float]] = deque(maxlen=COMPARED)
+        """Factors that pairs of steps show, and the cost of further rows in them, which is their weight."""
+        self._count = 0
 
     def __call__(self, rows: int, history: int = 0) -> float:
+        first = self.measured(1, history)
+        return first + self.factor * (self.measured(rows, history) - first)
+
+    def measured(self, rows: int, history: int = 0) -> float:
+        """The cost as the table has it."""
         first = max(self.unit, self._lines[0](rows))
         if len(self._lines) == 1 or history <= self.histories[0]:
             return first / self.unit
@@ -86,29 +99,48 @@ class StepTimes:
         a, b = self.histories[at - 1 : at + 1]
         return max(first, low + (high - low) * (history - a) / (b - a)) / self.unit
 
-    def observe(self, rows: int, cost: float, seconds: float) -> None:
-        """A step of so many rows, for which the table says this cost, took so long."""
-        before, self._last = self._last, (rows, cost, seconds)
+    def observe(self, rows: int, history: int, seconds: float) -> None:
+        """A step of so many rows behind so many tokens took so long."""
+        before, self._last = self._last, (rows, history, seconds)
         narrow, wide = sorted((before, self._last))
-        if self.path is None or not 0 < WIDER * narrow[0] <= wide[0]:
+        if not 0 < WIDER * narrow[0] <= wide[0]:
             return
-        self._ratios.append(wide[2] / narrow[2] / (wide[1] / narrow[1]))
-        if len(self._ratios) == COMPARED:
-            self._judge(statistics.median(self._ratios))
-            self._ratios.clear()
+        # A step takes unit * (one + factor * further), with what the table says of one row and of the others.
+        ratio = wide[2] / narrow[2]
+        (one, further), (one_wide, further_wide) = (
+            (first, self.measured(count, tokens) - first)
+            for count, tokens, _ in (narrow, wide)
+            for first in [self.measured(1, tokens)]
+        )
+        weight = further_wide - ratio * further
+        if weight <= 0:
+            return
+        self._pairs.append(((ratio * one - one_wide) / weight, weight))
+        self._count += 1
+        if self._count % CORRECTED == 0:
+            self.factor = min(MOST, max(1 / MOST, _median(self._pairs)))
+        if self._count % COMPARED == 0:
+            self._judge()
 
-    def _judge(self, ratio: float) -> None:
-        if self.path is None or 1 / STALE <= ratio <= STALE:
+    def _judge(self) -> None:
+        if self.path is None or 1 / STALE <= self.factor <= STALE:
             return
         LOG.warning(
-            "steps of many rows, beside those of few, take %.1f times what was measured once; step times are "
-            "measured anew when the model is loaded next",
-            ratio,
+            "further rows of a step cost %.1f times what was measured once; step times are measured anew when "
+            "the model is loaded next",
+            self.factor,
         )
         if _measured_busy.pop(self.path, None) is None:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
         self.path = None
+
+
+def _median(pairs: Iterable[tuple[float, float]]) -> float:
+    """The median of values with weights."""
+    ordered = sorted(pairs)
+    sums = list(accumulate(weight for _, weight in ordered))
+    return ordered[bisect_left(sums, sums[-1] / 2)][0]
 
 
 class _Line:
