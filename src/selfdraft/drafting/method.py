@@ -70,9 +70,10 @@ class DraftContext:
     sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
     log-probability plus noise. cost: of so many rows of this request, in tokens that the time would bring
-    otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. lookahead: what the
-    model's adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
-    acceptance: for rates that later requests of the same engine shall start with.
+    otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. mask_cost: what
+    mask tokens among them add to it. lookahead: what the model's adapter drafts with; None without one.
+    loops: of a looped model; None for an ordinary one. acceptance: for rates that later requests of the same
+    engine shall start with.
     """
 
     prompt: Sequence[int]
@@ -81,6 +82,7 @@ class DraftContext:
     temperature: float = 0.0
     noise: Noise = silent
     cost: Cost = free
+    mask_cost: Callable[[], float] = lambda: 0.0
     lookahead: Lookahead | None = None
     loops: Loops | None = None
     acceptance: SharedAcceptance = field(default_factory=SharedAcceptance)

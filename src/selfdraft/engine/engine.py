@@ -70,7 +70,7 @@ class Engine:
         """Held during a step: what is read under it belongs together."""
         self.rows = 0
         """Rows that its forwards ran so far, of trees and of prompts."""
-        self.load = Load(model.cost)
+        self.load = Load(model.cost, model.mask_cost)
 
     @property
     def requests(self) -> list[Request]:
@@ -132,6 +132,7 @@ class Engine:
                 params.temperature,
                 sampler.noise,
                 self.load.draft_cost,
+                self.load.mask_cost,
                 look,
                 self.model.loops,
                 self.acceptance,
@@ -233,8 +234,8 @@ class Engine:
             mine = [live[i] for i in heard], [trees[i] for i in heard], [counts[i] for i in heard]
             self._take(*mine, rows.of(heard))
         took = time.perf_counter() - start
-        if not parts and stages is None:
-            count = sum(map(len, trees))
+        count = sum(map(len, trees))
+        if not parts and stages is None and count == sum(counts):  # with mask tokens a step takes longer
             self.model.observe(count, self.load.history, took)
         for request in live:
             request.seconds += took

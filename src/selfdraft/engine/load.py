@@ -27,9 +27,12 @@ COST_STEPS = 16
 class Load:
     """The rows and tokens of the requests that decode, and what steps of them take."""
 
-    def __init__(self, cost: Callable[[int, int], float]) -> None:
-        """cost: of a step, by its rows and the tokens before them; see `models.protocol.Model.cost`."""
-        self.cost = cost
+    def __init__(
+        self, cost: Callable[[int, int], float], mask_cost: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """cost: of a step, by its rows and the tokens before them. mask_cost: what mask tokens add. See
+        `models.protocol.Model`."""
+        self.cost, self._mask_cost = cost, mask_cost
         self.history = 0
         """Tokens before the rows, on average."""
         self.rows = 0
@@ -59,6 +62,11 @@ class Load:
         """What so many rows of the request cost; one: 1."""
         others, tokens = self._others
         return 1 + (tokens + 1) * (self.time(others + rows) / self.time(others + 1) - 1)
+
+    def mask_cost(self) -> float:
+        """What mask tokens among the rows of the request add, in the same units."""
+        others, tokens = self._others
+        return (tokens + 1) * self._mask_cost() / self.time(others + 1)
 
     def time(self, rows: int) -> float:
         """What a step of so many rows takes, as `cost`, behind the present history."""

@@ -265,6 +265,11 @@ class Decoder:
             self._times = step_times(self, self.rows, identity)
         return self._times(rows, history)
 
+    def mask_cost(self) -> float:
+        self.cost(1)
+        assert self._times is not None
+        return self._times.mask_cost
+
     def observe(self, rows: int, history: int, seconds: float) -> None:
         if self._times is not None:
             self._times.observe(rows, history, seconds)

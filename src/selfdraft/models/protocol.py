@@ -137,6 +137,9 @@ class Model(Protocol):
         """What a step with so many rows takes, in units of one with a single row and little history. history:
         tokens before each row, on average. Measured at first use."""
 
+    def mask_cost(self) -> float:
+        """What reading the predictions of mask tokens adds to a step, in the same units."""
+
     def observe(self, rows: int, history: int, seconds: float) -> None:
         """A step of so many rows of trees, behind so many tokens on average, took so long: costs follow."""
 

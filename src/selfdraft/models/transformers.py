@@ -315,6 +315,11 @@ class TransformersModel:
             self.step_times = step_times(self, self.rows, self._shape())
         return self.step_times(rows, history)
 
+    def mask_cost(self) -> float:
+        self.cost(1)
+        assert self.step_times is not None
+        return self.step_times.mask_cost
+
     def observe(self, rows: int, history: int, seconds: float) -> None:
         if self.step_times is not None:
             self.step_times.observe(rows, history, seconds)

@@ -225,9 +225,7 @@ class Library:
         """The noise of these tokens at one index of a text, the same bits as in `noise`."""
         count = len(tokens)
         made = (ctypes.c_float * count)()
-        self._lib.selfdraft_noise_of(
-            seed, sample, position, count, (ctypes.c_int32 * count)(*tokens), made
-        )
+        self._lib.selfdraft_noise_of(seed, sample, position, count, (ctypes.c_int32 * count)(*tokens), made)
         return list(made)
 
     def draw(
