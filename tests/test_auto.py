@@ -225,7 +225,7 @@ def test_it_is_silent_where_nothing_comes_true(masks: bool, monkeypatch: pytest.
         return sum(found.runs) / sum(map(dear, found.rows))
 
     assert speed() > 0.97
-    monkeypatch.setattr(Budget, "affords", lambda self, rows: True)
+    monkeypatch.setattr(Budget, "affords", lambda self, rows, masks=False: True)
     assert speed() < 0.97
 
 

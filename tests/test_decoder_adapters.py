@@ -361,7 +361,9 @@ def drafters_see_the_picks() -> None:
 
 def test_drafters_see_the_picks(monkeypatch: pytest.MonkeyPatch) -> None:
     drafters_see_the_picks()
-    monkeypatch.setattr(decoder_work.Work, "reading", lambda self, rows: (self.structure, self.logits[:rows]))
+    monkeypatch.setattr(
+        decoder_work.Work, "reading", lambda self, rows, ids: (self.structure, self.logits[:rows])
+    )
     with pytest.raises(AssertionError):
         drafters_see_the_picks()
 

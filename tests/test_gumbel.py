@@ -7,7 +7,11 @@ import math
 import pytest
 import torch
 
-from selfdraft.sampling.gumbel import Noise, gumbel, philox
+from selfdraft.models.decoder import KernelNoise
+from selfdraft.models.kernels import library as kernels
+from selfdraft.sampling.gumbel import Noise, TorchNoise, gumbel, philox
+
+from test_decoder import build
 
 CPU = torch.device("cpu")
 
@@ -40,6 +44,17 @@ def test_noise_does_not_depend_on_how_it_is_asked_for() -> None:
     for other in (gumbel(8, 2, [3], 103, CPU), gumbel(9, 1, [3], 103, CPU), gumbel(9, 2, [4], 103, CPU)):
         assert not torch.equal(other[0], alone[3])
     assert not torch.equal(gumbel(9 + 2**40, 2, [3], 103, CPU)[0], alone[3])
+
+
+@pytest.mark.parametrize("name", ["torch", *kernels.builds()])
+def test_noise_of_a_few_tokens_is_that_among_all(name: str) -> None:
+    source = TorchNoise() if name == "torch" else KernelNoise(build(name))
+    for seed, sample, position in ((5, 0, 3), (2**40 + 1, 3, 1000)):
+        noise = Noise(seed, sample, source)
+        whole = noise.at([position], 1003, CPU)[0]
+        few = [1002, 0, 3, 4, 517, 517]
+        assert source.few(noise, position, few, 1003, CPU) == whole[few].tolist()
+        assert source.few(noise, position + 1, few, 1003, CPU) != whole[few].tolist()
 
 
 def test_noise_is_gumbel() -> None:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdraft import Engine, Method, Tree
+from selfdraft.drafting.mask_tree import GroupDrafter
 from selfdraft.drafting.method import DraftContext
 from selfdraft.drafting.plain import Plain, PlainDrafter
 from selfdraft.engine.load import Load
@@ -28,6 +29,7 @@ from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Oracle
 
+from adapting import adapter
 from conftest import tiny_llama
 from runs import greedy, random_prompt, run
 
@@ -247,7 +249,7 @@ def steps(times: StepTimes, ratio: float, seed: int = 0) -> None:
         load = min(8.0, max(1.0, load * rng.uniform(0.8, 1.25)))
         held_up = 20.0 if rng.random() < 0.1 else 1.0
         wide = i % 3 == 0
-        times.observe(*((8, times(8)) if wide else (1, 1.0)), load * held_up * (ratio if wide else 1.0))
+        times.observe(8 if wide else 1, 0, load * held_up * (ratio if wide else 1.0))
 
 
 @pytest.fixture
@@ -282,6 +284,55 @@ def test_a_table_that_steps_contradict_is_measured_anew(
     assert caplog.text.count("measured anew") == stale, "said once"
 
 
+def followed() -> None:
+    """Eight rows take 2 times what one takes, where 1.5 were measured, and two 1.2 where 1.1 were."""
+    times = StepTimes({0: {1: 1.0, 2: 1.1, 8: 1.5}, 1000: {1: 1.5, 8: 2.0}})
+    rng, load = random.Random(1), 1.0
+    for i in range(400):
+        load = min(8.0, max(1.0, load * rng.uniform(0.9, 1.1)))
+        rows = (1, 8, 1, 2)[i % 4]
+        times.observe(rows, 0, load * {1: 1.0, 2: 1.2, 8: 2.0}[rows])
+    assert times(8) == pytest.approx(2.0, rel=0.05)
+    assert times(2) == pytest.approx(1.2, rel=0.05)
+    assert times(8, 1000) == pytest.approx(2.5, rel=0.05)
+    assert [times(1), times(1, 1000), times.measured(8)] == [1.0, 1.5, 1.5]
+
+
+def test_costs_follow_what_steps_take() -> None:
+    followed()
+
+
+def test_costs_that_do_not_follow_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_cost, "CORRECTED", 10**6)
+    with pytest.raises(AssertionError):
+        followed()
+
+
+def test_mask_tokens_have_a_cost_of_their_own(
+    exact: TransformersModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Here 3 times what as many ordinary rows cost. Where it is high, no mask is run."""
+
+    def times(model: object, cache: object, trees: dict[int, Tree]) -> dict[int, float]:
+        return {name: 1.0 if len(tree) == name else 4.0 for name, tree in trees.items()}
+
+    monkeypatch.setenv("SELFDRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(step_cost, "_times", times)
+    monkeypatch.setattr("selfdraft.models.transformers.step_times", step_cost.step_times)
+    assert exact.mask_cost() == 0
+    adapted = exact.adapted(adapter(exact, 3, 0, 4, 24))
+    assert adapted.mask_cost() == 3.0
+    assert exact.adapted(adapter(exact, 3, 0, 4, 24)).mask_cost() == 3.0, "as kept"
+    assert Load(lambda rows, history: 2.0, lambda: 3.0).mask_cost() == 1.5
+    look = adapted.lookahead
+    assert look is not None
+    masks = []
+    for cost in (0.0, 50.0):
+        drafter = GroupDrafter(look, lambda rows: 1.0, 64, lambda cost=cost: cost)
+        masks.append(sum(len(drafter.propose([1])) for _ in range(20)))
+    assert masks[0] > 20 == masks[1]
+
+
 def test_a_busy_machine_makes_no_table_stale(kept: StepTimes) -> None:
     for seed in range(20):
         steps(kept, 2.0, seed)
@@ -293,9 +344,9 @@ def test_comparing_with_an_idle_machine_is_seen(kept: StepTimes, monkeypatch: py
     """The fault: wide steps are compared with the first narrow one, when nothing else ran."""
     observe = StepTimes.observe
 
-    def late(self: StepTimes, rows: int, cost: float, seconds: float) -> None:
-        self._last = 1, 1.0, 1.0
-        observe(self, rows, cost, seconds)
+    def late(self: StepTimes, rows: int, history: int, seconds: float) -> None:
+        self._last = 1, 0, 1.0
+        observe(self, rows, history, seconds)
 
     monkeypatch.setattr(StepTimes, "observe", late)
     with pytest.raises(AssertionError):
@@ -306,7 +357,7 @@ def test_steps_that_read_prompts_are_not_compared(
     exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(exact, "observe", lambda rows, cost, seconds: seen.append(rows))
+    monkeypatch.setattr(exact, "observe", lambda rows, history, seconds: seen.append(rows))
     right = run(exact, Plain(), random_prompt(9, 1)).emitted
     del seen[:]
     request = run(exact, Oracle(right, depth=3), random_prompt(9, 1))

@@ -513,7 +513,9 @@ class Told:
     """A student whose masks say given distributions."""
 
     def __init__(self, shares: Sequence[Sequence[dict[int, float]]]) -> None:
-        self.adapter = type("Adapter", (), {"config": AdapterConfig(masks=len(shares[0]))})()
+        self.adapter = type(
+            "Adapter", (), {"config": AdapterConfig(masks=len(shares[0])), "vocabulary": None}
+        )()
         self.given = torch.full((len(shares), len(shares[0]), 20), 1e-9)
         for group, masks in zip(self.given, shares, strict=True):
             for row, known in zip(group, masks, strict=True):

@@ -59,6 +59,15 @@ Sampler = Annotated[
         help="Width of the sampler head, which conditions a mask on the token before it; 0: none.",
     ),
 ]
+MaskVocabulary = Annotated[
+    int,
+    typer.Option(
+        "--mask-vocabulary",
+        min=0,
+        help="How many ids masks may predict, the most frequent of the data: fewer take less time to read; "
+        "0: all.",
+    ),
+]
 Kind = Annotated[
     str,
     typer.Option(
@@ -128,8 +137,9 @@ chain of such candidates, and the loss of --keep (kept, in nats).
 BITA = f"""Train mask tokens and a soft prefix that only they see: BiTA (arXiv 2401.12522).
 
 The adapter has some hundredths of a percent of the model's parameters, and more with a sampler head. The
-published training is `--sampler-head 0 --loss tokens --decay 1 --rate 0.03 --prefix-dropout 0.1`, on greedy
-answers (`distill --greedy-share 1`). The card says in what a training differs from it.
+published training is `--sampler-head 0 --mask-vocabulary 0 --loss tokens --decay 1 --rate 0.03
+--prefix-dropout 0.1`, on greedy answers (`distill --greedy-share 1`). The card says in what a training
+differs from it.
 {STOPS}
 Examples:
 
@@ -182,7 +192,7 @@ SPACE_TUNED = f"""Train mask tokens and the weights together: SPACE as published
 
 This changes the weights and thereby the text: drafting is lossless to the tuned weights only. The tuning
 cost is measured at the end. The published training is `--full --masks 5 --shared-mask --sampler-head 0
---anchors 1 --draft tokens --keep tokens --keep-weight 1 --decay 1 --joint-mean`.
+--mask-vocabulary 0 --anchors 1 --draft tokens --keep tokens --keep-weight 1 --decay 1 --joint-mean`.
 {LEARNS}
 Examples:
 
@@ -294,6 +304,7 @@ def space_tuned(
     rank: TunedRank = None,
     target: Target = None,
     sampler: Sampler = 256,
+    mask_vocabulary: MaskVocabulary = 8192,
     draft: Draft = "distill",
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
@@ -329,7 +340,7 @@ def space_tuned(
         shape | _lora(full, rank, target),
         {"draft": draft, "keep": keep, "weight": keep_weight, "decay": decay, "joint": joint_mean},
         times | {"rate": rate, "lora_rate": _rate(full, lora_rate)},
-        {"start": start, "dtype": dtype, "device": device},
+        {"start": start, "dtype": dtype, "device": device, "vocabulary": mask_vocabulary},
     )
     _run_tuned(plan, as_json)
 
@@ -404,6 +415,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
         rank: Rank = config.rank,
         target: Target = None,
         sampler: Sampler = 256,
+        mask_vocabulary: MaskVocabulary = 8192,
         loss: Kind = "distill",
         decay: Decay = 0.9,
         dropout: Dropout = 0.0,
@@ -445,6 +457,7 @@ def _command(method: str, config: AdapterDefaults) -> Callable[..., None]:
             options.read(AdapterConfig, shape | {"targets": tuple(target or ())}, what),
             options.read(Loss, {"kind": loss, "decay": decay, "dropout": dropout}, what),
             options.read(Schedule, times | {"rate": rate, "lora_rate": lora_rate, "seed": seed}, what),
+            mask_vocabulary,
             start,
             dtype,
             device,

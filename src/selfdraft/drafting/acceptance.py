@@ -111,10 +111,17 @@ class Budget:
     The unit of time is a step of one row.
     """
 
-    def __init__(self, cost: Callable[[int], float], credit: float = CREDIT) -> None:
-        self.measured = cost
+    def __init__(
+        self,
+        cost: Callable[[int], float],
+        credit: float = CREDIT,
+        mask_cost: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """cost: of so many rows. mask_cost: what it adds if there are mask tokens among them."""
+        self.measured, self.mask_cost = cost, mask_cost
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
         self.table: Sequence[float] = ()
+        self.reading: float | None = None
         self.steps = 0
         self.credit = credit
 
@@ -123,14 +130,19 @@ class Budget:
         self.steps += 1
         if self.steps % COST_STEPS == 0:
             self.costs.clear()
-            self.table = ()
+            self.table, self.reading = (), None
 
-    def cost(self, rows: int) -> float:
-        """The time of a step with so many rows; remembered for a few steps, since it is asked often."""
+    def cost(self, rows: int, masks: bool = False) -> float:
+        """The time of a step with so many rows, and with mask tokens among them or without; remembered for a
+        few steps, since it is asked often."""
         cost = self.costs.get(rows)
         if cost is None:
             cost = self.costs[rows] = self.measured(rows)
-        return cost
+        if not masks:
+            return cost
+        if self.reading is None:
+            self.reading = self.mask_cost()
+        return cost + self.reading
 
     def costs_to(self, rows: int) -> Sequence[float]:
         """The costs of 1 to so many rows, and perhaps more."""
@@ -138,10 +150,10 @@ class Budget:
             self.table = [self.cost(count) for count in range(1, rows + 1)]
         return self.table
 
-    def affords(self, rows: int) -> bool:
+    def affords(self, rows: int, masks: bool = False) -> bool:
         """Is the credit enough for a step of so many rows whose draft is rejected altogether?"""
-        return self.cost(rows) - 1 <= self.credit
+        return self.cost(rows, masks) - 1 <= self.credit
 
-    def settle(self, tokens: int, rows: int) -> None:
+    def settle(self, tokens: int, rows: int, masks: bool) -> None:
         """Account for a step of so many rows that emitted so many tokens."""
-        self.credit += CREDIT_PER_STEP + tokens - self.cost(rows)
+        self.credit += CREDIT_PER_STEP + tokens - self.cost(rows, masks)

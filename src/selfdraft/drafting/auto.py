@@ -20,7 +20,6 @@ from annotated_types import Ge
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .acceptance import CREDIT
 from .draft_tree import DraftTreeBuilder, Sources, TreeDrafter
 from .jacobi import SOURCE, Picks, Window, pick_rates
 from .mask_tree import MaskCandidates, MaskTreeBuilder
@@ -65,7 +64,7 @@ class AutoDrafter(TreeDrafter):
         if look is None or self.masks is None:
             super().__init__(DraftTreeBuilder(source, *given))
         else:
-            super().__init__(MaskTreeBuilder(source, self.masks, look, *given, CREDIT))
+            super().__init__(MaskTreeBuilder(source, self.masks, look, *given, context.mask_cost))
         self.builder.hung = SOURCE
 
     def propose(self, tokens: Sequence[int]) -> Tree:

@@ -35,7 +35,7 @@ class Bita:
         look = lookahead(context, "bita")
         if self.faithful:
             return FixedDrafter(look, self._nodes(len(look.ids)))
-        return GroupDrafter(look, context.cost, self.block)
+        return GroupDrafter(look, context.cost, self.block, context.mask_cost)
 
     def _nodes(self, masks: int) -> list[tuple[int, int, int]]:
         nodes: list[tuple[int, int, int]] = []

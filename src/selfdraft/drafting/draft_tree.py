@@ -96,11 +96,13 @@ class DraftTreeBuilder(Generic[S]):
         noise: Callable[[int, Sequence[int]], Sequence[float]] | None,
         max_rows: int,
         credit: float = CREDIT,
+        mask_cost: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """noise: as `DraftContext.noise`; None when greedy. max_rows: of one step. credit: as of `Budget`."""
+        """noise: as `DraftContext.noise`; None when greedy. max_rows: of one step. credit, mask_cost: as of
+        `Budget`."""
         self.source, self.rates, self.noise, self.max_rows = source, rates, noise, max_rows
         self.known_noise: dict[int, dict[int, float]] = {}  # position -> token -> noise
-        self.budget = Budget(cost, credit)
+        self.budget = Budget(cost, credit, mask_cost)
         self.root: Node[S] | None = None
         self.counts: defaultdict[Hashable, DraftCount] = defaultdict(DraftCount)  # by source
         self.hung: Hashable = None  # source of the rows that a drafter hangs behind the trees
@@ -116,7 +118,7 @@ class DraftTreeBuilder(Generic[S]):
         """Compare the candidates along the path with the tokens that a step emitted. Returns the sources of
         the draft tokens that were accepted."""
         emitted = step.emitted
-        self.budget.settle(len(emitted), len(step.tree))
+        self.budget.settle(len(emitted), len(step.tree), len(step.tree) > len(step.picks))
         node = self.root
         for token in emitted:
             if node is None:

@@ -73,17 +73,23 @@ def lookahead(context: DraftContext, method: str) -> Lookahead:
     return context.lookahead
 
 
-def candidates(scores: Tensor) -> list[list[Candidate]]:
-    """Candidates by offset, the likeliest first. scores: [masks, vocabulary]."""
+def candidates(scores: Tensor, vocabulary: Sequence[int] | None = None) -> list[list[Candidate]]:
+    """Candidates by offset, the likeliest first. scores: [masks, ids of the vocabulary]; see `Lookahead`."""
     likely = scores.softmax(-1).topk(min(WIDTH, scores.shape[-1]))
     found = []
-    for tokens, shares in zip(likely.indices.tolist(), likely.values.tolist(), strict=True):
+    for tokens, shares in zip(ids_of(likely.indices, vocabulary), likely.values.tolist(), strict=True):
         left, row = 1.0, []
         for token, share in zip(tokens, shares, strict=True):
             row.append(Candidate(token, bisect_right(HAZARDS, share / left if left > share else 1.0)))
             left -= share
         found.append(row)
     return found
+
+
+def ids_of(index: Tensor, vocabulary: Sequence[int] | None) -> list[list[int]]:
+    """The ids that stand at these places of the vocabulary that masks predict."""
+    places: list[list[int]] = index.tolist()
+    return places if vocabulary is None else [[vocabulary[at] for at in row] for row in places]
 
 
 class MaskCandidates:
@@ -95,9 +101,13 @@ class MaskCandidates:
         odds = _known(look, ODDS, len(offsets), len(hazard_middles())) or [
             [TRUST * at for at in hazard_middles()] for _ in offsets
         ]
+        onward = (_known(look, ONWARD, 1, len(offsets)) or [[FIRST_ONWARD] * len(offsets)])[0]
         self.prior: dict[Kind, float] = {
-            (SOURCE, i, kind): rate for i in offsets for kind, rate in enumerate(odds[i])
+            **{(SOURCE, i, kind): rate for i in offsets for kind, rate in enumerate(odds[i])},
+            # By offset, how often the walk goes on through a candidate of the masks.
+            **{(ONWARD, i): rate for i, rate in enumerate(onward)},
         }
+        self.vocabulary = look.vocabulary
         self.offered: list[list[Candidates]] = []  # by offset, the likeliest first
         self.trunk: list[int] = []  # the likeliest token of each offset
 
@@ -112,9 +122,9 @@ class MaskCandidates:
         return state + 1 if on and state is not None else None
 
     def predict(self, scores: Tensor | None) -> None:
-        """Take the candidates of the next tree from these scores, [masks, vocabulary]; None: there are none.
-        They include the noise of their positions."""
-        found = [] if scores is None else candidates(scores)
+        """Take the candidates of the next tree from these scores, as of `Step`; None: there are none. They
+        include the noise of their positions."""
+        found = [] if scores is None else candidates(scores, self.vocabulary)
         self.trunk = [offered[0].token for offered in found]
         self.offered = [
             [Candidates((SOURCE, i, kind), {token: 1.0}, drawn=True) for token, kind in offered]
@@ -134,18 +144,15 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
         cost: Callable[[int], float],
         noise: Noise | None,
         max_rows: int,
-        credit: float,
+        mask_cost: Callable[[], float],
     ) -> None:
-        """source: of all candidates. masks: the part of it, or it itself, that the masks predict. credit: as
-        of `Budget`. The others as of `DraftTreeBuilder`."""
-        super().__init__(source, rates, cost, noise, max_rows, credit)
+        """source: of all candidates. masks: the part of it, or it itself, that the masks predict. The others
+        as of `DraftTreeBuilder`."""
+        super().__init__(source, rates, cost, noise, max_rows, CREDIT, mask_cost)
         self.masks, self.ids = masks, tuple(look.ids)
-        onward = (_known(look, ONWARD, 1, len(self.ids)) or [[FIRST_ONWARD] * len(self.ids)])[0]
-        # By offset, how often the walk goes on through a candidate of the masks.
-        self.onward = AcceptanceStats({(ONWARD, i): rate for i, rate in enumerate(onward)})
         self.expected = [
-            PRIOR_STEPS * (1 + sum(accumulate(onward, mul))),
-            PRIOR_STEPS * self.budget.cost(2 + 3 * len(self.ids)),
+            PRIOR_STEPS * (1 + sum(self._reach())),
+            PRIOR_STEPS * self.budget.cost(2 + 3 * len(self.ids), True),
         ]
         self.groups: Sequence[int] = ()  # how many masks stand under each node
         self.probing = 0.0
@@ -162,19 +169,23 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
     def learn(self, step: Step) -> Sequence[Hashable]:
         accepted = super().learn(step)
         tokens = len(step.emitted)
-        self.expected = [self.expected[0] + tokens, self.expected[1] + self.budget.cost(len(step.tree))]
+        took = self.budget.cost(len(step.tree), len(step.tree) > len(step.picks))
+        self.expected = [self.expected[0] + tokens, self.expected[1] + took]
         pending = len(self.masks.offered)
         for i in range(min(pending, tokens)):
             through = i < len(accepted) and accepted[i] == SOURCE
             for offset in range(i, len(self.ids) if i + 1 == pending else i + 1):
-                self.onward.learn((ONWARD, offset), through)
+                self.rates.learn((ONWARD, offset), through)
         return accepted
+
+    def _reach(self) -> list[float]:
+        """By offset, how often a walk goes on through candidates of the masks as far as that."""
+        return list(accumulate((self.rates[ONWARD, i] for i in range(len(self.ids))), mul))
 
     def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
         """The nodes that pay for their rows; with `groups`. Where neither masks nor their candidates are run,
         sizes are compared as without masks."""
-        reach = list(accumulate((self.onward[ONWARD, i] for i in range(len(self.ids))), mul))
-        plan: Plan[S] = Plan(self.budget, self.expected[0] / self.expected[1], reach)
+        plan: Plan[S] = Plan(self.budget, self.expected[0] / self.expected[1], self._reach())
         grown: list[Node[S]] = []
         for node in growing:
             grown.append(node)
@@ -192,8 +203,8 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
         """Masks under a row that is alone: none, but now and then all of them, to learn from."""
         self.probing += PROBING
         rows = 1 + len(self.ids)
-        extra = self.budget.cost(rows) - 1
-        if extra > self.probing or not self.budget.affords(rows) or rows > self.max_rows:
+        extra = self.budget.cost(rows, True) - 1
+        if extra > self.probing or not self.budget.affords(rows, True) or rows > self.max_rows:
             return 0
         self.probing -= extra
         return len(self.ids)
@@ -202,11 +213,18 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
 class GroupDrafter(TreeDrafter):
     """Drafts sparse trees with groups of masks."""
 
-    def __init__(self, look: Lookahead, cost: Callable[[int], float], most: int) -> None:
-        """most: rows of a step, at most."""
+    def __init__(
+        self,
+        look: Lookahead,
+        cost: Callable[[int], float],
+        most: int,
+        mask_cost: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """most: rows of a step, at most. cost, mask_cost: as of `Budget`."""
         self.masks = MaskCandidates(look)
         rates = AcceptanceStats(self.masks.prior)
-        super().__init__(MaskTreeBuilder(self.masks, self.masks, look, rates, cost, None, most, CREDIT))
+        given = look, rates, cost, None, most, mask_cost
+        super().__init__(MaskTreeBuilder(self.masks, self.masks, *given))
 
     def observe(self, step: Step) -> None:
         super().observe(step)
@@ -246,7 +264,8 @@ class Plan(Generic[S]):
         self._count(len(self.nodes) - 1, 1)
         self.value += node.reached
         self.rows += 1
-        self.scores.append((self.value - self.rate * self.budget.cost(self.rows), self.rows))
+        cost = self.budget.cost(self.rows, self.rows > len(self.nodes))
+        self.scores.append((self.value - self.rate * cost, self.rows))
 
     def best(self, most: int) -> tuple[list[Node[S]], list[int]]:
         """Nodes, and the number of masks under each, of the best size with at most so many rows.
@@ -256,7 +275,7 @@ class Plan(Generic[S]):
         """
         found, count, masked = -math.inf, 1, False
         for i, (score, rows) in enumerate(self.scores, start=1):
-            if score > found and rows <= most and self.budget.affords(rows):
+            if score > found and rows <= most and self.budget.affords(rows, rows > i):
                 found, count, masked = score, i, True
         promised, unpaid = 0.0, 0
         for i, node in enumerate(self.nodes[:most], start=1):
@@ -302,7 +321,7 @@ class FixedDrafter:
     def __init__(self, look: Lookahead, nodes: Sequence[tuple[int, int, int]]) -> None:
         """nodes: in order, each (parent, offset, rank): the candidate of that rank at that offset, under the
         node of that index, of which 0 is the last token. Each has a whole group of masks under it."""
-        self.ids, self.nodes = tuple(look.ids), nodes
+        self.ids, self.nodes, self.vocabulary = tuple(look.ids), nodes, look.vocabulary
         self.width = 1 + max((rank for _, _, rank in nodes), default=0)
         self.candidates: list[list[int]] = []
 
@@ -317,4 +336,5 @@ class FixedDrafter:
 
     def observe(self, step: Step) -> None:
         scores = step.mask_scores
-        self.candidates = [] if scores is None else scores.topk(self.width).indices.tolist()
+        best = None if scores is None else scores.topk(self.width).indices
+        self.candidates = [] if best is None else ids_of(best, self.vocabulary)

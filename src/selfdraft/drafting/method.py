@@ -40,11 +40,13 @@ class Lookahead:
     next token of the text, the scores at mask j are about the token j + 1 places after it. odds: how often
     guesses of a kind came true when the adapter was calibrated, by the drafter's names. filler: the ordinary
     token that a tuned model learned to read as one not known yet, if any; such a model may be without masks.
+    vocabulary: the ids that masks predict, to which their scores belong in this order; None: all.
     """
 
     ids: Sequence[int]
     odds: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     filler: int | None = None
+    vocabulary: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ class DraftContext:
     sampler will add to log-probabilities (logits over temperature) of these tokens at that index of the
     text; zeros when greedy. It is known before the model is asked, so candidates are ranked by
     log-probability plus noise. cost: of so many rows of this request, in tokens that the time would bring
-    otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. lookahead: what the
-    model's adapter drafts with; None without one. loops: of a looped model; None for an ordinary one.
-    acceptance: for rates that later requests of the same engine shall start with.
+    otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. mask_cost: what
+    mask tokens among them add to it. lookahead: what the model's adapter drafts with; None without one.
+    loops: of a looped model; None for an ordinary one. acceptance: for rates that later requests of the same
+    engine shall start with.
     """
 
     prompt: Sequence[int]
@@ -79,6 +82,7 @@ class DraftContext:
     temperature: float = 0.0
     noise: Noise = silent
     cost: Cost = free
+    mask_cost: Callable[[], float] = lambda: 0.0
     lookahead: Lookahead | None = None
     loops: Loops | None = None
     acceptance: SharedAcceptance = field(default_factory=SharedAcceptance)

@@ -33,7 +33,7 @@ class Space:
         look = lookahead(context, self.label)
         if self.faithful:
             return FixedDrafter(look, [(offset, offset, 0) for offset in range(len(look.ids))])
-        return GroupDrafter(look, context.cost, self.block)
+        return GroupDrafter(look, context.cost, self.block, context.mask_cost)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Engine:
         """Held during a step: what is read under it belongs together."""
         self.rows = 0
         """Rows that its forwards ran so far, of trees and of prompts."""
-        self.load = Load(model.cost)
+        self.load = Load(model.cost, model.mask_cost)
 
     @property
     def requests(self) -> list[Request]:
@@ -113,7 +113,7 @@ class Engine:
             raise InvalidOption(f"timeout must be above 0 seconds; got {timeout!r}", option="timeout")
         with self.lock:
             self.scheduler.check(prompt)
-            ends = params.end_ids(eos_ids)
+            ends, look = params.end_ids(eos_ids), self.model.lookahead
             sampler = Sampler(
                 params,
                 prompt,
@@ -123,6 +123,7 @@ class Engine:
                 sample,
                 self.model.noise,
                 guide,
+                look.vocabulary if look is not None else None,
             )
             context = DraftContext(
                 tuple(prompt),
@@ -131,7 +132,8 @@ class Engine:
                 params.temperature,
                 sampler.noise,
                 self.load.draft_cost,
-                self.model.lookahead,
+                self.load.mask_cost,
+                look,
                 self.model.loops,
                 self.acceptance,
             )
@@ -232,9 +234,9 @@ class Engine:
             mine = [live[i] for i in heard], [trees[i] for i in heard], [counts[i] for i in heard]
             self._take(*mine, rows.of(heard))
         took = time.perf_counter() - start
-        if not parts and stages is None:
-            count = sum(map(len, trees))
-            self.model.observe(count, self.load.time(count), took)
+        count = sum(map(len, trees))
+        if not parts and stages is None and count == sum(counts):  # with mask tokens a step takes longer
+            self.model.observe(count, self.load.history, took)
         for request in live:
             request.seconds += took
         for request in readers:

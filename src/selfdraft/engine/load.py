@@ -20,14 +20,19 @@ from .request import Request
 
 HISTORY_STEP = 256
 """Lengths of history whose costs are taken to be equal."""
+COST_STEPS = 16
+"""Steps for which costs are remembered; they follow what steps take (see `models.step_cost`)."""
 
 
 class Load:
     """The rows and tokens of the requests that decode, and what steps of them take."""
 
-    def __init__(self, cost: Callable[[int, int], float]) -> None:
-        """cost: of a step, by its rows and the tokens before them; see `models.protocol.Model.cost`."""
-        self.cost = cost
+    def __init__(
+        self, cost: Callable[[int, int], float], mask_cost: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """cost: of a step, by its rows and the tokens before them. mask_cost: what mask tokens add. See
+        `models.protocol.Model`."""
+        self.cost, self._mask_cost = cost, mask_cost
         self.history = 0
         """Tokens before the rows, on average."""
         self.rows = 0
@@ -38,9 +43,13 @@ class Load:
         """Rows and tokens of all but the request whose costs are asked for."""
         self._times: dict[tuple[int, int], float] = {}
         """By rows and history: what steps take."""
+        self._steps = 0
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Called before a step of the requests that decode."""
+        self._steps += 1
+        if self._steps % COST_STEPS == 0:
+            self._times.clear()
         self.history = sum(request.length for request in requests) // max(1, len(requests))
         self.rows = sum(request.width for request in requests)
         self._tokens = sum(request.pace for request in requests)
@@ -53,6 +62,11 @@ class Load:
         """What so many rows of the request cost; one: 1."""
         others, tokens = self._others
         return 1 + (tokens + 1) * (self.time(others + rows) / self.time(others + 1) - 1)
+
+    def mask_cost(self) -> float:
+        """What mask tokens among the rows of the request add, in the same units."""
+        others, tokens = self._others
+        return (tokens + 1) * self._mask_cost() / self.time(others + 1)
 
     def time(self, rows: int) -> float:
         """What a step of so many rows takes, as `cost`, behind the present history."""

@@ -23,8 +23,9 @@ class Step:
     rows come first. Each is drawn when it is asked for, so ask for what is used only. score: gives the
     `scores`. path: rows accepted, root first (never empty unless row 0 is
     still in flight). in_flight: rows still inside the model, whose picks are early ones; only looped models
-    leave any. mask_scores: [masks, vocabulary], scores at the mask rows under the last accepted row: the
-    tokens after the text as it stands now. None where there are no such rows, or the text has ended."""
+    leave any. mask_scores: [masks, ids], scores at the mask rows under the last accepted row, of the ids that
+    masks predict (`Lookahead.vocabulary`): the tokens after the text as it stands now. None where there are
+    no such rows, or the text has ended."""
 
     tree: Tree
     score: Callable[[], Tensor]

@@ -30,7 +30,7 @@ from .adapters.adapter import Adapter, read_in_turn, targeted
 from .adapters.fingerprint import stored_fingerprint
 from .adapters.packed import PackedAdapter, TunedWeights
 from .batch import Batch
-from .decoder_build import Build, Packed
+from .decoder_build import Build, OutputPart, Packed
 from .decoder_config import unsupported
 from .decoder_work import DecoderPool, Work
 from .kernels import structures
@@ -45,7 +45,7 @@ from .weights import Weights
 
 ACTIVATIONS = (8, 16)
 """Bits of the inputs of products with quantised weights."""
-SHORTLIST = 64
+SHORTLIST = 32
 """Likeliest tokens of a mask that a sampler head corrects."""
 
 
@@ -93,6 +93,7 @@ class Decoder:
         self.grade: Grade = "tuned" if about else "base"
         self.tuning_cost: Mapping[str, Any] | None = about.get("tuning_cost")
         self._packed: PackedAdapter | None = None
+        self._drafting: OutputPart | None = None
         self._weights, self._kind, self._activations = weights, kind, activations
         self._times: StepTimes | None = None
         self._crowding = Crowding(self.threads)
@@ -134,6 +135,8 @@ class Decoder:
             twin = copy.copy(self)
             sizes = self._built.sizes(self.config)
             twin._packed = PackedAdapter(adapter, sizes, self._built.places, self.library)
+            if adapter.vocabulary is not None:
+                twin._drafting = self._built.output_of(adapter.vocabulary.numpy())
             twin.adapter, twin.lookahead = adapter, adapter.lookahead(self.vocab_size)
             twin._times, twin._crowding = None, Crowding(self.threads)
             return twin
@@ -222,8 +225,8 @@ class Decoder:
     ) -> list[Tensor]:
         assert isinstance(rows, DecoderRows)
         if self.adapter is None or self.adapter.sampler is None:
-            return rows.logits(index)
-        found = rows.logits(index)
+            return rows.mask_logits(index)
+        found = rows.mask_logits(index)
 
         def read(asked: Sequence[Sequence[int]], before: Sequence[int]) -> list[Tensor]:
             live = [i for i, own in enumerate(asked) if own]
@@ -262,9 +265,14 @@ class Decoder:
             self._times = step_times(self, self.rows, identity)
         return self._times(rows, history)
 
-    def observe(self, rows: int, cost: float, seconds: float) -> None:
+    def mask_cost(self) -> float:
+        self.cost(1)
+        assert self._times is not None
+        return self._times.mask_cost
+
+    def observe(self, rows: int, history: int, seconds: float) -> None:
         if self._times is not None:
-            self._times.observe(rows, cost, seconds)
+            self._times.observe(rows, history, seconds)
 
 
 @dataclass(frozen=True)
@@ -278,6 +286,11 @@ class KernelNoise:
         self, seed: int, sample: int, positions: Sequence[int], vocabulary: int, device: torch.device
     ) -> Tensor:
         return torch.from_numpy(self.library.noise(seed, sample, positions, vocabulary))
+
+    def few(
+        self, noise: Noise, position: int, tokens: Sequence[int], vocabulary: int, device: torch.device
+    ) -> Sequence[float]:
+        return self.library.noise_of(noise.seed, noise.sample, position, tokens)
 
     def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
         logits = logits.contiguous()
@@ -330,20 +343,35 @@ class DecoderRows:
         if previous is None and all(mine == range(n) for mine, n in zip(index, self.wanted, strict=True)):
             found = torch.from_numpy(work.logits[: sum(self.wanted), : decoder.vocab_size])
             return list(found.split(list(self.wanted)))
+        return self._read(index, decoder._built.model, previous)
+
+    def mask_logits(self, index: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per request [len(index), ids that masks predict] float32, without a sampler head."""
+        return self._read(index, self._drafting, None)
+
+    def _read(
+        self, index: Sequence[Sequence[int]], model: structures.Model, previous: Sequence[int] | None
+    ) -> list[Tensor]:
+        work, decoder = self.work, self.decoder
+        assert self.step == work.steps, "a later forward has taken the place of these rows"
         rows = [start + row for start, mine in zip(self.starts, index, strict=True) for row in mine]
-        structure, logits = work.reading(len(rows))
-        decoder.library.logits(
-            decoder._built.model, structure, decoder._beside, rows, previous, decoder.threads
-        )
-        found = torch.from_numpy(logits[:, : decoder.vocab_size])
+        structure, logits = work.reading(len(rows), model.vocabulary)
+        decoder.library.logits(model, structure, decoder._beside, rows, previous, decoder.threads)
+        found = torch.from_numpy(logits[:, : model.vocabulary])
         return list(found.split([len(mine) for mine in index]))
+
+    @property
+    def _drafting(self) -> structures.Model:
+        """The model whose output layer has the ids that masks predict."""
+        part = self.decoder._drafting
+        return self.decoder._built.model if part is None else part.model
 
     def shortlist(self, request: int, row: int, previous: int, logits: Tensor) -> None:
         """Let the adapter's sampler head, which sees a token, correct the SHORTLIST largest logits of a mask
-        row, [vocabulary], in place. The others become minus infinity."""
+        row, [ids that masks predict], in place. The others become minus infinity."""
         work, decoder = self.work, self.decoder
         assert self.step == work.steps, "a later forward has taken the place of these rows"
         assert decoder._beside is not None
         at = self.starts[request] + row
-        own = decoder._built.model, work.structure, decoder._beside
+        own = self._drafting, work.structure, decoder._beside
         decoder.library.shortlist(*own, at, previous, logits.numpy(), SHORTLIST)

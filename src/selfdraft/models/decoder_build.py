@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +29,16 @@ from .weights import Stored, Weights
 
 Packed = dict[tuple[str, ...], NDArray[np.uint8]]
 """Packed matrices, by the names of the layers that each holds side by side."""
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """A model with an output layer for some ids alone: one that is read for drafts, where rare ids cost more
+    than they gain (Zhao et al., "FR-Spec", arXiv 2502.14856)."""
+
+    model: structures.Model
+    arrays: Sequence[NDArray[Any]]
+    """What its structure points to, beside the whole model's arrays."""
 
 
 class Build:
@@ -60,10 +71,11 @@ class Build:
         rotations = angles(config, self.head_size)
         table = self._linear("model.embed_tokens.weight", self.vocabulary, self.hidden)
         tied = "lm_head.weight" not in weights
+        self._head = "model.embed_tokens" if tied else "lm_head"
         head = table if tied else self._linear("lm_head.weight", self.vocabulary, self.hidden)
         self.wide = 4 if self._format(head) in ("f16", "f32") else 2
         # First: nothing else is held while the largest matrix is read.
-        packed_head = self._matrix(["model.embed_tokens" if tied else "lm_head"], [head])
+        packed_head = self._matrix([self._head], [head])
         weights.release()
         layers = (structures.Layer * self.layers)()
         for i in range(self.layers):
@@ -102,6 +114,22 @@ class Build:
         inside = config.model_type.startswith("gemma")
         shape = self.hidden, self.layers, self.key_heads, self.head_size, self.wide
         return Sizes(*shape, 1.0 if inside else scale, scale if inside else 1.0)
+
+    def output_of(self, ids: NDArray[np.int32]) -> OutputPart:
+        """The model with an output layer of these ids alone, in this order."""
+        head = self._linear(f"{self._head}.weight", self.vocabulary, self.hidden)
+        part = replace(head, rows=np.ascontiguousarray(head.rows[ids]))
+        arrays: list[NDArray[Any]] = [self._pack(self._format(part), [part], len(ids))]
+        if f"{self._head}.bias" in self._weights:
+            padded = np.zeros(self._library.padded(len(ids)), np.float32)
+            padded[: len(ids)] = self._weights.vector(f"{self._head}.bias")[ids]
+            arrays.append(padded)
+        packed, bias = (*(int(array.ctypes.data) for array in arrays), None)[:2]
+        model = structures.Model.from_buffer_copy(self.model)
+        model.head = structures.Matrix(packed, bias, FORMATS[self._format(part)], len(ids), self.hidden)
+        model.vocabulary = len(ids)
+        self._weights.release()
+        return OutputPart(model, arrays)
 
     def _layer(self, config: PretrainedConfig, i: int, rotations: Angles) -> structures.Layer:
         at = f"model.layers.{i}."

@@ -68,10 +68,11 @@ class Work:
     def finite(self) -> NDArray[np.uint8]:
         return self._arrays["finite"]
 
-    def reading(self, rows: int) -> tuple[structures.Work, NDArray[np.float32]]:
-        """The same with logits of their own, to read rows of the last step: others may still be looked at."""
+    def reading(self, rows: int, vocabulary: int) -> tuple[structures.Work, NDArray[np.float32]]:
+        """The same with logits of their own, of so many ids, to read rows of the last step: others may still
+        be looked at."""
         self.grow(rows, 0)
-        logits = np.empty((rows, self.logits.shape[1]), np.float32)
+        logits = np.empty((rows, self._library.padded(vocabulary)), np.float32)
         structure = structures.Work.from_buffer_copy(self.structure)
         structure.logits, structure.pick = logits.ctypes.data, None
         return structure, logits

@@ -137,14 +137,16 @@ class Model(Protocol):
         """What a step with so many rows takes, in units of one with a single row and little history. history:
         tokens before each row, on average. Measured at first use."""
 
-    def observe(self, rows: int, cost: float, seconds: float) -> None:
-        """A step of so many rows of trees, which should have had this `cost`, took so long. Where such times
-        contradict the costs for long, these are measured anew when the model is loaded next."""
+    def mask_cost(self) -> float:
+        """What reading the predictions of mask tokens adds to a step, in the same units."""
+
+    def observe(self, rows: int, history: int, seconds: float) -> None:
+        """A step of so many rows of trees, behind so many tokens on average, took so long: costs follow."""
 
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
-        """Logits of the mask rows asked for, as `head` returns them.
+        """Logits of the mask rows asked for, as `head` returns them, of the ids of `lookahead.vocabulary`.
 
         tokens: per request, the token picked at the row that its mask rows stand behind. pick: chooses the
         token of a mask, on which an adapter's sampler head conditions the next mask.

@@ -8,12 +8,14 @@ fewer rows: where a measurement says so, it is noise.
 A table is kept in the cache folder, for a model's shape and dtype on this machine with these threads and
 library versions, so that it is measured once and not at every start. Where the folder cannot be written, it
 is measured each time. A table that was measured while other work took the cores serves this process alone:
-steps of one row suffer more from that than those of many, which then look cheap. The machine may change, too:
-so the steps of a running engine are compared with it, and a table that they contradict is forgotten, to be
-measured anew when the model is loaded next. What counts is the ratio of wide steps to narrow ones, since
-other work on the machine makes both longer: only steps that follow one another are compared. Where the table
-says that rows are dear nothing is drafted, so no step contradicts it; therefore none is used for longer than
-`MAX_AGE`.
+steps of one row suffer more from that than those of many, which then look cheap.
+
+The machine changes, too: how fast its memory is depends on who else uses it, and with that what further rows
+cost beside the first. So the steps of a running engine correct the table, by one factor on what all further
+rows cost. It comes from the ratio of wide steps to narrow ones, since other work on the machine makes both
+longer: only steps that follow one another are compared. A table that is contradicted for long is forgotten,
+to be measured anew when the model is loaded next. Where the table says that rows are dear nothing is drafted,
+so no step contradicts it; therefore none is used for longer than `MAX_AGE`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ import json
 import logging
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import accumulate, count
 from pathlib import Path
@@ -45,13 +47,16 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that are measured
 HISTORY = 192  # tokens before them
 HISTORIES = (2048, 6144)  # longer ones that are measured, where the context holds them
 LONG_ROWS = (1, 8, 64)  # numbers of rows that are measured behind those
+MASKED = -1  # stands for a step with mask tokens
 ROUNDS = 3  # at least
 SECONDS = 0.5  # and as many more as fit
-COMPARED = 100  # pairs of a wide step and a narrow one until the table is judged
+COMPARED = 100  # pairs of a wide step and a narrow one, the latest, that say what further rows cost now
+CORRECTED = 10  # pairs between corrections
 WIDER = 2.0  # times as many rows as the narrow one's at least
-STALE = 1.5  # times the ratio of their times that the table says, or one of so many, means that it is stale
+MOST = 4.0  # times what the table says that further rows cost, or one of so many, at most
+STALE = 2.0  # so many times, or one of so many, for COMPARED pairs means that the table is stale
 MAX_AGE = 30 * 86400.0  # seconds for which a table is used
-TABLE_VERSION = 3  # of the way to measure; another one is measured anew
+TABLE_VERSION = 4  # of the way to measure; another one is measured anew
 MAX_PREEMPTIONS = 50  # a second: on a machine that is busier than that a table serves this process alone
 LOG = logging.getLogger("selfdraft")
 _measured_busy: dict[Path, StepTimes] = {}
@@ -65,19 +70,34 @@ Seconds = Mapping[int, Mapping[int, float]]
 class StepTimes:
     """The cost of a step by its rows and history, in units of a step with one row and the least history."""
 
-    def __init__(self, seconds: Seconds) -> None:
-        """seconds: measured; for each history two numbers of rows at least."""
+    def __init__(self, seconds: Seconds, masks: float = 0.0) -> None:
+        """seconds: measured; for each history two numbers of rows at least. masks: seconds that mask tokens
+        add to a step: what an adapter does for them, and reading their predictions."""
         self.seconds = {history: dict(sorted(of.items())) for history, of in sorted(seconds.items())}
         self.histories = list(self.seconds)
         self._lines = [_Line(of) for of in self.seconds.values()]
         self.unit = self._lines[0].times[0]
+        self.masks = masks
         self.path: Path | None = None
         """Where it is kept, or would be; None once it is stale, too."""
-        self._last = 0, 1.0, 1.0
-        self._ratios: list[float] = []
-        """Of wide steps to narrow ones beside them: times as long as the table says."""
+        self.factor = 1.0
+        """Times what the table says that further rows cost, as steps have shown."""
+        self._last = 0, 0, 1.0
+        self._pairs: deque[tuple[float, float]] = deque(maxlen=COMPARED)
+        """Factors that pairs of steps show, and the cost of further rows in them, which is their weight."""
+        self._count = 0
 
     def __call__(self, rows: int, history: int = 0) -> float:
+        first = self.measured(1, history)
+        return first + self.factor * (self.measured(rows, history) - first)
+
+    @property
+    def mask_cost(self) -> float:
+        """What mask tokens add to a step."""
+        return self.masks / self.unit
+
+    def measured(self, rows: int, history: int = 0) -> float:
+        """The cost as the table has it."""
         first = max(self.unit, self._lines[0](rows))
         if len(self._lines) == 1 or history <= self.histories[0]:
             return first / self.unit
@@ -86,29 +106,48 @@ class StepTimes:
         a, b = self.histories[at - 1 : at + 1]
         return max(first, low + (high - low) * (history - a) / (b - a)) / self.unit
 
-    def observe(self, rows: int, cost: float, seconds: float) -> None:
-        """A step of so many rows, for which the table says this cost, took so long."""
-        before, self._last = self._last, (rows, cost, seconds)
+    def observe(self, rows: int, history: int, seconds: float) -> None:
+        """A step of so many rows behind so many tokens took so long."""
+        before, self._last = self._last, (rows, history, seconds)
         narrow, wide = sorted((before, self._last))
-        if self.path is None or not 0 < WIDER * narrow[0] <= wide[0]:
+        if not 0 < WIDER * narrow[0] <= wide[0]:
             return
-        self._ratios.append(wide[2] / narrow[2] / (wide[1] / narrow[1]))
-        if len(self._ratios) == COMPARED:
-            self._judge(statistics.median(self._ratios))
-            self._ratios.clear()
+        # A step takes unit * (one + factor * further), with what the table says of one row and of the others.
+        ratio = wide[2] / narrow[2]
+        (one, further), (one_wide, further_wide) = (
+            (first, self.measured(count, tokens) - first)
+            for count, tokens, _ in (narrow, wide)
+            for first in [self.measured(1, tokens)]
+        )
+        weight = further_wide - ratio * further
+        if weight <= 0:
+            return
+        self._pairs.append(((ratio * one - one_wide) / weight, weight))
+        self._count += 1
+        if self._count % CORRECTED == 0:
+            self.factor = min(MOST, max(1 / MOST, _median(self._pairs)))
+        if self._count % COMPARED == 0:
+            self._judge()
 
-    def _judge(self, ratio: float) -> None:
-        if self.path is None or 1 / STALE <= ratio <= STALE:
+    def _judge(self) -> None:
+        if self.path is None or 1 / STALE <= self.factor <= STALE:
             return
         LOG.warning(
-            "steps of many rows, beside those of few, take %.1f times what was measured once; step times are "
-            "measured anew when the model is loaded next",
-            ratio,
+            "further rows of a step cost %.1f times what was measured; step times are measured anew when "
+            "the model is loaded next",
+            self.factor,
         )
         if _measured_busy.pop(self.path, None) is None:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)
         self.path = None
+
+
+def _median(pairs: Iterable[tuple[float, float]]) -> float:
+    """The median of values with weights."""
+    ordered = sorted(pairs)
+    sums = list(accumulate(weight for _, weight in ordered))
+    return ordered[bisect_left(sums, sums[-1] / 2)][0]
 
 
 class _Line:
@@ -163,51 +202,53 @@ def measure(model: Model, rows_per_call: RowRange) -> StepTimes:
     cache = pool.open()
     model.forward([Tree.chain([0] * history)], [cache])
     cache.keep(range(history), [])
-    found = {history: _times(model, cache, widths)}
+    chains = {rows: Tree.chain([0] * rows) for rows in widths}
+    group = _group(model)
+    if group is not None:
+        chains[MASKED] = group
+    times = _times(model, cache, chains)
+    masked = times.pop(MASKED, 0.0)
+    found = {history: times}
     for longer in HISTORIES:
         enough = longer + max(LONG_ROWS) <= min(model.context, pool.tokens or 0)
         if isinstance(cache, PagedCache) and enough:
             cache.pretend(longer)
-            found[longer] = _times(model, cache, LONG_ROWS)
-    return StepTimes(found)
+            found[longer] = _times(model, cache, {rows: chains[rows] for rows in LONG_ROWS})
+    alike = 0.0 if group is None else _Line(times)(len(group))
+    return StepTimes(found, max(0.0, masked - alike))
 
 
-def _times(model: Model, cache: Cache, widths: Sequence[int]) -> dict[int, float]:
-    """Seconds of a step behind what the cache holds, by its rows."""
-    trees = {rows: _tree(model, rows) for rows in widths}
+def _group(model: Model) -> Tree | None:
+    """A row with a group of mask tokens under it, if the model has an adapter with some."""
+    look = model.lookahead
+    return None if look is None or not look.ids else Tree.chain([0]).hang(0, look.ids)
+
+
+def _times(model: Model, cache: Cache, trees: Mapping[int, Tree]) -> dict[int, float]:
+    """Seconds of a step with each of the trees behind what the cache holds."""
     best: dict[int, float] = {}
     started = time.perf_counter()
     for rounds in count():
         if rounds > ROUNDS and time.perf_counter() - started > SECONDS:
             return best
-        for rows in widths:
+        for name, tree in trees.items():
             at = time.perf_counter()
-            _step(model, cache, *trees[rows])
+            _step(model, cache, tree)
             took = time.perf_counter() - at
             if rounds:  # the first round warms up
-                best[rows] = min(took, best.get(rows, took))
+                best[name] = min(took, best.get(name, took))
     raise AssertionError
 
 
-def _step(model: Model, cache: Cache, tree: Tree, own: range, masks: range) -> None:
+def _step(model: Model, cache: Cache, tree: Tree) -> None:
+    own = tree.ordinary(model.vocab_size)
     with model.stepping():
-        out = model.forward([tree], [cache], wanted=[len(own)])
-        model.head(out, [own])
-        if masks:
-            model.mask_logits(out, [masks], [0], lambda *_: 0)
+        out = model.forward([tree], [cache], wanted=[own])
+        model.head(out, [range(own)])
+        if own < len(tree):
+            model.mask_logits(out, [range(own, len(tree))], [0], lambda *_: 0)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-
-
-def _tree(model: Model, rows: int) -> tuple[Tree, range, range]:
-    """A tree of so many rows, its ordinary ones, and a group of its mask rows. With an adapter half of the
-    rows carry mask tokens, as in its drafts."""
-    look = model.lookahead
-    if look is None or not look.ids or rows == 1:
-        return Tree.chain([0] * rows), range(rows), range(0)
-    own = rows - rows // 2
-    masks = [look.ids[i % len(look.ids)] for i in range(rows - own)]
-    return Tree.chain([0] * own).hang(own - 1, masks), range(own), range(own, min(rows, own + len(look.ids)))
 
 
 def _widths(least: int, most: int) -> Iterable[int]:
@@ -242,7 +283,8 @@ def _read(path: Path, identity: str) -> StepTimes | None:
         sound = [len(of) >= 2 and all(0 < took < 1e6 for took in of.values()) for of in seconds.values()]
         if record["identity"] != identity or not sound or not all(sound):
             return None
-        return StepTimes(seconds)
+        masks = float(record["masks"])
+        return StepTimes(seconds, masks) if 0 <= masks < 1e6 else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -251,7 +293,7 @@ def _write(path: Path, identity: str, times: StepTimes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
-            json.dump({"identity": identity, "seconds": times.seconds}, part, indent=1)
+            json.dump({"identity": identity, "seconds": times.seconds, "masks": times.masks}, part, indent=1)
         os.replace(part.name, path)
     except OSError as error:
         LOG.debug("step times could not be kept in %s (%s)", path, error)

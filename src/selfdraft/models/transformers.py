@@ -315,9 +315,14 @@ class TransformersModel:
             self.step_times = step_times(self, self.rows, self._shape())
         return self.step_times(rows, history)
 
-    def observe(self, rows: int, cost: float, seconds: float) -> None:
+    def mask_cost(self) -> float:
+        self.cost(1)
+        assert self.step_times is not None
+        return self.step_times.mask_cost
+
+    def observe(self, rows: int, history: int, seconds: float) -> None:
         if self.step_times is not None:
-            self.step_times.observe(rows, cost, seconds)
+            self.step_times.observe(rows, history, seconds)
 
     def _shape(self) -> Mapping[str, object]:
         """What the time of a step depends on: the shapes and dtypes of weights, and what else is computed."""
@@ -338,15 +343,20 @@ class TransformersModel:
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
         if self.adapter is None or self.adapter.sampler is None:
-            return self.head(rows, index)
+            return [self.drafted(own) for own in self.head(rows, index)]
 
         def read(asked: Sequence[Sequence[int]], before: Sequence[int]) -> Sequence[Tensor]:
             told = torch.tensor(list(before), device=self.device)
             hidden = self.apply_sampler_head(_chosen(cast(TransformersRows, rows), asked), told)
-            return list(self.logits(hidden).split(1))
+            return list(self.drafted(self.logits(hidden)).split(1))
 
         made = read_in_turn(index, tokens, pick, read)
         return [torch.cat(own) if own else torch.empty(0, self.vocab_size) for own in made]
+
+    def drafted(self, logits: Tensor) -> Tensor:
+        """Logits of the ids that masks predict, of those of all, [rows, vocabulary]."""
+        ids = None if self.adapter is None else self.adapter.vocabulary
+        return logits if ids is None else logits.index_select(-1, ids.to(logits.device))
 
     def apply_sampler_head(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """Hidden states of mask rows, [rows, hidden], conditioned on the token before the one that each

@@ -60,6 +60,11 @@ class NoiseSource(Protocol):
     ) -> Tensor:
         """As `gumbel`."""
 
+    def few(
+        self, noise: Noise, position: int, tokens: Sequence[int], vocabulary: int, device: torch.device
+    ) -> Sequence[float]:
+        """The noise of some tokens at an index of the text, the same bits as in that of all."""
+
     def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
         """The token with the best score, logit + temperature * noise, at an index of the text. logits:
         float32 [vocabulary], which stay as they are."""
@@ -70,6 +75,12 @@ class TorchNoise:
 
     block = 16
     noise = staticmethod(gumbel)
+
+    def few(
+        self, noise: Noise, position: int, tokens: Sequence[int], vocabulary: int, device: torch.device
+    ) -> Sequence[float]:
+        found: list[float] = noise.at([position], vocabulary, device)[0][list(tokens)].tolist()
+        return found
 
     def draw(self, logits: Tensor, temperature: float, noise: Noise, position: int) -> int:
         at = noise.at([position], len(logits), logits.device)[0]

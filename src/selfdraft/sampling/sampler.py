@@ -47,11 +47,13 @@ class Sampler:
         sample: int = 0,
         source: NoiseSource | None = None,
         guide: Guide | None = None,
+        drafted: Sequence[int] | None = None,
     ) -> None:
         """prompt: token ids; they count for the repetition penalty alone. vocabulary: how many ids the model
         has. ends: ids that may not be picked before `min_new_tokens`. sample: keys the noise, beside
         seed. source: how the model makes noise; None is torch. guide: where the text
-        stands in a grammar that it must follow.
+        stands in a grammar that it must follow. drafted: the ids that mask rows have logits of, in their
+        order; None: all.
 
         Raises InvalidOption for a bias on an id that the model does not have, and where no token is left.
         """
@@ -62,6 +64,7 @@ class Sampler:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.sample = sample
         self.guide = guide
+        self._drafted = None if drafted is None else torch.tensor(drafted, device=device)
         self.length = len(prompt)  # of the text
         self.start = len(prompt) + params.min_new_tokens  # index in the text from which on it may end
         self._noise = Noise(self.seed, sample, source)
@@ -81,6 +84,12 @@ class Sampler:
         params = self.params
         changes = params.temperature or params.logit_bias or params.has_penalties or self.guide
         return not changes and not self.bans_ends
+
+    @property
+    def _keeps_logits(self) -> bool:
+        """True if the scores at mask rows are the logits themselves."""
+        params = self.params
+        return not (params.temperature or params.logit_bias or params.has_penalties or self.bans_ends)
 
     @property
     def bans_ends(self) -> bool:
@@ -119,16 +128,26 @@ class Sampler:
         return self._scores(logits, tails, [self.length + len(tail) for tail in tails], True)
 
     def mask_scores(self, logits: Tensor) -> Tensor:
-        """Scores at mask rows, [rows, vocabulary]: they predict the tokens that follow the text, of which
-        only the first follows it directly. What stands between is unknown, so penalties count the text
-        alone."""
-        rows = len(logits)
-        return self._scores(logits, [()] * rows, range(self.length, self.length + rows))
+        """Scores at mask rows, [rows, ids drafted], as the logits: they predict the tokens that follow the
+        text, of which only the first follows it directly. What stands between is unknown, so penalties count
+        the text alone."""
+        return self._mask_scores(logits, range(self.length, self.length + len(logits)))
 
     def candidate(self, offset: int, logits: Tensor) -> int:
-        """The token with the best score at one mask row, `offset` places after the first. logits: [1,
-        vocabulary]."""
-        return int(self._scores(logits, [()], [self.length + offset]).argmax())
+        """The token with the best score at one mask row, `offset` places after the first. logits: [1, ids
+        drafted]."""
+        best = int(self._mask_scores(logits, [self.length + offset]).argmax())
+        return best if self._drafted is None else int(self._drafted[best])
+
+    def _mask_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
+        tails = [()] * len(logits)
+        if self._drafted is None:
+            return self._scores(logits, tails, positions)
+        if self._keeps_logits:
+            return self._real(logits)
+        spread = self._real(logits).new_full((len(logits), self.vocabulary), -math.inf)
+        spread[:, self._drafted] = self._real(logits)
+        return self._scores(spread, tails, positions)[:, self._drafted]
 
     def draw(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         """Scores from logits that have their bias and penalties: filters, then noise.
@@ -146,9 +165,7 @@ class Sampler:
         """The Gumbel noise of some tokens at an index of the text, before it is scaled; zeros when greedy."""
         if self.params.temperature == 0:
             return [0.0] * len(tokens)
-        at = self._noise.at([position], self.vocabulary, self.device)[0]
-        values: list[float] = at[list(tokens)].tolist()
-        return values
+        return self._noise.source.few(self._noise, position, tokens, self.vocabulary, self.device)
 
     def take(self, tokens: Sequence[int]) -> None:
         """Count tokens that the text has gained."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +57,14 @@ class Calibration:
 def calibrate(student: Student, batches: Iterable[Mapping[str, Tensor]]) -> Calibration:
     """Count over batches whose labels are the model's own answers."""
     offsets = [Counts() for _ in range(student.adapter.config.masks)]
+    ids = student.adapter.vocabulary
+    vocabulary = None if ids is None else ids.tolist()
     for batch in batches:
         scores = student.as_decoded(batch["ids"], batch["anchors"])
         labels = batch["labels"].flatten(0, 1)
         for mine, came in zip(scores.split(len(offsets)), labels.tolist(), strict=True):
             if came[0] != IGNORED:
-                _count(offsets, mask_tree.candidates(mine), came)
+                _count(offsets, mask_tree.candidates(mine, vocabulary), came)
     accuracy = [[won / max(1.0, made) for won, made in counts.ranks] for counts in offsets]
     odds = [
         [
@@ -73,6 +76,17 @@ def calibrate(student: Student, batches: Iterable[Mapping[str, Tensor]]) -> Cali
     walks = [counts.onward for counts in offsets]
     onward = [(on + FIRST_ONWARD * PRIOR_WEIGHT) / (all_ + PRIOR_WEIGHT) for on, all_ in walks]
     return Calibration(accuracy, {ODDS: odds, ONWARD: [onward]})
+
+
+def frequent_ids(rows: Iterable[Mapping[str, Any]], most: int, vocabulary: int) -> Tensor | None:
+    """The ids that masks shall predict, int32: the most frequent of the rows' texts, then the lowest, which
+    byte-pair encodings merge first. None, for all, where `most` is 0 or not below the vocabulary's size."""
+    if not 0 < most < vocabulary:
+        return None
+    counts = torch.zeros(vocabulary, dtype=torch.long)
+    for row in rows:
+        counts += torch.tensor([*row["prompt"], *row["answer"]]).bincount(minlength=vocabulary)
+    return counts.argsort(descending=True, stable=True)[:most].sort().values.int()
 
 
 @dataclass

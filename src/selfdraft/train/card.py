@@ -121,6 +121,9 @@ def write_tuned(
         else f"LoRA of rank {config['rank']} on {', '.join(config['targets']) or 'all layers'}",
         f"{config['masks'] if config['distinct'] else 1} mask embeddings" if config["masks"] else "",
         f"a sampler head of width {config['sampler']}" if config["sampler"] else "",
+        f"for the {asked['vocabulary']:,} most frequent ids"
+        if config["masks"] and asked["vocabulary"]
+        else "",
     ]
     drafts = f'"{method}"' if config["masks"] else '"jacobi"'
     where = f"{folder.name}/model" if asked["full"] else base
@@ -197,6 +200,7 @@ def write(
         f"a prefix of {config['prefix']} slots in every layer" if config["prefix"] else "",
         f"LoRA of rank {config['rank']}, gated to mask rows" if config["rank"] else "",
         f"a sampler head of width {config['sampler']}" if config["sampler"] else "",
+        f"for the {asked['vocabulary']:,} most frequent ids" if asked["vocabulary"] else "",
     ]
     peak = about["peak_bytes"]
     text = TEMPLATE.format(

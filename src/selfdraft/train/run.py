@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from .._common import machine
 from .._common.run_folder import changes
@@ -23,7 +25,7 @@ from ..models.adapters.adapter import Adapter, AdapterConfig
 from ..models.adapters.fingerprint import fingerprint
 from ..models.loading import drive, load_pretrained
 from . import card, shards
-from .calibration import calibrate
+from .calibration import calibrate, frequent_ids
 from .distill import tokenizer_sha256
 from .student import Loss, Student, fresh, started
 from .trainer import SECONDS, Schedule, batches, train
@@ -46,6 +48,8 @@ class Plan:
     config: AdapterConfig
     loss: Loss = field(default_factory=Loss)
     schedule: Schedule = field(default_factory=Schedule)
+    # How many ids the masks may predict, the most frequent; 0: all.
+    vocabulary: Annotated[int, Ge(0)] = 8192
     # An adapter of the same kind to start from; see `student.started`.
     start: str | None = None
     dtype: str | None = None
@@ -78,6 +82,7 @@ def run(plan: Plan, report: Callable[[str], None] = lambda line: None) -> dict[s
     log = train(student, plan.schedule, rows, held_out, collate, plan.out / "checkpoints")
     peak = machine.peak(model.device)
     report("calibrating on held-out sequences")
+    student.adapter.vocabulary = frequent_ids(rows, plan.vocabulary, model.vocab_size)
     greedy = [row for row in held_out if row["temperature"] == 0] or list(held_out)
     size = plan.schedule.batch
     calibration = calibrate(student, (collate(greedy[i : i + size]) for i in range(0, len(greedy), size)))

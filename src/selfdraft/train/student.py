@@ -203,13 +203,17 @@ class Student(torch.nn.Module):
     @torch.no_grad()
     def as_decoded(self, ids: Tensor, anchors: Tensor) -> Tensor:
         """Logits of all masks as in decoding, where the sampler head sees the text's token at the first mask
-        of a group, and the prediction of the mask before at the others. As `scores`."""
+        of a group, and the prediction of the mask before at the others. As `scores`, of the ids that the
+        masks predict."""
         _, masks = self.hidden(ids, anchors)
         size = self.adapter.config.masks
         before, made = self._told(ids, anchors)[::size], []
         for states in masks.view(-1, size, masks.shape[-1]).unbind(1):
-            made.append(self.model.output(self.model.apply_sampler_head(states, before)).float())
+            states = self.model.apply_sampler_head(states, before)
+            made.append(self.model.drafted(self.model.output(states)).float())
             before = made[-1].argmax(-1)
+            if self.adapter.vocabulary is not None:
+                before = self.adapter.vocabulary.to(before.device)[before].long()
         return torch.stack(made, 1).flatten(0, 1)
 
     def hidden(self, ids: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le
 
 from .._common import machine
 from ..errors import InvalidOption, TrainingDataError
@@ -24,7 +24,7 @@ from ..models.loading import drive, load_pretrained
 from ..models.transformers import MARK, TransformersModel
 from ..params import SamplingParams
 from . import card, run, shards
-from .calibration import calibrate, window_acceptance
+from .calibration import calibrate, frequent_ids, window_acceptance
 from .distill import tokenizer_sha256
 from .filler import choose_filler
 from .packed import Masked, NoiseConfig, Noisy
@@ -56,6 +56,8 @@ class TunedPlan:
     noise: NoiseConfig | None = None
     # Train all weights instead of LoRA.
     full: bool = False
+    # How many ids the masks may predict, the most frequent; 0: all.
+    vocabulary: Annotated[int, Ge(0)] = 8192
     # Share of the rows to train on.
     share: Annotated[float, Gt(0), Le(1)] = 1.0
     # An adapter of the same kind to start from. The data may be its own trajectories.
@@ -123,6 +125,7 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     if plan.config.filler is not None:
         student.adapter.odds = window_acceptance(tuned.base, prompts, params)
     if plan.config.masks:
+        student.adapter.vocabulary = frequent_ids(rows, plan.vocabulary, model.vocab_size)
         about["accuracy"] = _calibrated(plan, tuned, student.adapter, held_out)
     _save(plan, model, tuned, student.adapter, tokenizer, about)
     card.write_tuned(plan.out, plan.method, plan.model, about, log, machine.describe(model.device))

@@ -128,7 +128,8 @@ class Adapter(torch.nn.Module):
     """The trained parts, float32 while they are trained.
 
     masks: [masks or 1, hidden], embeddings. keys, values: per layer that keeps any, [heads, prefix, size].
-    sampler: the sampler head, if any. lora: by the name of the layer in the model. odds: see `Lookahead`.
+    sampler: the sampler head, if any. lora: by the name of the layer in the model. odds, vocabulary: see
+    `Lookahead`; the latter is int32 on the CPU.
     tuning_cost: what tuning with it costs, see `train.tuning_cost`; None if unknown.
     Made at random, for a model with embeddings of size `hidden`, layers that keep keys and values shaped
     like `pairs`, and such linear `layers` to change; `adapter_folder` loads one.
@@ -144,6 +145,7 @@ class Adapter(torch.nn.Module):
         super().__init__()
         self.config = config
         self.odds: Mapping[str, Sequence[Sequence[float]]] = {}
+        self.vocabulary: Tensor | None = None
         self.tuning_cost: Mapping[str, Any] | None = None
         count = config.masks if config.distinct else min(1, config.masks)
         self.masks = torch.nn.Parameter(torch.randn(count, hidden) * 0.02)
@@ -181,7 +183,8 @@ class Adapter(torch.nn.Module):
         if not self.config.masks and self.config.filler is None:
             return None
         ids = tuple(range(vocabulary, vocabulary + self.config.masks))
-        return Lookahead(ids, self.odds, self.config.filler)
+        predicted = None if self.vocabulary is None else tuple(self.vocabulary.tolist())
+        return Lookahead(ids, self.odds, self.config.filler, predicted)
 
     @property
     def size(self) -> int:

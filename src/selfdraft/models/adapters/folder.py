@@ -26,6 +26,7 @@ from .adapter import Adapter, AdapterConfig, LowRank
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+VOCABULARY = "mask_vocabulary"  # the ids that masks predict, where these are not all
 PEFT = "base_model.model."  # before the names of layers, in peft's layout
 
 
@@ -37,6 +38,9 @@ class Base(Protocol):
 
     @property
     def config(self) -> PretrainedConfig: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -112,6 +116,7 @@ def load(source: str, model: Base, bound: bool = True) -> Adapter:
         )
     weights = _weights(folder, source)
     adapter = Adapter(config, *model.adapter_shape(config.targets if config.rank else ()))
+    adapter.vocabulary = _vocabulary(weights.pop(VOCABULARY, None), model, source)
     _fill(adapter, weights, source)
     adapter.odds, adapter.tuning_cost = about["odds"], about.get("tuning_cost")
     few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
@@ -154,6 +159,8 @@ def save(
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: part.detach().bfloat16().cpu().contiguous() for name, part in _parts(adapter).items()}
+    if adapter.vocabulary is not None:
+        tensors[VOCABULARY] = adapter.vocabulary
     part = folder / (WEIGHTS + ".part")
     save_file(tensors, part, metadata={"format": "pt"})
     part.replace(folder / WEIGHTS)
@@ -174,6 +181,17 @@ def _parts(adapter: Adapter) -> dict[str, Tensor]:
         parts[f"{PEFT}{name}.lora_A.weight"] = low.a
         parts[f"{PEFT}{name}.lora_B.weight"] = low.b
     return parts
+
+
+def _vocabulary(ids: Tensor | None, model: Base, source: str) -> Tensor | None:
+    """Raises AdapterError for what are no ids of the model."""
+    if ids is None:
+        return None
+    if ids.dtype != torch.int32 or ids.dim() != 1 or len(ids) < 2:
+        raise AdapterError(f"adapter {source}: {VOCABULARY} is no list of ids")
+    if ids.min() < 0 or ids.max() >= model.vocab_size or len(ids.unique()) < len(ids):
+        raise AdapterError(f"adapter {source}: {VOCABULARY} holds ids twice, or beyond {model.vocab_size}")
+    return ids
 
 
 @torch.no_grad()

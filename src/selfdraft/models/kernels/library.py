@@ -107,6 +107,13 @@ class Library:
             ctypes.c_int,
             ctypes.c_void_p,
         ]
+        self._lib.selfdraft_noise_of.restype = None
+        self._lib.selfdraft_noise_of.argtypes = [
+            ctypes.c_uint64,
+            *[ctypes.c_uint32] * 2,
+            ctypes.c_int,
+            *[ctypes.c_void_p] * 2,
+        ]
         self._lib.selfdraft_draw.argtypes = [
             ctypes.c_void_p,
             ctypes.c_float,
@@ -213,6 +220,13 @@ class Library:
         for row, position in zip(out, positions, strict=True):
             self._lib.selfdraft_noise(seed, sample, position, vocabulary, row.ctypes.data)
         return out
+
+    def noise_of(self, seed: int, sample: int, position: int, tokens: Sequence[int]) -> Sequence[float]:
+        """The noise of these tokens at one index of a text, the same bits as in `noise`."""
+        count = len(tokens)
+        made = (ctypes.c_float * count)()
+        self._lib.selfdraft_noise_of(seed, sample, position, count, (ctypes.c_int32 * count)(*tokens), made)
+        return list(made)
 
     def draw(
         self, logits: int, temperature: float, seed: int, sample: int, position: int, vocabulary: int

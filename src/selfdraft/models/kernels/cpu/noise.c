@@ -72,6 +72,16 @@ EXPORT void selfdraft_noise(uint64_t seed, uint32_t sample, uint32_t position, i
     }
 }
 
+/* Noise of some tokens at one index of a text: the same bits as in the noise of all. tokens, out: [count]. */
+EXPORT void selfdraft_noise_of(uint64_t seed, uint32_t sample, uint32_t position, int count, const int32_t *tokens,
+                               float *out) {
+    for (int i = 0; i < count; i++) {
+        float made[4 * W];
+        noise_block(seed, sample, position, tokens[i] / 4, made);
+        out[i] = made[tokens[i] % 4];
+    }
+}
+
 /* The token with the best score, logit + temperature * noise; of equal ones the first. Noise of 32-bit words lies
  * below 22.9, so most blocks of tokens cannot win and need none. logits: [vocabulary]. */
 EXPORT int selfdraft_draw(const float *logits, float temperature, uint64_t seed, uint32_t sample, uint32_t position,
