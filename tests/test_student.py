@@ -283,7 +283,7 @@ def test_losses_and_gradients_are_those_of_all_masks_at_once(
 ) -> None:
     """However the masks and the logits are cut into pieces."""
     monkeypatch.setattr(student_module, "ROWS", (rows_at_once, 0))
-    monkeypatch.setattr(student_module, "PIECE", 7)
+    monkeypatch.setattr(student_module, "PIECE", (7, 7))
     same_gradients(model, rows, kind)
 
 
