@@ -256,21 +256,22 @@ def test_a_whole_job_ends_in_adapters_that_load(
     )
     small = ("--answer", "24", "--slots", "4096", "--tokens", "512", "--length", "256", "--anchors", "4")
     monkeypatch.setattr(job_modules["measuring"], "COSTED", 2)
-    stages = ("distil=5", "bita=2", "space=2", "space-tuned=2", "cllm=2", "measure=9")
+    stages = ("distil=5", "bita=2", "bita-published=2", "space=2", "space-tuned=2", "cllm=2", "measure=9")
     out = run(*job, *small, "--hold", "0.5", "--tell", "0.3", *stages)
     print(out)
     report = json.loads((tmp_path / "work" / "report.json").read_text())
     assert {name: about["error"] for name, about in report.items() if "error" in about} == {}
     assert report["machine"]["same_base"]
     assert json.loads(out.splitlines()[-1])["space"]["held-out sql"]["chain"] >= 1
-    for name in ("bita", "space", "space-tuned", "cllm"):
+    for name in ("bita", "bita-published", "space", "space-tuned", "cllm"):
         with tarfile.open(tmp_path / "out" / f"{name}.tar") as file:
             file.extractall(tmp_path, filter="data")
-        assert (tmp_path / name / "README.md").is_file()
-        method = "jacobi" if name == "cllm" else name
+        card, published = (tmp_path / name / "README.md").read_text(), name == "bita-published"
+        assert ("The settings of the training are the published ones." in card) == published
+        method = {"cllm": "jacobi", "bita-published": "bita"}.get(name, name)
         llm = LLM(str(chatting), method, adapter=str(tmp_path / name))
         drafted = llm.generate("def add(", max_new_tokens=8)
-        assert drafted.grade == ("base" if name in ("bita", "space") else "tuned")
+        assert drafted.grade == ("tuned" if name in ("space-tuned", "cllm") else "base")
         assert drafted.ids == llm.using("plain").generate("def add(", max_new_tokens=8).ids
 
     steps = report["space"]["step"]

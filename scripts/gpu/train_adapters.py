@@ -9,6 +9,7 @@ anywhere: without a GPU in float32. Its stages, each with the seconds it may tak
 
     distil                         the model answers prompts, half greedily, half at temperature 0.8
     bita, space, space-tuned, cllm adapters, trained with the package's losses
+    bita-published                 BiTA as its paper trains it: no sampler head, next tokens, greedy answers
     measure                        acceptance on held-out prompts by kind, calibration, price of tuning, cards
 
 A stage that fails is reported, and the next one runs. Where time runs out, all stages to come are shortened

@@ -154,6 +154,7 @@ def run(args: argparse.Namespace) -> None:
             job.tell(f"no time is left for {stage}")
             continue
         began = time.perf_counter()
+        job.report.get(stage, {}).pop("error", None)
         try:
             if stage in RECIPES:
                 train(job, stage, share)

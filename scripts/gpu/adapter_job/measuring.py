@@ -64,15 +64,15 @@ def measure(job: Job, _: float) -> None:
 
 def written(job: Job, run: Run, about: dict[str, Any]) -> None:
     """The adapter with its odds and its card."""
-    folder, adapter, stage = job.work / run.stage, run.student.adapter, run.stage
-    adapter_folder.save(folder, adapter, job.model, stage, job.base_name, about)
+    folder, adapter, method = job.work / run.stage, run.student.adapter, run.recipe.method
+    adapter_folder.save(folder, adapter, job.model, method, job.base_name, about)
     log = [
         {"step": point["step"], **{f"eval_{key}": value for key, value in point.items() if "right" in key}}
         for point in run.state["curve"]
     ]
     write = card.write if adapter.config.gated else card.write_tuned
-    write(folder, stage, job.base_name, about, log, machine.describe(job.device))
-    job.take(stage)
+    write(folder, method, job.base_name, about, log, machine.describe(job.device))
+    job.take(run.stage)
 
 
 def tuned(job: Job, run: Run, held_out: Sequence[Row]) -> tuple[FastStudent, list[Row], dict[str, Any]]:

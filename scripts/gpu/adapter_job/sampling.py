@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -116,8 +117,9 @@ class Answers:
         parts = []
         for (trained, slots), own in groups.items():
             lanes = self._lanes(slots)
-            parts += [(trained, at, own[at : at + lanes]) for at in range(0, len(own), lanes)]
-        for _, _, part in sorted(parts, key=lambda part: part[:2]):  # all lengths in turn, whenever time ends
+            parts += [(trained, own[at : at + lanes]) for at in range(0, len(own), lanes)]
+        dice = random.Random(len(rows))  # all lengths alike, whenever time ends
+        for _, part in sorted(dice.sample(parts, len(parts)), key=lambda part: part[0]):
             yield part
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from .students import PASSES, BlockStudent, FastStudent, TunedFastStudent
 
 if TYPE_CHECKING:
     from .job import Job
+    from .texts import Row
 
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 PASSED = 1 - 1 / PASSES  # share of the steps in which blocks pass through the student
@@ -34,6 +35,7 @@ FLOOR = 0.02  # of the rate, where the cosine ends
 class Recipe:
     """What a stage trains."""
 
+    method: str
     config: AdapterConfig
     # Groups of rows that hang from each text.
     anchors: int = 64
@@ -48,17 +50,30 @@ class Recipe:
     keep: float = 3.0
     # Tokens of a noisy block; 0: mask tokens.
     block: int = 0
+    # Learn from greedy answers alone.
+    greedy: bool = False
     warmup: float = 0.03
     seed: int = 0
 
 
 RECIPES = {
-    "bita": Recipe(AdapterConfig(4, prefix=32, sampler=256)),
-    "space": Recipe(AdapterConfig(4, rank=12, targets=TARGETS, sampler=256)),
+    "bita": Recipe("bita", AdapterConfig(4, prefix=32, sampler=256)),
+    "space": Recipe("space", AdapterConfig(4, rank=12, targets=TARGETS, sampler=256)),
+    "bita-published": Recipe(
+        "bita",
+        AdapterConfig(3, prefix=16),
+        rate=3e-2,
+        loss=Loss("tokens", decay=1.0, dropout=0.1),
+        greedy=True,
+    ),
     "space-tuned": Recipe(
-        AdapterConfig(4, rank=12, targets=TARGETS, sampler=256, gated=False), anchors=48, lora_rate=1e-3
+        "space-tuned",
+        AdapterConfig(4, rank=12, targets=TARGETS, sampler=256, gated=False),
+        anchors=48,
+        lora_rate=1e-3,
     ),
     "cllm": Recipe(
+        "cllm",
         AdapterConfig(0, rank=12, targets=TARGETS, gated=False),
         anchors=16,
         lora_rate=1e-3,
@@ -92,6 +107,11 @@ class Run:
             adapter.load_state_dict(kept["adapter"])
             self.optimizer.load_state_dict(kept["optimizer"])
             self.state = kept["state"]
+
+    def rows(self) -> list[Row]:
+        """What it learns from."""
+        rows = [row for row in self.job.rows() if not row.held_out]
+        return [row for row in rows if row.temperature == 0] if self.recipe.greedy else rows
 
     def step(self, batch: dict[str, Tensor], share: float) -> dict[str, Tensor]:
         """One optimizer step. share: of the stage's time that is over."""
@@ -130,12 +150,14 @@ class Run:
         torch.save(kept, self.path.with_suffix(".part"))
         os.replace(self.path.with_suffix(".part"), self.path)
         folder = self.job.work / self.stage
-        adapter_folder.save(folder, adapter, self.job.model, self.stage, self.job.base_name, self.about())
+        adapter_folder.save(
+            folder, adapter, self.job.model, self.recipe.method, self.job.base_name, self.about()
+        )
         self.job.take(self.stage)
         self.job.note(self.stage, **self.state)
 
     def about(self) -> dict[str, Any]:
-        recipe, rows = self.recipe, self.job.rows()
+        recipe, rows = self.recipe, self.rows()
         greedy = sum(row.temperature == 0 for row in rows) / max(1, len(rows))
         loss: Loss | TunedLoss = recipe.loss
         if not recipe.config.gated:
@@ -156,7 +178,7 @@ class Run:
             "peak_bytes": torch.cuda.max_memory_allocated() if self.job.device.type == "cuda" else None,
             "rows": self.state["rows"],
             "run": {
-                "method": self.stage,
+                "method": recipe.method,
                 "model": self.job.base_name,
                 "data": {"rows": len(rows), "greedy_share": round(greedy, 3), "block": recipe.block},
                 "config": asdict(self.student.adapter.config),
@@ -183,7 +205,7 @@ def made_student(job: Job, recipe: Recipe) -> FastStudent:
 def train(job: Job, stage: str, seconds: float) -> None:
     """Train for so long, or go on for so long. The first step, which compiles, is not counted."""
     run = Run(job, stage)
-    rows = [row for row in job.rows() if not row.held_out]
+    rows = run.rows()
     if not rows:
         raise RuntimeError("there are no answers to learn from: run the stage distil first")
     recipe, state = run.recipe, run.state
