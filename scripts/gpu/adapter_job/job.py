@@ -54,6 +54,7 @@ class Job:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         base = self.model.fingerprint() == self.about["fingerprint"]
         self.note("machine", torch=torch.__version__, device=device, same_base=base)
+        self._read: tuple[list[Path], list[Row]] = [], []  # files of answers, and what they hold
         self.tell(f"{self.base_name} on {device}")
 
     @cached_property
@@ -80,10 +81,11 @@ class Job:
 
     def rows(self) -> list[Row]:
         """Prompts with their answers."""
-        given = (
-            [self.args.answers] if self.args.answers else sorted((self.work / "answers").glob("part-*.npz"))
-        )
-        return texts.load(given)
+        own = sorted((self.work / "answers").glob("part-*.npz"))
+        paths = [self.args.answers] if self.args.answers else own
+        if self._read[0] != paths:
+            self._read = paths, texts.load(paths)
+        return self._read[1]
 
     def recipe(self, stage: str) -> Recipe:
         """The stage's own, with what the command line says otherwise."""

@@ -100,8 +100,9 @@ class Llama:
         return self.embedding.dtype
 
     def with_compiled(self) -> Llama:
-        torch._dynamo.config.recompile_limit = 64  # with and without gradients and LoRA, texts and branches
-        return replace(self, compiled=tuple(torch.compile(f, dynamic=False) for f in (enter, leave)))
+        """With row functions that are compiled: for the first number of rows, then once for all others."""
+        torch._dynamo.config.recompile_limit = 64  # with and without gradients and LoRA
+        return replace(self, compiled=(torch.compile(enter), torch.compile(leave)))
 
     def lora(self, adapter: Adapter) -> list[Lora] | None:
         """By layer what an adapter adds, in the model's dtype; None if nothing."""
