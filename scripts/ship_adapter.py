@@ -4,7 +4,8 @@
         --figures figures.md
 
 RUN is what `selfdraft train` has written, ANSWERS its --data, PROMPTS what those answer (JSON lines with a
-`kind`). `figures.md` holds what was measured with the adapter; it becomes a part of the card.
+`kind`); of an adapter of the GPU job RUN says that itself, and the two are left out. `figures.md` holds what
+was measured with the adapter; it becomes a part of the card.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ DATA = """
 ## Data
 
 {answers:,} answers of {base} itself, {tokens:,} tokens, {greedy:.0%} of them greedy and the others sampled at
-temperature {temperature:g}, up to {longest} tokens each; 2 % were held out. By kind of prompt:
+temperature {temperature:g}, up to {longest} tokens each. By kind of prompt:
 
 | kind | answers | tokens | share of the tokens |
 |---|---|---|---|
@@ -33,27 +34,37 @@ temperature {temperature:g}, up to {longest} tokens each; 2 % were held out. By 
 """
 
 
-def data_section(data: Path, prompts: Path, base: str) -> str:
-    """Sizes and shares of the answers, in Markdown."""
+def counted(data: Path, prompts: Path) -> dict[str, Any]:
+    """What the answers of `selfdraft distill` are, as a GPU job notes it: see `data_section`."""
     kinds = [json.loads(line)["kind"] for line in prompts.read_text(encoding="utf-8").splitlines()]
     shards = sorted(data.glob("shard-*.jsonl"))
     rows = [json.loads(line) for path in shards for line in path.read_text(encoding="utf-8").splitlines()]
     asked: dict[str, Any] = json.loads((data / "distill.json").read_text(encoding="utf-8"))["asked"]
-    answers, tokens = Counter[str](), Counter[str]()
+    found: dict[str, list[int]] = {}
     for row in rows:
-        answers[kinds[row["index"]]] += 1
-        tokens[kinds[row["index"]]] += len(row["answer"])
+        pair = found.setdefault(kinds[row["index"]], [0, 0])
+        pair[0] += 1
+        pair[1] += len(row["answer"])
+    greedy = sum(row["temperature"] == 0 for row in rows) / max(1, len(rows))
+    return {**asked, "greedy_share": greedy, "kinds": found}
+
+
+def data_section(base: str, about: Mapping[str, Any]) -> str:
+    """Sizes and shares of the answers, in Markdown. about: `kinds` has answers and tokens of each kind of
+    prompt; greedy_share, temperature and max_new_tokens are those of the answers."""
+    kinds: Mapping[str, tuple[int, int]] = about["kinds"]
+    answers, tokens = (sum(pair[i] for pair in kinds.values()) for i in (0, 1))
     lines = (
-        f"| {kind} | {count:,} | {tokens[kind]:,} | {tokens[kind] / tokens.total():.1%} |"
-        for kind, count in answers.most_common()
+        f"| {kind} | {count:,} | {size:,} | {size / tokens:.1%} |"
+        for kind, (count, size) in sorted(kinds.items(), key=lambda entry: -entry[1][0])
     )
     return DATA.format(
-        answers=len(rows),
+        answers=answers,
         base=base,
-        tokens=tokens.total(),
-        greedy=sum(row["temperature"] == 0 for row in rows) / len(rows),
-        temperature=asked["temperature"],
-        longest=asked["max_new_tokens"],
+        tokens=tokens,
+        greedy=about["greedy_share"],
+        temperature=about["temperature"],
+        longest=about["max_new_tokens"],
         kinds="\n".join(lines),
     )
 
@@ -64,8 +75,8 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--prompts", type=Path)
     parser.add_argument("--figures", type=Path, required=True)
     args = parser.parse_args()
     size = (args.run / adapter_folder.WEIGHTS).stat().st_size
@@ -80,15 +91,16 @@ def main() -> None:
             shutil.copyfile(args.run / name, out / name)
     record = json.loads((out / adapter_folder.CONFIG).read_text(encoding="utf-8"))
     base = record["selfdraft"]["base_name"]
-    record["selfdraft"]["shape"] = adapter_folder.shape(LLM(base, "plain").model)
+    if "shape" not in record["selfdraft"]:  # an adapter of an earlier version
+        record["selfdraft"]["shape"] = adapter_folder.shape(LLM(base, "plain").model)
     (out / adapter_folder.CONFIG).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    card = (out / "README.md").read_text(encoding="utf-8").replace(args.run.name, args.name)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for mark in ("# {}:", 'adapter="{}"'):  # the name of a run may be a word of the card
+        card = card.replace(mark.format(args.run.name), mark.format(args.name))
     card = card.replace(", commit None", "")  # it was trained from a copy of the sources
-    parts = (
-        card,
-        data_section(args.data, args.prompts, base).strip(),
-        args.figures.read_text(encoding="utf-8"),
-    )
+    given = record["selfdraft"]["run"]["data"]
+    about = counted(args.data, args.prompts) if args.data else given
+    parts = (card, data_section(base, about), args.figures.read_text(encoding="utf-8"))
     (out / "README.md").write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     print(f"{out}: {sum(path.stat().st_size for path in out.iterdir()):,} bytes")
 

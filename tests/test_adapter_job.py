@@ -274,6 +274,18 @@ def test_a_whole_job_ends_in_adapters_that_load(
         assert drafted.grade == ("tuned" if name in ("space-tuned", "cllm") else "base")
         assert drafted.ids == llm.using("plain").generate("def add(", max_new_tokens=8).ids
 
+    ship = runs.script("scripts/ship_adapter.py")
+    monkeypatch.setattr(ship.adapter_folder, "SHIPPED", tmp_path / "shipped")
+    (tmp_path / "figures.md").write_text("## Measured\n\nNothing.\n")
+    words = (tmp_path / "space", "--name", "tiny-space", "--figures", tmp_path / "figures.md")
+    monkeypatch.setattr(sys, "argv", ["ship_adapter.py", *map(str, words)])
+    ship.main()
+    card = (tmp_path / "shipped" / "tiny-space" / "README.md").read_text()
+    assert "# tiny-space: a space adapter" in card
+    assert 'LLM("chat", "space", adapter="tiny-space")' in card
+    assert "| question | " in card
+    assert card.rstrip().endswith("Nothing.")
+
     steps = report["space"]["step"]
     run(*job, *small, "--answers", tmp_path / "out" / "answers.npz", "space=1", "measure=9")
     later = json.loads((tmp_path / "work" / "report.json").read_text())

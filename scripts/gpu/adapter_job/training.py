@@ -158,7 +158,12 @@ class Run:
 
     def about(self) -> dict[str, Any]:
         recipe, rows = self.recipe, self.rows()
-        greedy = sum(row.temperature == 0 for row in rows) / max(1, len(rows))
+        greedy = [row for row in rows if row.temperature == 0]
+        kinds: dict[str, list[int]] = {}
+        for row in rows:
+            pair = kinds.setdefault(self.job.kinds[row.kind], [0, 0])
+            pair[0] += 1
+            pair[1] += len(row.answer)
         loss: Loss | TunedLoss = recipe.loss
         if not recipe.config.gated:
             passed = PASSED if recipe.block else 0.0
@@ -180,7 +185,14 @@ class Run:
             "run": {
                 "method": recipe.method,
                 "model": self.job.base_name,
-                "data": {"rows": len(rows), "greedy_share": round(greedy, 3), "block": recipe.block},
+                "data": {
+                    "rows": len(rows),
+                    "greedy_share": round(len(greedy) / max(1, len(rows)), 3),
+                    "temperature": max((row.temperature for row in rows), default=0.0),
+                    "max_new_tokens": self.job.args.answer,
+                    "kinds": kinds,
+                    "block": recipe.block,
+                },
                 "config": asdict(self.student.adapter.config),
                 "loss": asdict(loss),
                 # Blocks as `students.BlockStudent` makes them, in the words of the package's settings.

@@ -50,7 +50,8 @@ class Distilled:
 
     # What `distill.json` holds.
     manifest: Mapping[str, Any]
-    # A `datasets.Dataset` with the columns index, prompt, answer, temperature, and states if recorded.
+    # A `datasets.Dataset` with the columns index (of the prompt), prompt, answer, temperature, and states if
+    # they were recorded.
     rows: Any
 
 
