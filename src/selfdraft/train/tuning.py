@@ -220,8 +220,11 @@ def _finished(plan: TunedPlan, student: TunedStudent) -> TransformersModel:
         return student.base.adapted(student.adapter)
     tuned = student.learner.copied(student.base.dtype)
     tuned.model.requires_grad_(False)
-    tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", student.adapter.lookahead(tuned.vocab_size)
-    return tuned.adapted(student.adapter.drafting()) if plan.config.masks else tuned
+    tuned.base, tuned.grade = tuned, "tuned"
+    if plan.config.masks:
+        return tuned.adapted(student.adapter.drafting())
+    tuned.lookahead = student.adapter.lookahead(tuned.vocab_size)
+    return tuned
 
 
 def _calibrated(
