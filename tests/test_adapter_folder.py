@@ -1,8 +1,10 @@
-"""Adapters on disk: what is loaded is what was saved, on its own base alone; all else is refused by name."""
+"""Adapters on disk: what is loaded is what was saved; other weights of the base's shape take it with a note,
+and all else is refused by name. Those in the package are found by name and hold what they must."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from selfdraft import LLM, Engine, Tree
 from selfdraft.drafting.bita import Bita
@@ -24,7 +26,7 @@ from selfdraft.models.adapters.folder import CONFIG, WEIGHTS
 from selfdraft.models.transformers import TransformersModel
 
 from adapting import adapter
-from conftest import VOCABULARY, tiny_llama
+from conftest import VOCABULARY, Run, tiny_llama
 from runs import random_prompt
 
 PARTS = [(0, 0, 0), (16, 0, 0), (0, 4, 0), (4, 4, 32)]
@@ -104,16 +106,111 @@ def changed_rope(model: LlamaForCausalLM) -> None:
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 500.0}
 
 
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The warnings so far; each is said once in a process."""
+    adapter_folder._warn.cache_clear()
+    return lambda: [entry.getMessage() for entry in caplog.records if entry.levelname == "WARNING"]
+
+
 @pytest.mark.parametrize("change", [changed_weight, swapped_weights, changed_config, changed_rope])
-def test_an_adapter_of_another_base_is_refused(
-    exact: TransformersModel, change: Callable[[LlamaForCausalLM], None], tmp_path: Path
+@pytest.mark.parametrize("gated", [True, False])
+def test_other_weights_of_the_same_shape_take_an_adapter_with_one_note(
+    exact: TransformersModel,
+    change: Callable[[LlamaForCausalLM], None],
+    gated: bool,
+    tmp_path: Path,
+    notes: Callable[[], list[str]],
 ) -> None:
     folder = tmp_path / "theirs"
-    adapter_folder.save(folder, adapter(exact), exact, "bita", "tiny", {})
+    adapter_folder.save(folder, adapter(exact, 3, 0, 4, gated=gated), exact, "bita", "tiny", {})
+    adapter_folder.load(str(folder), exact)
+    assert notes() == []
     model = tiny_llama(torch.bfloat16)
     change(model)
-    with pytest.raises(AdapterError, match=r"theirs was trained for 'tiny', whose weights these are not"):
-        adapter_folder.load(str(folder), TransformersModel(model, "fast"))
+    other = TransformersModel(model, "fast")
+    for _ in range(2):
+        adapter_folder.load(str(folder), other)
+    (note,) = notes()
+    assert "theirs was trained for other weights ('tiny')" in note
+    assert ("the text is the model's own" if gated else "the text is that of these weights tuned") in note
+
+
+def other_shapes() -> list[dict[str, int]]:
+    return [{"vocab_size": VOCABULARY + 8}, {"hidden_size": 128}, {"num_hidden_layers": 3}]
+
+
+@pytest.mark.parametrize("changes", other_shapes(), ids=str)
+@pytest.mark.parametrize("parts", PARTS[:2], ids=str)
+def test_a_model_of_another_shape_or_vocabulary_is_refused(
+    exact: TransformersModel, changes: dict[str, int], parts: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "theirs"
+    adapter_folder.save(folder, adapter(exact, 3, *parts), exact, "bita", "tiny", {})
+    config = LlamaConfig(**{**tiny_llama().config.to_dict(), **changes})
+    other = TransformersModel(LlamaForCausalLM(config).bfloat16(), "fast")
+    with pytest.raises(
+        AdapterError, match=r"theirs was trained for 'tiny', a model of another shape \(voc"
+    ) as e:
+        adapter_folder.load(str(folder), other)
+    for size in changes.values():
+        assert str(size) in str(e.value)
+
+
+def test_shapes_that_are_not_compared_are_seen(
+    exact: TransformersModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_folder, "shape", lambda model: {})
+    with pytest.raises(pytest.fail.Exception):
+        test_a_model_of_another_shape_or_vocabulary_is_refused(exact, other_shapes()[0], PARTS[0], tmp_path)
+
+
+def test_a_shipped_adapter_is_found_by_name_and_listed(
+    exact: TransformersModel,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Run,
+) -> None:
+    monkeypatch.setattr(adapter_folder, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    made = adapter(exact, 3, 0, 4)
+    adapter_folder.save(tmp_path / "shipped" / "tiny-space", made, exact, "space", "tiny", {})
+    other = TransformersModel(LlamaForCausalLM(LlamaConfig(vocab_size=9, num_hidden_layers=1)), "fast")
+    assert list(adapter_folder.shipped()) == list(adapter_folder.shipped(exact)) == ["tiny-space"]
+    assert adapter_folder.shipped(other) == {}
+    facts = json.loads(command("info", str(folder), "--json")[1])
+    assert facts["shipped adapters"] == ["tiny-space"]
+    model = LLM(str(folder), "space", adapter="tiny-space")
+    assert model.adapter == "tiny-space"
+    drafted = model.generate("def add(", max_new_tokens=8)
+    assert drafted.ids == model.using("plain").generate("def add(", max_new_tokens=8).ids
+    for wrong in (lambda: LLM(str(folder), "space", adapter="space"), lambda: LLM(str(folder), "space")):
+        with pytest.raises(AdapterError, match="tiny-space"):
+            wrong()
+
+    adapter_folder.save(tmp_path / "tiny-space", adapter(exact, 2), exact, "space", "mine", {})
+    assert adapter_folder.load("tiny-space", exact).config.masks == 2
+    (tmp_path / "tiny-space" / CONFIG).unlink()
+    with pytest.raises(AdapterError, match="the folder here goes before the shipped adapter"):
+        adapter_folder.load("tiny-space", exact)
+
+
+@pytest.mark.parametrize("name", adapter_folder.shipped())
+def test_a_shipped_folder_is_whole_small_and_says_what_it_is(name: str) -> None:
+    path = adapter_folder.shipped()[name]
+    assert (path / WEIGHTS).stat().st_size <= 6_000_000
+    about = json.loads((path / CONFIG).read_text())["selfdraft"]
+    assert set(about["shape"]) == {"vocabulary", "hidden", "layers"}
+    assert len(about["odds"]["hazard"]) == about["masks"]
+    card = (path / "README.md").read_text()
+    assert card.count(name) >= 2
+    assert "## Data" in card
+    assert "## Measured" in card
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", card):
+        assert (path / picture).is_file()
+    for text in (card, (path / CONFIG).read_text()):
+        assert not re.search(r"[\s\"'`(]/\w+/", text), "a path of somebody's machine"
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
@@ -176,8 +273,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no sampler head": (config(sampler=0), "disagree about sampler_head"),
     "more tensors": (weights(extra=torch.zeros(1)), "disagree about extra"),
     "not a number": (weights(mask_tokens=torch.full((3, 64), torch.nan)), "mask_tokens.*not finite"),
-    "other base": (config(base="0" * 64), "hash to 000000000000"),
-    "no base": (config(base=None), "whose weights these are not"),
+    "other shape": (config(base="0" * 64, shape={"vocabulary": 9}), "another shape .vocabulary 9. than"),
+    "no shape": (config(base=None, shape=None), "another shape .which it does not say. than"),
 }
 
 

@@ -395,6 +395,8 @@ def test_merged_weights_are_those_of_the_other_way(kind: str) -> None:
     theirs = Decoder(config, BlockWeights(merge(model, part), kind, kind), build(), threads=2)
     assert (tuned.grade, tuned.base.grade, own.grade) == ("tuned", "tuned", "base")
     assert (tuned.loaded, own.adapter, tuned.base.adapter) == (own, None, None)
+    assert tuned.lookahead is not None
+    assert tuned.base.lookahead is None, "plain decoding of the tuned model has no mask tokens"
     for mine, other in zip(tuned._built.arrays.values(), theirs._built.arrays.values(), strict=True):
         assert (mine == other).all()
     plain = run(tuned.base, Plain(), PROMPT, greedy(16)).emitted

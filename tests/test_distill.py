@@ -337,7 +337,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_trainers_read_rows_in_the_order_of_prompts(llm: LLM, file: str, tmp_path: Path) -> None:
     made = distil(llm, file, tmp_path / "out", batch=4)
     read = shards.read(tmp_path / "out")
-    assert read.rows.column_names == ["prompt", "answer", "temperature"]
+    assert read.rows.column_names == ["index", "prompt", "answer", "temperature"]
     assert read.rows["prompt"][:] == [row["prompt"] for row in made]
     assert read.rows["answer"][:] == [row["answer"] for row in made]
     asked_for = read.manifest["asked"]

@@ -283,7 +283,7 @@ def test_losses_and_gradients_are_those_of_all_masks_at_once(
 ) -> None:
     """However the masks and the logits are cut into pieces."""
     monkeypatch.setattr(student_module, "ROWS", (rows_at_once, 0))
-    monkeypatch.setattr(student_module, "PIECE", 7)
+    monkeypatch.setattr(student_module, "PIECE", (7, 7))
     same_gradients(model, rows, kind)
 
 
@@ -564,8 +564,6 @@ def test_an_adapter_is_taken_up_for_the_next_weights(model: TransformersModel, t
     weights = tiny_llama(torch.float64).requires_grad_(False)
     weights.model.layers[0].mlp.up_proj.weight *= 1.01
     later = TransformersModel(weights, "fast")
-    with pytest.raises(AdapterError, match="whose weights these are not"):
-        adapter_folder.load(str(tmp_path), later)
     begun = started(str(tmp_path), later, replace(WHOLE, masks=1, rank=2))  # its own shape stays
     assert begun is not None
     assert begun.config.masks == WHOLE.masks

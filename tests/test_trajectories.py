@@ -632,7 +632,7 @@ def test_rows_without_states(tmp_path: Path) -> None:
     assert whole.rows["states"][:] == [ROW.states, ROW.states]
     assert whole.manifest["asked"]["block"] == 2
     plain = shards.read(folder_of(tmp_path / "distilled", block=None, states=None)).rows
-    assert plain.column_names == ["prompt", "answer", "temperature"]
+    assert plain.column_names == ["index", "prompt", "answer", "temperature"]
     assert plain["answer"][:] == [[6, 7, 8]] * 2
 
 

@@ -525,6 +525,66 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 SMALL = ("--steps", "2", "--batch", "2", "--every", "1", "--length", "48")
 
 
+def test_answers_by_somebody_else_are_learned_instead_of_the_text(
+    model: TransformersModel, rows: datasets.Dataset
+) -> None:
+    """The loss of keep is that of the plain text of prompt and foreign answer; noisy rows learn as before."""
+    answer = [7, 9, 11, 13, 1]
+    given = [{**row, "label": answer} for row in drawn(rows, 0, 1)]
+    collate = Noisy(CUT, BLOCK, NOISES[0], EOS, False)
+    learner = student(model, LORA, TunedLoss(keep="tokens", weight=0.0))
+    found, own = learner(**collate(given)), learner(**collate(drawn(rows, 0, 1)))
+    torch.testing.assert_close(found["loss"], own["loss"])  # of the noisy rows alone
+    merged = model.adapted(learner.adapter)
+    for row, kept in zip(given, found["kept"], strict=True):
+        logits = merged.reference([*row["prompt"], *answer])[len(row["prompt"]) - 1 : -1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+        torch.testing.assert_close(kept, expected, check_dtype=False)
+    assert not torch.allclose(found["kept"], own["kept"])
+
+
+def test_labels_of_a_file_are_those_of_its_prompts(
+    folder: Path, data: Path, command: Run, tmp_path: Path
+) -> None:
+    file = data.parent / "prompts.jsonl"
+    prompts = [json.loads(line) for line in file.read_text().splitlines()]
+    labelled = tmp_path / "labelled.jsonl"
+
+    def written(rows: list[dict[str, str]]) -> None:
+        labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(out: str, *more: str) -> tuple[int, str, str]:
+        words = (
+            "--model",
+            str(folder),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / out),
+            *SMALL,
+            "--rank",
+            "4",
+        )
+        return command("train", "cllm", *words, "--labels", str(labelled), *more)
+
+    written([{**row, "answer": f"def {i}("} for i, row in enumerate(prompts)])
+    code, _, err = train("first", "--keep", "tokens")
+    assert code == 0, err
+    asked = json.loads((tmp_path / "first" / "run.json").read_text())["asked"]
+    assert len(asked["labels"]) == 64
+    code, _, err = train("second")
+    assert code == 2
+    assert "keep=tokens" in err
+    for rows, says in (
+        ([{**row, "answer": "a"} for row in prompts[::-1]], "other prompts than"),
+        (prompts, "no row of"),
+    ):
+        written(rows)
+        code, _, err = train("third", "--keep", "tokens")
+        assert code == 2
+        assert says in err
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("method", ["cllm", "space-tuned"])
 def test_from_answers_to_a_tuned_model(

@@ -118,13 +118,13 @@ class LLM(PromptEncoder):
         model: "smollm2", a folder, a GGUF file, or a hub id (`owner/name`, `owner/name:file.gguf`); or a
         transformers model that is loaded already, with its `tokenizer`, wrapped by peft or quantised as it
         may be. method: a name (see `selfdraft.drafting.available`), with its `options`, or a `Method`.
-        adapter: a folder or a hub id, with which the method drafts (auto, bita, space), or which tunes the
-        model, for any method (`selfdraft train cllm`): then texts are those of the tuned weights. weights:
-        the format in which they run, "as-stored" (None), "bf16", "q8" or "q4". activations: bits to which the
-        inputs of products with 4- to 8-bit weights are rounded, 8 (None) or 16. dtype: "float32" or
-        "bfloat16" instead of weights. device: None is CUDA if there is one. numerics: "exact" gives every
-        token the same bits whatever the method, the batch or the step; "fast" does not promise that; None is
-        exact on the CPU, where it is possible. limits: what the engine may use, such as
+        adapter: a folder, a hub id or a shipped one ("smollm2-space"), with which the method drafts (auto,
+        bita, space), or which tunes the model, for any method (`selfdraft train cllm`): then texts are those
+        of the tuned weights. weights: the format in which they run, "as-stored" (None), "bf16", "q8" or "q4".
+        activations: bits to which the inputs of products with 4- to 8-bit weights are rounded, 8 (None) or
+        16. dtype: "float32" or "bfloat16" instead of weights. device: None is CUDA if there is one. numerics:
+        "exact" gives every token the same bits whatever the method, the batch or the step; "fast" does not
+        promise that; None is exact on the CPU, where it is possible. limits: what the engine may use, such as
         `Limits(kv_memory=2**30)`.
 
         On a CPU the model runs on this package's own decoder where that knows it, with an adapter too, else

@@ -26,7 +26,11 @@ MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Option of the method, NAME=VALUE; repeatable.")
 ]
 Adapter = Annotated[
-    str | None, typer.Option(help="Adapter that the method drafts with, or that tunes the model: a folder.")
+    str | None,
+    typer.Option(
+        help="Adapter that the method drafts with, or that tunes the model: a folder, a Hugging Face id, or "
+        "a shipped one (`selfdraft info` lists them)."
+    ),
 ]
 References = Annotated[
     list[Path] | None,

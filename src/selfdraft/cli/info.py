@@ -73,6 +73,7 @@ def _facts(
         "methods": [
             name for name in drafting.available() if own.loops is not None or not drafting.drafts_early(name)
         ],
+        "shipped adapters": list(folder.shipped(own)),
     }
     if own.loops is not None:
         facts["passes through its layers"] = own.loops.count

@@ -106,6 +106,14 @@ KeepWeight = Annotated[
     float, typer.Option(help="Weight of --keep in the loss; a higher weight lowers the tuning cost.")
 ]
 Smoothing = Annotated[float, typer.Option(help="Label smoothing of --keep tokens.")]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--labels",
+        help="The file of prompts that the data answer, with texts of somebody else in a column `answer`: "
+        "what --keep tokens learns instead of the model's own answers; repeatable.",
+    ),
+]
 Joint = Annotated[
     bool,
     typer.Option(
@@ -171,7 +179,8 @@ This changes the weights and thereby the text: drafting is lossless to the tuned
 cost is measured at the end. Decode with `--method jacobi --adapter`. `--window 8 --noise progressive`
 trains on several blocks in a row with increasing noise (Jacobi Forcing). The published training is
 `--full --unknown random --copies 1 --on-policy 0 --decay 1 --keep tokens --smoothing 0.1`, on greedy
-trajectories (`--greedy-share 1`); its texts are always the model's own here, never a data set's.
+trajectories (`--greedy-share 1`). `--keep tokens --labels prompts.jsonl` learns the texts of a data set (its
+column `answer`) instead of the model's own.
 {LEARNS}
 Examples:
 
@@ -239,6 +248,7 @@ def cllm(
     keep: Keep = "base",
     keep_weight: KeepWeight = 10.0,
     smoothing: Smoothing = 0.0,
+    labels: Labels = None,
     decay: Annotated[
         float, typer.Option(help="Weight of each row after the first wrong one, relative to the one before.")
     ] = 0.85,
@@ -286,6 +296,7 @@ def cllm(
             "noise": options.read(NoiseConfig, noisy, what),
             "start": start,
             "unknown": unknown,
+            "labels": tuple(labels or ()),
             "dtype": dtype,
             "device": device,
         },

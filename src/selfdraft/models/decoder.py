@@ -151,9 +151,11 @@ class Decoder:
             threads=self.threads,
             packed={names: out for names, out in self._built.packed.items() if not weights.changes(names)},
         )
-        tuned.loaded, tuned.grade, tuned.lookahead = self.loaded, "tuned", adapter.lookahead(self.vocab_size)
-        tuned.tuning_cost = adapter.tuning_cost
-        return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
+        tuned.loaded, tuned.grade, tuned.tuning_cost = self.loaded, "tuned", adapter.tuning_cost
+        if adapter.config.masks:  # which the tuned model itself does not take
+            return tuned.adapted(adapter.drafting())
+        tuned.lookahead = adapter.lookahead(self.vocab_size)
+        return tuned
 
     @property
     def _masks(self) -> int:

@@ -193,9 +193,11 @@ class TransformersModel:
         if adapter.config.gated:
             return self.learning(adapter)
         tuned = self._twin(merge(self.model, adapter))
-        tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", adapter.lookahead(self.vocab_size)
-        tuned.tuning_cost = adapter.tuning_cost
-        return tuned.adapted(adapter.drafting()) if adapter.config.masks else tuned
+        tuned.base, tuned.grade, tuned.tuning_cost = tuned, "tuned", adapter.tuning_cost
+        if adapter.config.masks:  # which the tuned model itself does not take
+            return tuned.adapted(adapter.drafting())
+        tuned.lookahead = adapter.lookahead(self.vocab_size)
+        return tuned
 
     def learning(self, adapter: Adapter) -> TransformersModel:
         """The same with LoRA beside the weights, gated or not, so that it can be trained."""

@@ -1,10 +1,10 @@
 """From rows of prompt and answer to training trees for a tuned student: the text with branches.
 
 `Masked` adds groups of mask tokens under anchors of the text (SPACE). `Noisy` adds blocks of a recorded
-Jacobi trajectory beside the answer (CLLM). Each noisy block follows the text before its place; in a window of
-several blocks it follows the noisy block before it, so that a row sees as much noise as in decoding with
-several blocks (the packed training of Jacobi Forcing). The noise of a block is drawn at random or increases
-over the window.
+Jacobi trajectory beside the answer (CLLM), and if the row has one, an answer by somebody else from which the
+text's loss is taken. Each noisy block follows the text before its place; in a window of several blocks it
+follows the noisy block before it, so that a row sees as much noise as in decoding with several blocks (the
+packed training of Jacobi Forcing). The noise of a block is drawn at random or increases over the window.
 
 A noisy row has a loss from the first wrong token on, because a row before it sees the text alone, and none
 after the end of the text. All draws are keyed by the number of the use (`Draws`): masks and states differ
@@ -40,6 +40,8 @@ class Packing:
     parents: list[int] = field(init=False)
     # Pairs of a branch row and its target row; NO_ROW if it has none.
     groups: list[list[tuple[int, int]]] = field(default_factory=list)
+    # The token that a row learns to say, by row, instead of the text's own; none: the text's.
+    labels: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.text)
@@ -51,6 +53,11 @@ class Packing:
         self.tokens += tokens
         self.parents += [row, *range(first, first + len(tokens) - 1)][: len(tokens)]
         return range(first, first + len(tokens))
+
+    def teach(self, row: int, answer: Sequence[int]) -> None:
+        """Add another answer under a row, to be learned instead of the text."""
+        hung = self.hang(row, answer[:-1])
+        self.labels = dict(zip((row, *hung), answer, strict=True))
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,8 @@ class Noisy:
                     self._fill(packing, start + 1, self.config.filler, dice)
                 else:
                     self._hang(packing, start + 1, row["states"], dice)
+            if row.get("label"):
+                packing.teach(start, row["label"][: self.cut.length // 2])
             made.append(packing)
             starts.append(0 if self.prompts else start)
         return batch(made, starts, max(self.block, self.config.reach))
@@ -196,7 +205,11 @@ def batch(packings: Sequence[Packing], starts: Sequence[int], size: int) -> dict
     for lane, (packing, start) in enumerate(zip(packings, starts, strict=True)):
         tokens[lane, : len(packing.tokens)] = torch.tensor(packing.tokens)
         parents[lane, : len(packing.parents)] = torch.tensor(packing.parents)
-        labels[lane, start : len(packing.text) - 1] = torch.tensor(packing.text[start + 1 :])
+        if packing.labels:
+            rows, learned = zip(*packing.labels.items(), strict=True)
+            labels[lane, torch.tensor(rows)] = torch.tensor(learned)
+        else:
+            labels[lane, start : len(packing.text) - 1] = torch.tensor(packing.text[start + 1 :])
         for number, group in enumerate(packing.groups):
             if group:
                 pairs[:, lane, number, : len(group)] = torch.tensor(group).T

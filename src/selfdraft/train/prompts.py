@@ -36,6 +36,8 @@ class Prompt:
     messages: Sequence[Mapping[str, str]] | None
     # Texts that the answer may quote.
     references: Sequence[str]
+    # An answer by somebody else, from which a tuned model may learn; see `tuning.TunedPlan.labels`.
+    answer: str | None = None
 
 
 class Prompts:
@@ -64,7 +66,8 @@ class Prompts:
     def __getitem__(self, index: int) -> Prompt:
         row = self._row(index)
         quoted = row["references"] or []
-        return Prompt(row["prompt"], row["messages"], [quoted] if isinstance(quoted, str) else quoted)
+        references = [quoted] if isinstance(quoted, str) else quoted
+        return Prompt(row["prompt"], row["messages"], references, row["answer"])
 
     def _row(self, index: int) -> dict[str, Any]:
         """A row in our columns."""
@@ -77,6 +80,7 @@ class Prompts:
             "prompt": text,
             "messages": given if text is None else None,
             "references": row.get("references"),
+            "answer": row.get("answer"),
         }
 
 

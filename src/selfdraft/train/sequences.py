@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .student import IGNORED
 
-STRIDE = 32  # texts are padded to a multiple of it
+STRIDE = 32  # see `Batches.stride`
 
 
 class Draws(Dataset[Any]):
@@ -45,10 +45,12 @@ class Batches:
     anchors: int
     # Masks per anchor.
     masks: int
+    # Texts are padded to a multiple of it.
+    stride: int = STRIDE
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         texts = [self.cut(row["prompt"], row["answer"]) for row in rows]
-        width = -(-max(len(text) for text, _ in texts) // STRIDE) * STRIDE
+        width = -(-max(len(text) for text, _ in texts) // self.stride) * self.stride
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         anchors, labels = [], []
         draws = [row.get("draw") for row in rows]

@@ -50,7 +50,8 @@ class Distilled:
 
     # What `distill.json` holds.
     manifest: Mapping[str, Any]
-    # A `datasets.Dataset` with the columns prompt, answer, temperature, and states if they were recorded.
+    # A `datasets.Dataset` with the columns index (of the prompt), prompt, answer, temperature, and states if
+    # they were recorded.
     rows: Any
 
 
@@ -180,7 +181,7 @@ def read(folder: Path) -> Distilled:
     if twice is not None:
         raise TrainingDataError(f"{folder} holds two rows of index {twice}; keep one, or distill again")
     order = sorted(range(len(index)), key=index.__getitem__)
-    return Distilled(held, joined.select(order).select_columns(wanted))
+    return Distilled(held, joined.select(order).select_columns(["index", *wanted]))
 
 
 def check_model(

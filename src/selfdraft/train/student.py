@@ -32,7 +32,7 @@ from ..models.kv_cache import Pair
 from ..models.transformers import TransformersModel
 
 IGNORED = -100  # the label of a mask without a target
-PIECE = 64  # rows of logits at a time
+PIECE = (64, 8192)  # rows of logits at a time, on a CPU, in whose cache they stay, and elsewhere
 ROWS = (512, 16384)  # of masks in one forward, on a CPU and elsewhere
 
 
@@ -269,7 +269,7 @@ class Student(torch.nn.Module):
         predict, [lanes * groups * masks]: neighbouring anchors have most of them in common."""
         lane, true = self._places(text, anchors)
         places, index = torch.unique((lane * text.shape[1] + true).flatten(), return_inverse=True)
-        rows = text.flatten(0, 1)[places].split(PIECE)
+        rows = text.flatten(0, 1)[places].split(PIECE[text.device.type != "cpu"])
         return torch.cat([self.model.output(part).float().softmax(-1) for part in rows]), index
 
 
@@ -296,8 +296,9 @@ class CrossEntropy(torch.autograd.Function):
         [rows]. Returns the loss, and tokens [rows]."""
         loss, best = weights.new_zeros(()), []
         slopes: list[Tensor] = []
-        for start in range(0, len(states), PIECE):
-            piece = slice(start, start + PIECE)
+        size = PIECE[states.device.type != "cpu"]
+        for start in range(0, len(states), size):
+            piece = slice(start, start + size)
             with torch.enable_grad():
                 mine = states[piece].detach().requires_grad_()
                 made = head(mine)

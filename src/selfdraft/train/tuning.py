@@ -7,6 +7,7 @@ rounded and merged: the convergence of its blocks, the accuracy of its masks, an
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,7 @@ from .calibration import calibrate, frequent_ids, window_acceptance
 from .distill import tokenizer_sha256
 from .filler import choose_filler
 from .packed import Masked, NoiseConfig, Noisy
+from .prompts import Prompts
 from .sequences import Batches
 from .student import Loss, Student, fresh, started
 from .trainer import SECONDS, Collate, Schedule, train
@@ -58,6 +60,9 @@ class TunedPlan:
     full: bool = False
     # How many ids the masks may predict, the most frequent; 0: all.
     vocabulary: Annotated[int, Ge(0)] = 8192
+    # Files of the prompts that the data answer, each row with an `answer` by somebody else: the text that the
+    # loss of keep learns (CLLM's ground-truth labels). None: the model's own answers.
+    labels: tuple[str, ...] = ()
     # Share of the rows to train on.
     share: Annotated[float, Gt(0), Le(1)] = 1.0
     # An adapter of the same kind to start from. The data may be its own trajectories.
@@ -77,6 +82,8 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     pretrained, tokenizer = load_pretrained(plan.model, plan.dtype, plan.device)
     model = drive(pretrained.requires_grad_(False), "fast")
     distilled = shards.read(plan.data)
+    if plan.labels and (plan.noise is None or plan.loss.keep != "tokens"):
+        raise InvalidOption("labels: answers by somebody else are learned by cllm, with keep=tokens")
     if plan.start is not None and plan.full:
         raise InvalidOption("start: an adapter to start from goes with LoRA, not with all weights")
     start = started(plan.start, model, plan.config)
@@ -87,6 +94,8 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
     adapter = start or fresh(model, plan.config, plan.schedule.seed)
     params = SamplingParams(max_new_tokens=MAX_ANSWER, eos=tuple(distilled.manifest["asked"]["eos"]))
     rows = _usable(plan, distilled)
+    if plan.labels:
+        rows = _labelled(plan, rows, distilled.manifest, tokenizer)
     rows, held_out = run.split(rows, plan.data)
     rows = rows.select(range(max(1, round(plan.share * len(rows)))))
     watched = held_out.select(range(min(WATCHED, len(held_out))))
@@ -97,6 +106,8 @@ def tune(plan: TunedPlan, report: Callable[[str], None] = lambda line: None) -> 
         )
     student = TunedStudent(model, adapter, plan.loss, plan.full)
     asked = run.asked(plan, distilled, start)
+    if plan.labels:  # by content, as the data
+        asked["labels"] = hashlib.sha256(json.dumps([*rows["label"]]).encode()).hexdigest()
     run.claim(plan.out, asked)
     trained = sum(part.numel() for part in student.parameters())
     share = trained / pretrained.num_parameters()
@@ -165,7 +176,31 @@ def _usable(plan: TunedPlan, distilled: shards.Distilled) -> Any:
             f"{plan.data} holds blocks of {block} tokens, and length is {plan.schedule.length}; raise it"
         )
     kept = [i for i, found in enumerate(distilled.rows["states"]) if found]
-    return distilled.rows.select(kept).select_columns([*shards.COLUMNS, "states"])
+    return distilled.rows.select(kept).select_columns(["index", *shards.COLUMNS, "states"])
+
+
+def _labelled(plan: TunedPlan, rows: Any, manifest: Mapping[str, Any], tokenizer: Any) -> Any:
+    """The rows whose prompts have an answer by somebody else, with its token ids as `label`.
+
+    Raises TrainingDataError for other prompts than the data answer, and where none has an answer.
+    """
+    prompts = Prompts(plan.labels)
+    if manifest["asked"]["prompts"]["sha256"] != prompts.sha256:
+        raise TrainingDataError(
+            f"labels: {', '.join(plan.labels)} holds other prompts than {plan.data} answers; give the files "
+            "that were given to `selfdraft trajectories`, in that order"
+        )
+
+    def label(index: int) -> list[int]:
+        text = prompts[index].answer
+        ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) and text else []
+        return [*ids, tokenizer.eos_token_id] if ids else []
+
+    found = [label(index) for index in rows["index"]]
+    kept = [i for i, ids in enumerate(found) if ids]
+    if not kept:
+        raise TrainingDataError(f"labels: no row of {', '.join(plan.labels)} has a text in `answer`")
+    return rows.select(kept).add_column("label", [found[i] for i in kept])
 
 
 def _block(manifest: Mapping[str, Any]) -> int:
@@ -188,8 +223,11 @@ def _finished(plan: TunedPlan, student: TunedStudent) -> TransformersModel:
         return student.base.adapted(student.adapter)
     tuned = student.learner.copied(student.base.dtype)
     tuned.model.requires_grad_(False)
-    tuned.base, tuned.grade, tuned.lookahead = tuned, "tuned", student.adapter.lookahead(tuned.vocab_size)
-    return tuned.adapted(student.adapter.drafting()) if plan.config.masks else tuned
+    tuned.base, tuned.grade = tuned, "tuned"
+    if plan.config.masks:
+        return tuned.adapted(student.adapter.drafting())
+    tuned.lookahead = student.adapter.lookahead(tuned.vocab_size)
+    return tuned
 
 
 def _calibrated(

@@ -1,14 +1,18 @@
 """Adapters on disk: a folder with `adapter_config.json`, `adapter_model.safetensors` and a card.
 
 LoRA parts are named and laid out as peft does, so peft reads them; mask embeddings and prefix stand beside
-them, and what only this package knows stands under "selfdraft" in the config. A folder is bound to its base
-by the fingerprint of the base's config and weights: drafts of another one would be of no use.
+them, and what only this package knows stands under "selfdraft" in the config. A folder names its base by the
+fingerprint of the base's config and weights. Other weights of the same shape (another quantisation, the
+checkpoint before it was quantised) take it with a warning, since drafts cannot change a text; a model of
+another shape or vocabulary is refused. The package ships some: each folder in `shipped` is found by its name.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -24,6 +28,8 @@ from ...errors import AdapterError, InvalidOption
 from ..kv_cache import Pair
 from .adapter import Adapter, AdapterConfig, LowRank
 
+LOG = logging.getLogger("selfdraft")
+SHIPPED = Path(__file__).parent / "shipped"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 VOCABULARY = "mask_vocabulary"  # the ids that masks predict, where these are not all
@@ -71,8 +77,9 @@ def chosen(method: Method, label: str, name: str, given: str | None) -> str | No
     """
     if given is None and getattr(method, "adapted", False):
         raise AdapterError(
-            f"method {label!r} drafts with an adapter of {name}: give a folder or a hub id (adapter=..., "
-            f"--adapter), or train one with `selfdraft train {label}`"
+            f"method {label!r} drafts with an adapter of {name}: give a folder, a hub id or one that is "
+            f"shipped ({', '.join(shipped())}) as adapter=... or --adapter, or train one with "
+            f"`selfdraft train {label}`"
         )
     return given
 
@@ -98,22 +105,34 @@ def drafts_with(method: Method) -> bool:
     return getattr(method, "adapted", False) or getattr(method, "adaptable", False)
 
 
+def shipped(model: Base | None = None) -> dict[str, Path]:
+    """Folders of the adapters in the package, by name; of a model, those that fit it."""
+    folders = {path.parent.name: path.parent for path in sorted(SHIPPED.glob(f"*/{CONFIG}"))}
+    if model is None:
+        return folders
+    own = shape(model)
+    return {name: path for name, path in folders.items() if _config(path, name)[1].get("shape") == own}
+
+
+def shape(model: Base) -> dict[str, int]:
+    """What must be equal in a model for an adapter of another to fit it."""
+    hidden, pairs, _ = model.adapter_shape(())
+    return {"vocabulary": model.vocab_size, "hidden": hidden, "layers": len(pairs)}
+
+
 def load(source: str, model: Base, bound: bool = True) -> Adapter:
-    """The adapter of a folder or a hub id, for a model, in its dtype.
+    """The adapter of a folder, a hub id or a shipped name, for a model, in its dtype. A folder here goes
+    before a shipped adapter of the same name.
 
-    bound: refuse one that was trained for another base. False where its training is only continued.
+    bound: look at what it was trained for, warn about other weights of the same shape, and refuse another
+    shape. False where its training is only continued.
 
-    Raises AdapterError where files are missing or damaged, or where it was trained for another base.
+    Raises AdapterError where files are missing or damaged, or where it was trained for another shape.
     """
     folder = _folder(source)
     config, about = _config(folder, source)
-    base = about.get("base")
-    if bound and base != model.fingerprint():
-        raise AdapterError(
-            f"adapter {source} was trained for {about.get('base_name')!r}, whose weights these are not: "
-            f"config and weights hash to {base!s:.12}..., those of {model.config.name_or_path or model.name} "
-            "to something else; load the base it names, or train an adapter for this one"
-        )
+    if bound:
+        _check_base(about, config, model, source)
     weights = _weights(folder, source)
     adapter = Adapter(config, *model.adapter_shape(config.targets if config.rank else ()))
     adapter.vocabulary = _vocabulary(weights.pop(VOCABULARY, None), model, source)
@@ -121,6 +140,34 @@ def load(source: str, model: Base, bound: bool = True) -> Adapter:
     adapter.odds, adapter.tuning_cost = about["odds"], about.get("tuning_cost")
     few = torch.float32 if model.device.type == "cpu" and model.dtype != torch.float64 else model.dtype
     return adapter.to(model.device, few).requires_grad_(False)
+
+
+def _check_base(about: Mapping[str, Any], config: AdapterConfig, model: Base, source: str) -> None:
+    """Warn if a model is not the base of an adapter. Raises AdapterError if it is of another shape."""
+    if about.get("base") == model.fingerprint():
+        return
+    base, own = about.get("base_name"), shape(model)
+    if about.get("shape") != own:
+        raise AdapterError(
+            f"adapter {source} was trained for {base!r}, a model of another shape "
+            f"({_words(about.get('shape'))}) than this {model.name} ({_words(own)}): load the base it names, "
+            "or train an adapter for this one"
+        )
+    follows = (
+        "fewer of its draft tokens may be accepted; the text is the model's own"
+        if config.gated
+        else "the text is that of these weights tuned with it, and its tuning cost was measured on others"
+    )
+    _warn(f"adapter {source} was trained for other weights ({base!r}) than those of this model: {follows}")
+
+
+@cache  # once, however many engines share a model
+def _warn(text: str) -> None:
+    LOG.warning("%s", text)
+
+
+def _words(sizes: Mapping[str, int] | None) -> str:
+    return ", ".join(f"{name} {size}" for name, size in (sizes or {}).items()) or "which it does not say"
 
 
 def save(
@@ -154,6 +201,7 @@ def save(
         "filler": config.filler,
         "base": model.fingerprint(),
         "base_name": base_name,
+        "shape": shape(model),
         "odds": adapter.odds,
         **about,
     }
@@ -219,7 +267,8 @@ def _config(folder: Path, source: str) -> tuple[AdapterConfig, dict[str, Any]]:
         look = {"ids": range(config.masks), "odds": about.get("odds", {})}
         return config, {**about, "odds": options.read(Lookahead, look, "adapter").odds}
     except FileNotFoundError as error:
-        raise AdapterError(f"adapter {source}: no {CONFIG} there") from error
+        hidden = " (the folder here goes before the shipped adapter of that name)" * (source in shipped())
+        raise AdapterError(f"adapter {source}: no {CONFIG} there{hidden}") from error
     except (OSError, ValueError, KeyError, TypeError, InvalidOption) as error:
         raise AdapterError(f"adapter {source}: {CONFIG} is not one of this package ({error})") from error
 
@@ -247,8 +296,13 @@ def _folder(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if source in shipped():
+        return shipped()[source]
     if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise AdapterError(f"no adapter folder {source}; give a folder or a hub id (owner/name)")
+        raise AdapterError(
+            f"no adapter folder {source}; give a folder, a hub id (owner/name) or one that is shipped: "
+            f"{', '.join(shipped())}"
+        )
     from huggingface_hub import snapshot_download
 
     try:
