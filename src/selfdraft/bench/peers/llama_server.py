@@ -2,8 +2,9 @@
 
 The program is found by the environment variable SELFDRAFT_LLAMA_SERVER, or as `llama-server` on the path. It
 runs with one slot and its own defaults (flash attention where it is faster, keys and values in float16; in
-float32 where the other arms compute in that), and every prompt is read anew. `ngram-mod` and `ngram-cache` remember earlier answers, so for them every answer
-gets a server that has just started; else a repeated prompt would be drafted from its own answer.
+float32 where the other arms compute in that), and every prompt is read anew. `ngram-mod` and `ngram-cache`
+remember earlier answers, so for them every answer gets a server that has just started; else a repeated prompt
+would be drafted from its own answer.
 
 The server streams token by token, and says with each how many tokens it has drafted and accepted so far,
 which makes the steps. Streaming takes it 1 or 2 % of its time.
