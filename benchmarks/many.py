@@ -3,12 +3,11 @@
     python benchmarks/many.py throughput --data DIR [--llama-python PYTHON] [--model FILE.gguf] [--other SRC]
     python benchmarks/many.py stall | chat | memory
 
-throughput: tokens per second of n requests that come together, plain and llma, and llama.cpp's parallel
-decoding of the same prompts from the same file, in turn; with --other also those of another version of this
-package, from its sources. stall: time between tokens of a running request
-while a prompt of 4,000 tokens is read. chat: time to the first token of each of ten turns, with and without
-the prefix cache. memory: what 1,000 waiting prompts, and one long text beside 31 short ones, hold. The last
-line is JSON."""
+throughput: tokens per second of n requests that come together, by each of --methods, and by llama.cpp's
+parallel decoding of the same prompts from the same file, in turn; with --other also those of another version
+of this package, from its sources. stall: time between tokens of a running request while a prompt of 4,000
+tokens is read. chat: time to the first token of each of ten turns, with and without the prefix cache. memory:
+what 1,000 waiting prompts, and one long text beside 31 short ones, hold. The last line is JSON."""
 
 from __future__ import annotations
 
@@ -88,7 +87,7 @@ import json, sys, time
 from selfdraft import LLM, Engine, SamplingParams
 llm = LLM(sys.argv[1], weights=sys.argv[2] or None)
 llm.model.cost(1)
-methods = {name: llm.using(name).method for name in ("plain", "llma")}
+methods = {name: llm.using(name).method for name in sys.argv[4:]}
 for line in sys.stdin:
     name, prompts = json.loads(line)
     engine, start = Engine(llm.model), time.perf_counter()
@@ -104,25 +103,23 @@ for line in sys.stdin:
 def throughput(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second by number of requests, of each way; the best of the rounds."""
     prompts = _prompts(llm, Path(asked.data), max(asked.requests))
-    table: dict[str, dict[int, float]] = {"plain": {}, "llma": {}}
+    table: dict[str, dict[int, float]] = {}
     equal = True
     other = _other(asked) if asked.other else None
     for count in asked.requests:
-        ways: dict[str, Run] = {
-            name: partial(_own, llm.using(name), asked.tokens) for name in ("plain", "llma")
-        }
+        ways: dict[str, Run] = {name: partial(_own, llm.using(name), asked.tokens) for name in asked.methods}
         worker = _worker(llm, asked, count) if asked.llama_python else None
         if worker is not None:
             ways["llama.cpp"] = partial(_ask, worker)
         if other is not None:
-            ways |= {f"other {name}": partial(_ask, other, name) for name in ("plain", "llma")}
+            ways |= {f"other {name}": partial(_ask, other, name) for name in asked.methods}
         best: dict[str, float] = {}
         for _ in range(asked.rounds):
             texts = {}
             for way, run in ways.items():
                 took, texts[way] = run(prompts[:count])
                 best[way] = max(sum(map(len, texts[way])) / took, best.get(way, 0.0))
-            equal &= texts["plain"] == texts["llma"]
+            equal &= all(texts[name] == texts[asked.methods[0]] for name in asked.methods)
         if worker is not None:
             worker.kill()
         for way, rate in best.items():
@@ -130,7 +127,7 @@ def throughput(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
         print(count, "requests:", ", ".join(f"{way} {rate:.0f}" for way, rate in best.items()), flush=True)
     if other is not None:
         other.kill()
-    return {"tokens per second": table, "texts of llma are plain's": equal, "tokens": asked.tokens}
+    return {"tokens per second": table, "all methods give the same texts": equal, "tokens": asked.tokens}
 
 
 def stall(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
@@ -246,6 +243,7 @@ def _worker(llm: LLM, asked: argparse.Namespace, count: int) -> subprocess.Popen
 
 def _other(asked: argparse.Namespace) -> subprocess.Popen[str]:
     words = [sys.executable, "-c", OTHER, asked.model, asked.weights or "", str(asked.tokens)]
+    words += asked.methods
     return _started(words, {**os.environ, "PYTHONPATH": asked.other})
 
 
@@ -273,6 +271,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--weights")
     parser.add_argument("--data", default="data", help="folder of the benchmark sets")
+    parser.add_argument("--methods", nargs="+", default=["plain", "auto", "llma"])
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python")
     parser.add_argument("--other", help="folder of the sources of another version, its kernels built")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64])

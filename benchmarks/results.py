@@ -29,8 +29,13 @@ SECTIONS = {  # name -> what was measured
     "smollm2-bf16": "SmolLM2-135M-Instruct in bfloat16",
     "qwen-coder": "Qwen2.5-Coder, a model of code",
     "smollm2-transformers": "SmolLM2-135M-Instruct on transformers' forward (SELFDRAFT_KERNELS=none)",
-    "looped-tiny": "looped-tiny, the looped model in the package",
+    "looped-tiny": "looped-tiny, a toy: the looped model in the package",
     "gpu": "On a GPU",
+}
+NOTES = {  # name -> what a reader of its figures must know
+    "looped-tiny": "It has three layers that run four times, and learned from Python files. It shows that "
+    "`speed`, which runs the stages of a looped model as a pipeline, works, and what it gains. Its texts, "
+    "which soon repeat themselves, measure nothing else.",
 }
 IN_README = ("smollm2", "smollm2-bf16", "qwen-coder")
 NOT_MEASURED = "not measured yet"
@@ -145,6 +150,8 @@ def _missing(name: str) -> str:
 
 
 def _section(name: str, report: Report) -> Iterator[str]:
+    if name in NOTES:
+        yield NOTES[name]
     yield "\n".join(f"- {line}" for line in [f"section: `{name}`", *_circumstances(report)])
     for suite, found in report["suites"].items():
         left = f", {found['too_long']} left out as too long" if found["too_long"] else ""

@@ -1,23 +1,27 @@
 """Load on a running `selfdraft serve`, whether it grows, and what `prediction` saves on edits.
 
-    python benchmarks/serve.py load --data DIR [--methods llma plain] [--llama-python PYTHON] [--rounds 2]
+    python benchmarks/serve.py load --data DIR [--methods auto plain] [--llama-server PROGRAM] [--rounds 2]
     python benchmarks/serve.py soak [--requests 5000]
     python benchmarks/serve.py edits --data DIR --model qwen-coder.gguf [--items 60]
 
 load: n clients, each of which asks again as soon as it is answered, in turn by every method and, on the same
-GGUF file, of llama-cpp-python's server, which answers one request at a time; it is not llama.cpp's own.
-Chats, edits and summaries of some 450 tokens, greedy; no run finds the prompts of another in the prefix
-cache. soak: short requests by 16 clients. edits: each edit by plain decoding, and by the method without and
-with `prediction`, one after another. `quoted`: the prompt holds the function that the prediction repeats. In
-the other cases it holds a signature. `known`: the prediction is the body that a person wrote; `again`: the
-model's answer to the same request before a sentence was added; `same`: its answer to this very request, which
-bounds what can be gained. Memory: of all processes of a server, at its peak (Linux). The last line is JSON.
+GGUF file, of llama.cpp's `llama-server` with as many slots as clients (--llama-server, or the environment
+variable SELFDRAFT_LLAMA_SERVER; with --llama-drafter also with n-gram drafters of its) and of
+llama-cpp-python's server (--llama-python), which answers one request at a time. Chats, edits and summaries of
+some 450 tokens, greedy; no run finds the prompts of another in the prefix cache. soak: short requests by 16
+clients. edits: each edit by plain decoding, and by the method without and with `prediction`, one after
+another; answers are kept in --out as they come, and the same command goes on from there. `quoted`: the prompt
+holds the function that the prediction repeats. In the other cases it holds a signature. `known`: the
+prediction is the body that a person wrote; `again`: the model's answer to the same request before a sentence
+was added; `same`: its answer to this very request, which bounds what can be gained. Memory: of all processes
+of a server, at its peak (Linux). The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -28,9 +32,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +43,18 @@ import torch
 
 from selfdraft._common import machine
 from selfdraft.bench import source, suite
+from selfdraft.bench.peers.llama_server import drafting
 from selfdraft.bench.stored import gguf_source
 
 SUITES = ("mt_bench", "py_edits", "llma_cnndm")
 LONGEST = 2_400
 """Characters of a prompt, at most: some 700 tokens."""
 SERVE = "from selfdraft.cli import main; main()"
+SLOTS = 64
+"""Requests that llama.cpp's server works on at once, at most."""
+ROOM = 1_024
+"""Tokens of context for each of them."""
+COUNTED: dict[str, Any] = {"stream_options": {"include_usage": True}}
 ADDED = "Use descriptive names for variables."
 """What the second request of a case `again` says beside the first."""
 
@@ -95,17 +106,35 @@ def selfdraft(model: str, *more: str) -> Iterator[Served]:
 
 
 @contextmanager
-def llama_server(python: str, model: str) -> Iterator[Served]:
+def llama_server(program: str, model: str, clients: int, drafter: str) -> Iterator[Served]:
+    """llama.cpp's server: a slot for each client, continuous batching, its prompt cache, defaults otherwise.
+    drafter: as in the names of the bench's baselines; empty: none."""
+    slots, threads = min(clients, SLOTS), str(torch.get_num_threads())
+    words = [program, "-m", str(gguf_source(model) or model), "-np", str(slots), "-c", str(slots * ROOM)]
+    words += ["-t", threads, "-tb", threads, "--cont-batching", *drafting(drafter), "--no-ui", "--offline"]
+    with _listening(words, "/health") as served:
+        yield served
+
+
+@contextmanager
+def llama_python(python: str, model: str) -> Iterator[Served]:
     """llama-cpp-python's server. Its default ends an answer when another request comes; here that waits."""
-    port = random.randrange(20_000, 30_000)
-    options = {"model": gguf_source(model) or model, "port": port, "n_threads": os.cpu_count(), "n_ctx": 2048}
-    options |= {"n_threads_batch": os.cpu_count(), "interrupt_requests": False, "logits_all": False}
+    threads = torch.get_num_threads()
+    options = {"model": gguf_source(model) or model, "n_threads": threads, "n_ctx": 2048}
+    options |= {"n_threads_batch": threads, "interrupt_requests": False, "logits_all": False}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words = [python, "-m", "llama_cpp.server", *words, "--model_alias", "m", "--verbose", "False"]
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(words, stdout=quiet, stderr=quiet, text=True) as process:
+    with _listening(words, "/v1/models") as served:
+        yield served
+
+
+@contextmanager
+def _listening(words: Sequence[str], path: str) -> Iterator[Served]:
+    """A server that takes `--port`, once it answers at a path."""
+    port, quiet = random.randrange(20_000, 30_000), subprocess.DEVNULL
+    with subprocess.Popen([*words, "--port", str(port)], stdout=quiet, stderr=quiet, text=True) as process:
         try:
-            _await(f"http://127.0.0.1:{port}/v1/models", process)
+            _await(f"http://127.0.0.1:{port}{path}", process)
             yield Served(port, process)
         finally:
             process.terminate()
@@ -174,30 +203,41 @@ async def crowd(port: int, clients: int, messages: Sequence[str], **body: Any) -
 def load(asked: argparse.Namespace) -> dict[str, Any]:
     """Figures by number of clients and way."""
     found: dict[str, Any] = {}
+    peaks: dict[str, float] = {}
     with selfdraft(asked.model, *asked.serve) as own:
-        ways: dict[str, tuple[int, dict[str, Any]]] = {
-            name: (own.port, {"method": name, "stream_options": {"include_usage": True}})
-            for name in asked.methods
-        }
         for clients in asked.clients:
             messages = mixed(asked.data, max(asked.least, clients * asked.each))
-            runs: dict[str, list[tuple[float, list[Answer]]]] = {name: [] for name in ways}
+            runs: dict[str, list[tuple[float, list[Answer]]]] = {}
             for _ in range(asked.rounds):
-                for name, (port, body) in ways.items():
-                    salted = {**body, "cache_salt": secrets.token_hex(8)}
-                    runs[name].append(_run(port, clients, messages, asked.tokens, salted))
-            if asked.llama_python:
-                with llama_server(asked.llama_python, asked.model) as other:
-                    runs["llama.cpp"] = [_run(other.port, clients, messages, asked.tokens, {})]
-                    peak = other.memory()
-            texts = {name: [a.text for a in run[0][1]] for name, run in runs.items() if name in ways}
+                for name in asked.methods:
+                    body = {"method": name, "cache_salt": secrets.token_hex(8), **COUNTED}
+                    runs.setdefault(name, []).append(_run(own.port, clients, messages, asked.tokens, body))
+                for name, (start, body) in _others(asked, clients).items():
+                    with start() as other:
+                        run = _run(other.port, clients, messages, asked.tokens, body)
+                        peaks[name] = max(other.memory(), peaks.get(name, 0.0))
+                    runs.setdefault(name, []).append(run)
+            texts = [[answer.text for answer in runs[name][0][1]] for name in asked.methods]
             found[str(clients)] = {name: figures(each) for name, each in runs.items()}
-            found[str(clients)]["same texts"] = len({tuple(each) for each in texts.values()}) == 1
+            found[str(clients)]["same texts"] = all(each == texts[0] for each in texts)
             for name, each in found[str(clients)].items():
                 print(f"{clients:3} clients, {name:12}", each, flush=True)
-        if asked.llama_python:
-            found["llama.cpp"] = "llama-cpp-python's server, one request at a time"
-        found["peak MB"] = {"selfdraft": own.memory()} | ({"llama.cpp": peak} if asked.llama_python else {})
+        found["peak MB"] = {"selfdraft": own.memory(), **peaks}
+    return found
+
+
+def _others(
+    asked: argparse.Namespace, clients: int
+) -> dict[str, tuple[Callable[[], AbstractContextManager[Served]], dict[str, Any]]]:
+    """Other servers: how they are started, for each round anew, since their caches know no salt; and what
+    their requests say."""
+    found: dict[str, tuple[Callable[[], AbstractContextManager[Served]], dict[str, Any]]] = {}
+    if asked.llama_server:
+        for drafter in ["", *asked.llama_drafter]:
+            name = f"llama-server {drafter}".strip()
+            found[name] = partial(llama_server, asked.llama_server, asked.model, clients, drafter), COUNTED
+    if asked.llama_python:
+        found["llama-cpp-python"] = partial(llama_python, asked.llama_python, asked.model), {}
     return found
 
 
@@ -241,22 +281,39 @@ def soak(asked: argparse.Namespace) -> dict[str, Any]:
 
 def edits(asked: argparse.Namespace) -> dict[str, Any]:
     """Plain decoding, the method, and the method with a prediction, by case."""
-    found = {}
+    rows: dict[str, list[dict[str, Answer]]] = {name: [] for name in asked.cases}
     with selfdraft(asked.model, "--default", "temperature=0", *asked.serve) as own:
-        for name in asked.cases:
-            rows = []
-            for prompt, text in cases(name, asked.data, asked.items, own.port, asked.tokens):
+        answers = Answers(own.port, asked)
+        drawn = [cases(name, asked.data, asked.items, answers) for name in asked.cases]
+        for done, group in enumerate(zip(*drawn, strict=False), 1):
+            for name, (prompt, text) in zip(asked.cases, group, strict=True):
                 prediction = {"prediction": {"type": "content", "content": text}}
                 ways = {"plain": {"method": "plain"}, "without": {}, "with": prediction}
-                rows.append({way: _one(own.port, prompt, asked.tokens, body) for way, body in ways.items()})
-            found[name] = compared(rows)
-            print(name, found[name], flush=True)
+                rows[name].append({way: answers.to(prompt, body) for way, body in ways.items()})
+            if done in (1, asked.items) or done % 10 == 0:
+                found = {name: compared(each) for name, each in rows.items()}
+                print("\n".join(f"{name}: {figures}" for name, figures in found.items()), flush=True)
     return found
 
 
-def _one(port: int, prompt: str, tokens: int, body: Mapping[str, Any]) -> Answer:
-    more = {"cache_salt": secrets.token_hex(8), "stream_options": {"include_usage": True}, **body}
-    return asyncio.run(ask(port, prompt, max_tokens=tokens, **more))
+class Answers:
+    """Answers to edits, each measured once: they are read from a file, and kept in it as they come."""
+
+    def __init__(self, port: int, asked: argparse.Namespace) -> None:
+        self.port, self.tokens, self.file = port, asked.tokens, Path(asked.out)
+        self.about = [asked.model, asked.tokens, asked.serve]
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        self.known = {key: Answer(**answer) for key, answer in map(json.loads, lines)}
+
+    def to(self, prompt: str, body: Mapping[str, Any]) -> Answer:
+        said = json.dumps([*self.about, prompt, body], sort_keys=True)
+        key = hashlib.sha256(said.encode()).hexdigest()
+        if key not in self.known:
+            more = {"cache_salt": secrets.token_hex(8), **COUNTED, **body}
+            self.known[key] = asyncio.run(ask(self.port, prompt, max_tokens=self.tokens, **more))
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, asdict(self.known[key])]) + "\n")
+        return self.known[key]
 
 
 def compared(rows: Sequence[Mapping[str, Answer]]) -> dict[str, Any]:
@@ -267,6 +324,9 @@ def compared(rows: Sequence[Mapping[str, Answer]]) -> dict[str, Any]:
         times = [row[way].last - (getattr(row[way], since) if since else 0.0) for row in rows]
         return round(statistics.median(times), 3)
 
+    def ratio(way: str) -> float:
+        return round(statistics.median(row[way].last / row["with"].last for row in rows), 3)
+
     return {
         "edits": len(rows),
         "identical": sum(len({answer.text for answer in row.values()}) == 1 for row in rows),
@@ -276,16 +336,15 @@ def compared(rows: Sequence[Mapping[str, Answer]]) -> dict[str, Any]:
             way: round(statistics.median(r[way].final["selfdraft"]["tokens_per_forward"] for r in rows), 2)
             for way in rows[0]
         },
-        "with / without, median of ratios": round(
-            statistics.median(row["with"].last / row["without"].last for row in rows), 3
-        ),
+        "without / with, median of ratios": ratio("without"),
+        "plain / with, median of ratios": ratio("plain"),
         "accepted": sum(count["accepted_prediction_tokens"] for count in counts),
         "rejected": sum(count["rejected_prediction_tokens"] for count in counts),
         "tokens": sum(row["with"].tokens for row in rows),
     }
 
 
-def cases(name: str, data: str, count: int, port: int, tokens: int) -> Iterator[tuple[str, str]]:
+def cases(name: str, data: str, count: int, answers: Answers) -> Iterator[tuple[str, str]]:
     """Prompts and predictions."""
     kind = suite.named("py_edits")
     if name != "quoted":
@@ -299,7 +358,7 @@ def cases(name: str, data: str, count: int, port: int, tokens: int) -> Iterator[
             yield prompt, item.turns[0] + text
         else:
             asked = f"{prompt}\n\n{ADDED}" if name == "again" else prompt
-            yield asked, _one(port, prompt, tokens, {}).text
+            yield asked, answers.to(prompt, {}).text
 
 
 def mixed(data: str, count: int) -> list[str]:
@@ -352,7 +411,13 @@ def main() -> None:
     parser.add_argument("what", choices=["load", "soak", "edits"])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default="data", help="folder of the benchmark sets")
-    parser.add_argument("--methods", nargs="+", default=["llma", "plain"])
+    parser.add_argument("--methods", nargs="+", default=["auto", "plain"])
+    parser.add_argument(
+        "--llama-server", default=os.environ.get("SELFDRAFT_LLAMA_SERVER"), help="llama.cpp's program"
+    )
+    parser.add_argument(
+        "--llama-drafter", nargs="+", default=[], help="such as ngram-simple:size-n=4,size-m=16"
+    )
     parser.add_argument("--llama-python", help="a Python with llama-cpp-python[server]")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--each", type=int, default=2, help="requests of a client")
@@ -361,6 +426,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--items", type=int, default=60)
+    parser.add_argument("--out", default="edits.jsonl", help="file of the answers to edits")
     parser.add_argument("--cases", nargs="+", default=["quoted", "known", "again", "same"])
     asked, asked.serve = parser.parse_known_args()
     found = globals()[asked.what](asked)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from selfdraft import LLM, SamplingParams
 from selfdraft.async_llm import AsyncLLM, Process
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.scheduler import Limits
+from selfdraft.engine_loop import EngineLoop
 from selfdraft.errors import (
     EngineClosed,
     InvalidOption,
@@ -25,7 +27,7 @@ from selfdraft.errors import (
     ModelUnsupported,
     QueueFull,
 )
-from selfdraft.sampling.grammar import Grammar, Grammars
+from selfdraft.sampling.grammar import Grammar, Grammars, Guide
 
 PROMPTS = ["def add", "class Tree", "for i in", "return self"]
 
@@ -201,7 +203,7 @@ def test_an_engine_that_breaks_ends_its_requests(folder: Path, monkeypatch: pyte
 def test_the_vocabulary_is_read_before_requests_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
-    """Without `grammars` the engine's thread reads it, while its requests wait."""
+    """Without `grammars` the first request that has one lets it be read."""
     pytest.importorskip("llguidance", reason="the extra serve is not installed")
     read_by = []
     read = Grammars.__init__
@@ -216,4 +218,44 @@ def test_the_vocabulary_is_read_before_requests_run(
             ticket = served.submit([5, 6], params(0), grammar=Grammar("regex", "(a|b){3}"))
             assert set(ticket.wait().text) <= {"a", "b"}
     assert len(read_by) == 1
-    assert (read_by[0] != "selfdraft-engine") == before
+    assert read_by[0].startswith("selfdraft-grammars") != before
+
+
+def in_the_engine(loop: EngineLoop) -> None:
+    """The fault: grammars are compiled by the thread that steps."""
+    loop._compiler = SimpleNamespace(  # type: ignore[assignment]
+        submit=lambda compile, *given: compile(*given), shutdown=lambda **_: None
+    )
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_no_request_waits_for_the_grammar_of_another(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, fault: bool
+) -> None:
+    """Requests that come after it begin, run and end while a grammar is compiled; one that is cancelled
+    meanwhile ends as such; an unsound one is its own request's error."""
+    pytest.importorskip("llguidance", reason="the extra serve is not installed")
+    go, compiled = threading.Event(), []
+    guide = Grammars.guide
+
+    def slow(self: Grammars, grammar: Grammar) -> Guide:
+        go.wait(1.0)
+        compiled.append(grammar)
+        return guide(self, grammar)
+
+    with AsyncLLM.load(llm) as served:
+        if fault:
+            in_the_engine(served._runner._loop)
+        monkeypatch.setattr(Grammars, "guide", slow)
+        first = served.submit([5, 6], params(0), grammar=Grammar("regex", "(a|b){3}"))
+        left = served.submit([5, 6], params(0), grammar=Grammar("regex", "c{3}"))
+        wrong = served.submit([5, 6], params(0), grammar=Grammar("regex", "("))
+        other = served.submit([5, 6], params(0)).wait()
+        assert bool(compiled) == fault
+        left.cancel()
+        go.set()
+        assert set(first.wait().text) <= {"a", "b"}
+        assert fault or left.wait().finish_reason == "cancelled"
+        with pytest.raises(InvalidOption, match="regular expression"):
+            wrong.wait()
+        assert list(other.ids) == list(llm.generate([5, 6], params(0)).ids)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from conftest import VOCABULARY, Run, tiny_llama
 pytestmark = pytest.mark.usefixtures("quick_machine")
 
 PROMPT = [5, 6, 7, 8]
-SETTINGS = {"model": "none", "dtype": "float32", "threads": 1, "context": 64, "lookup": 2}
+SETTINGS = {"model": "none", "dtype": "float32", "threads": 1, "context": 64, "lookup": 2, "ngram": ""}
 ENGINE = '''
 import os, sys, time
 
@@ -291,7 +292,7 @@ def test_a_process_ends_with_its_bench(fault: bool, workers: Path) -> None:
     the bench, which closes it in its own time."""
     change(workers / "llamacpp.py", 'print("asked")', "time.sleep(60)")
     if fault:
-        change(workers / "worker.py", "os._exit(0)", "pass")
+        change(workers / "worker.py", "os.killpg(0, signal.SIGKILL)", "return")
     one, _ = peer.opened("llamacpp", "llamacpp", sys.executable, SETTINGS)
     assert os.getpgid(one.process.pid) != os.getpgid(0)
     assert one.process.stdin is not None
@@ -301,7 +302,7 @@ def test_a_process_ends_with_its_bench(fault: bool, workers: Path) -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             one.process.wait(0.5)
     else:
-        assert one.process.wait(10) == 0
+        assert one.process.wait(10) == -signal.SIGKILL
     one.close()
     assert not is_running(one)
 
@@ -412,8 +413,19 @@ def test_names_of_peers() -> None:
         "llamacpp-stored": External("llamacpp", stored=True),
         "llamacpp-stored-lookup-4": External("llamacpp", 4, stored=True),
     }
+    sized = "ngram-map-k4v:size-n=4,size-m=16"
+    assert arm.externals(
+        ["llama-server", f"llama-server-stored-{sized}", "llama-server-ngram-cache", "llama-server-stored"]
+    ) == {
+        "llama-server": External("llama_server"),
+        f"llama-server-stored-{sized}": External("llama_server", stored=True, ngram=sized),
+        "llama-server-ngram-cache": External("llama_server", ngram="ngram-cache"),
+        "llama-server-stored": External("llama_server", stored=True),
+    }
     assert arm.lookups(names) == {"generate": 0, "lookup-5": 5}
-    for name in ("llamacpp-ngram-3", "llamacpp-lookup-0", "vllm-lookup-3", "vllm-stored", "vllm-", "sglang"):
+    wrong = ["llamacpp-ngram-3", "llamacpp-lookup-0", "vllm-lookup-3", "vllm-stored", "vllm-", "sglang"]
+    wrong += ["llama-server-lookup-3", "llama-server-ngram", "llama-server-ngram-mod:n-max"]
+    for name in wrong:
         with pytest.raises(InvalidOption, match=rf"no baseline '{name}'.*llamacpp-lookup-10.*vllm-ngram-10"):
             arm.lookups([name])
     with pytest.raises(InvalidOption, match="given twice"):
@@ -428,7 +440,7 @@ def test_what_peers_cannot_do(llm: LLM, folder: Path, monkeypatch: pytest.Monkey
         match=r"vllm: these engines are compared at temperature 0 only, and the temperature is 0.7",
     ):
         Job(baselines=["vllm"], temperature=0.7)
-    with pytest.raises(InvalidOption, match=r"names 'sglang'; there are llamacpp, vllm"):
+    with pytest.raises(InvalidOption, match=r"names 'sglang'; there are llamacpp, llama_server, vllm"):
         Job(baselines=["vllm"], peer_python={"sglang": "python"})
     with pytest.raises(InvalidOption, match=r"names vllm, and no --baseline of it"):
         Job(baselines=["llamacpp"], peer_python={"vllm": "python"})
@@ -461,7 +473,7 @@ def test_what_a_process_is_told(
         return one
 
     one = told(100)
-    rest = {"dtype": "float32", "threads": torch.get_num_threads(), "lookup": 7}
+    rest = {"dtype": "float32", "threads": torch.get_num_threads(), "lookup": 7, "ngram": ""}
     assert one.settings == {"model": str(folder), "context": 107, **rest}
     assert told(255).settings["context"] == 256
     assert (one.name, one.engine, one.python, one.grade) == ("vllm-ngram-7", "vllm", sys.executable, "base")
@@ -754,7 +766,7 @@ def test_workers_import_nothing_of_the_package(tmp_path: Path) -> None:
         "import sys, runpy; [runpy.run_path(p) for p in sys.argv[1:]]; sys.exit('selfdraft' in sys.modules)"
     )
     files = [str(file) for file in peer.HERE.glob("*.py")]
-    assert len(files) == 5
+    assert len(files) == 6
     assert subprocess.run([sys.executable, "-c", code, *files], cwd=tmp_path, check=False).returncode == 0
 
 

@@ -41,7 +41,6 @@ from .models.loading import DEFAULT_MODEL, load_tokenizer
 from .outputs import Completion
 from .params import SamplingParams
 from .sampling.grammar import Grammar
-from .sampling.grammar import check as check_grammar
 from .sampling.sampler import check_params
 from .sampling.stopping import StopStrings
 
@@ -236,8 +235,6 @@ class AsyncLLM(PromptEncoder):
         check_params(params, self.facts.vocab_size, params.end_ids(self.facts.eos_ids), sample)
         if params.stop_strings:
             StopStrings(self.tokenizer, params.stop_strings)
-        if grammar is not None:
-            check_grammar(grammar)
         asked = Inquiry(ids, params, quoted, method, sample, salt, timeout, grammar, chat)
         with self._lock:
             if self._closed:

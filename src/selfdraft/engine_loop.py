@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -20,11 +21,11 @@ from .drafting.acceptance import DraftCount, added
 from .encoding import Prompt
 from .engine.engine import check_early
 from .engine.request import Request, TokenLogprob
-from .errors import EngineClosed, InvalidOption, SelfdraftError
+from .errors import EngineClosed, GrammarError, InvalidOption, SelfdraftError
 from .llm import LLM
 from .outputs import Completion
 from .params import SamplingParams
-from .sampling.grammar import Grammar
+from .sampling.grammar import Grammar, Guide
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,15 @@ class Close:
     grace: float
 
 
-Command = Submit | Cancel | Close
+@dataclass(frozen=True)
+class Compiled:
+    """The grammar that a request waited for, or why there is none."""
+
+    submit: Submit
+    guide: Guide | SelfdraftError
+
+
+Command = Submit | Cancel | Close | Compiled
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,11 @@ class EngineLoop:
     live: dict[int, tuple[Request, Inquiry, int]] = field(default_factory=dict)
     """By number: the request, what it asked, and how many tokens were sent."""
     stats: Stats = field(default_factory=Stats)
+    _compiling: dict[int, bool] = field(default_factory=dict)
+    """Requests whose grammar is being compiled, by number: have they been cancelled meanwhile?"""
+    _compiler: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="selfdraft-grammars")
+    )
     _methods: dict[str, LLM] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -142,10 +156,9 @@ class EngineLoop:
         out."""
         closing: float | None = None
         while True:
+            idle = not self.live and (closing is None or bool(self._compiling))
             try:
-                command = (
-                    self.commands.get(block=not self.live and closing is None) if self._asked() else None
-                )
+                command = self.commands.get(block=idle) if self._asked() else None
             except queue.Empty:
                 command = None
             if isinstance(command, Close):
@@ -153,8 +166,10 @@ class EngineLoop:
             elif command is not None:
                 self._obey(command, closing is not None)
                 continue
-            if closing is not None and (not self.live or time.monotonic() >= closing):
+            waited_for = self.live or self._compiling
+            if closing is not None and (not waited_for or time.monotonic() >= closing):
                 self._cancel_all()
+                self._compiler.shutdown(wait=False, cancel_futures=True)
                 return
             if self.live:
                 self._step()
@@ -163,28 +178,57 @@ class EngineLoop:
         """True if a command is there, or nothing else is to be done."""
         return not self.live or not self.commands.empty()
 
-    def _obey(self, command: Command, closing: bool) -> None:
-        if isinstance(command, Submit):
-            try:
-                if closing:
-                    raise EngineClosed("the engine is closing and takes no more requests")
-                self.live[command.number] = (self._request(command.inquiry), command.inquiry, 0)
-            except SelfdraftError as error:
-                self.send(Report([Fresh(command.number, end=error)], self._now()))
-        elif isinstance(command, Cancel) and command.number in self.live:
-            self.llm.engine.cancel(self.live[command.number][0])
-            self._report()
+    def _obey(self, command: Submit | Cancel | Compiled, closing: bool) -> None:
+        if isinstance(command, Cancel):
+            self._cancel(command.number)
+        elif isinstance(command, Compiled):
+            cancelled = self._compiling.pop(command.submit.number)
+            self._begin(command.submit, command.guide)
+            if cancelled:
+                self._cancel(command.submit.number)
+        elif closing:
+            self._begin(command, EngineClosed("the engine is closing and takes no more requests"))
+        elif command.inquiry.grammar is not None:
+            self._compiling[command.number] = False
+            self._compiler.submit(self._compile, command, command.inquiry.grammar)
+        else:
+            self._begin(command)
 
-    def _request(self, asked: Inquiry) -> Request:
-        return self._llm(asked.method).submit(
-            asked.ids,
-            asked.references,
-            asked.params,
-            sample=asked.sample,
-            salt=asked.salt,
-            timeout=asked.timeout,
-            grammar=asked.grammar,
-        )
+    def _compile(self, command: Submit, grammar: Grammar) -> None:
+        """Compile a request's grammar, in a thread of its own: no step waits for it."""
+        try:
+            guide: Guide | SelfdraftError = self.llm.load_grammars().guide(grammar)
+        except SelfdraftError as error:
+            guide = error
+        except BaseException as error:  # a panic of llguidance is no Exception; the request must not wait on
+            guide = GrammarError(f"the grammar could not be compiled: {type(error).__name__}: {error}")
+        self.commands.put(Compiled(command, guide))
+
+    def _begin(self, command: Submit, guide: Guide | SelfdraftError | None = None) -> None:
+        """Let a request join the engine, or report the error that it has met."""
+        asked = command.inquiry
+        try:
+            if isinstance(guide, SelfdraftError):
+                raise guide
+            request = self._llm(asked.method).submit(
+                asked.ids,
+                asked.references,
+                asked.params,
+                sample=asked.sample,
+                salt=asked.salt,
+                timeout=asked.timeout,
+                grammar=guide,
+            )
+            self.live[command.number] = (request, asked, 0)
+        except SelfdraftError as error:
+            self.send(Report([Fresh(command.number, end=error)], self._now()))
+
+    def _cancel(self, number: int) -> None:
+        if number in self._compiling:
+            self._compiling[number] = True
+        elif number in self.live:
+            self.llm.engine.cancel(self.live[number][0])
+            self._report()
 
     def _llm(self, method: str | None) -> LLM:
         """The model with a method of that name; None: with its own."""

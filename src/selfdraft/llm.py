@@ -29,7 +29,7 @@ from .models.transformers import Numerics
 from .outputs import Chunk, Completion
 from .params import SamplingParams
 from .sampling.detokenizer import Detokenizer
-from .sampling.grammar import Grammar, Grammars, grammars
+from .sampling.grammar import Grammar, Grammars, Guide, grammars
 from .sampling.stopping import StopStrings, TextStream
 
 LOG = logging.getLogger("selfdraft")
@@ -395,12 +395,11 @@ class LLM(PromptEncoder):
         sample: int = 0,
         salt: str = "",
         timeout: float | None = None,
-        grammar: Grammar | None = None,
+        grammar: Grammar | Guide | None = None,
     ) -> Request:
-        """Let a request join the engine; see `Engine.submit`. grammar: what the text must follow."""
-        guide = None
-        if grammar is not None:
-            guide = self.load_grammars().guide(grammar)
+        """Let a request join the engine; see `Engine.submit`. grammar: what the text must follow; a `Guide`
+        has been compiled before."""
+        guide = self.load_grammars().guide(grammar) if isinstance(grammar, Grammar) else grammar
         stop = StopStrings(self.tokenizer, params.stop_strings) if params.stop_strings else None
         return self.engine.submit(
             ids,
@@ -417,7 +416,8 @@ class LLM(PromptEncoder):
 
     def load_grammars(self) -> Grammars:
         """Read the vocabulary for grammars, once: 0.3 s for SmolLM2, 1.4 s for Qwen2.5. Otherwise the first
-        request with a grammar does it, and all others wait. Raises InvalidOption; see `Grammars`."""
+        request with a grammar does it, and others wait while it holds Python's lock. Raises InvalidOption, as
+        `Grammars`."""
         return grammars(self.tokenizer, self.model.vocab_size, frozenset(self.eos_ids))
 
     def completion(self, request: Request, chat: bool) -> Completion:

@@ -39,6 +39,10 @@ GENERATE = "generate"
 LOOKUP = re.compile(r"lookup-([1-9]\d*)")
 ENGINES = {
     "llamacpp": re.compile(r"llamacpp(?P<stored>-stored)?(?:-lookup-(?P<lookup>[1-9]\d*))?"),
+    "llama_server": re.compile(
+        r"llama-server(?P<stored>-stored)?"
+        r"(?:-(?P<ngram>ngram-(?:simple|map-k|map-k4v|mod|cache)(?::[a-z-]+=\d+(?:,[a-z-]+=\d+)*)?))?"
+    ),
     "vllm": re.compile(r"vllm(?:-ngram-(?P<lookup>[1-9]\d*))?"),
 }
 """Other inference engines -> how their baselines are spelled."""
@@ -110,6 +114,8 @@ class External(NamedTuple):
     """Draft tokens of its own prompt lookup, 0 for none."""
     stored: bool = False
     """Runs the GGUF file that the model was read from, instead of the loaded weights."""
+    ngram: str = ""
+    """One of its own n-gram drafters, with sizes: `ngram-simple:size-n=4,size-m=16`; empty: none."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,9 @@ def lookups(names: Sequence[str]) -> dict[str, int]:
             raise InvalidOption(
                 f"no baseline {name!r}; there are {GENERATE} (Hugging Face, cached), lookup-10 (the same "
                 "with prompt lookup of 10 tokens, or of another number), llamacpp, llamacpp-lookup-10, "
-                "llamacpp-stored, llamacpp-stored-lookup-10, vllm, vllm-ngram-10; plain always runs"
+                "llamacpp-stored, llamacpp-stored-lookup-10, llama-server, llama-server-ngram-simple (or "
+                "-map-k, -map-k4v, -mod, -cache; with sizes: llama-server-ngram-simple:size-n=4,size-m=16), "
+                "llama-server-stored, vllm, vllm-ngram-10; plain always runs"
             )
         found[name] = int(match[1]) if match else 0
     return found
@@ -314,7 +322,8 @@ def externals(names: Sequence[str]) -> dict[str, External]:
         for engine, spelling in ENGINES.items():
             if match := spelling.fullmatch(name):
                 given = match.groupdict()
-                found[name] = External(engine, int(given["lookup"] or 0), given.get("stored") is not None)
+                lookup, ngram = int(given.get("lookup") or 0), given.get("ngram") or ""
+                found[name] = External(engine, lookup, given.get("stored") is not None, ngram)
     return found
 
 

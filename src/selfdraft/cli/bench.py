@@ -48,8 +48,9 @@ def bench(
         list[str] | None,
         typer.Option(
             help="generate, lookup-10 (generate with prompt lookup), or none; other engines: llamacpp (the "
-            "loaded weights), llamacpp-stored (the GGUF file itself), each also with -lookup-10; vllm, "
-            "vllm-ngram-10; repeatable. Default: generate."
+            "loaded weights), llamacpp-stored (the GGUF file itself), each also with -lookup-10; "
+            "llama-server, llama-server-stored, each also with -ngram-simple (-map-k, -map-k4v, -mod, "
+            "-cache); vllm, vllm-ngram-10; repeatable. Default: generate."
         ),
     ] = None,
     peer_python: Annotated[

@@ -25,6 +25,8 @@ from ..errors import GrammarError, InvalidOption
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+KEPT = 8
+"""Compiled grammars that a model keeps. Answers to one request share one."""
 MAX_FORCED = 32
 """Tokens of forced text that are drafted in one step, at most."""
 
@@ -72,15 +74,22 @@ class Grammars:
             raise InvalidOption(
                 f"llguidance cannot read this tokenizer, so there are no grammars: {error}", option="grammar"
             ) from error
+        self._matcher = lru_cache(KEPT)(self._compile)
 
     def guide(self, grammar: Grammar) -> Guide:
-        """The state of one answer. Raises InvalidOption for a grammar that says nothing sound."""
+        """The state of one answer. Compiling takes 1 to 200 ms, without Python's lock; any thread may do it.
+        Raises InvalidOption for a grammar that says nothing sound."""
+        matcher = self._matcher(grammar).deep_copy()
+        return Guide(matcher, self._tokenizer, grammar.think, grammar.thinking)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        """A matcher at the beginning, which is only copied."""
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokenizer, _compiled(grammar), log_level=0)
         if matcher.is_error():
             raise _unsound(grammar, matcher.get_error())
-        return Guide(matcher, self._tokenizer, grammar.think, grammar.thinking)
+        return matcher
 
 
 def check(grammar: Grammar) -> None:

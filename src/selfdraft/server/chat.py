@@ -31,7 +31,7 @@ async def chat(serving: Serving, asked: ChatRequest, request: Request) -> Respon
     tools = chosen_tools(asked, serving.prompts.tool_format)
     rendered = await asyncio.to_thread(serving.prompts.chat, asked)
     n = asked.n or 1
-    grammar = chat_grammar(asked, tools, rendered, serving)
+    grammar = await asyncio.to_thread(chat_grammar, asked, tools, rendered, serving)
     generation = await serving.start(
         "chat",
         asked,

@@ -31,7 +31,7 @@ async def complete(serving: Serving, asked: CompletionRequest, request: Request)
     if len(prompts) * n > MAX_CHOICES:
         raise refused(f"a request may ask for {MAX_CHOICES} answers: prompts times n", "n")
     _check(asked, n)
-    grammar = grammar_of(asked, asked.response_format, serving)
+    grammar = await asyncio.to_thread(grammar_of, asked, asked.response_format, serving)
     generation = await serving.start(
         "completions", asked, prompts, n, asked.max_tokens or MAX_TOKENS, asked.logprobs, grammar
     )

@@ -34,7 +34,7 @@ async def answer_response(serving: Serving, asked: ResponsesRequest, request: Re
     chat = as_chat(asked)
     tools = chosen_tools(chat, serving.prompts.tool_format)
     rendered = await asyncio.to_thread(serving.prompts.chat, chat)
-    grammar = chat_grammar(chat, tools, rendered, serving)
+    grammar = await asyncio.to_thread(chat_grammar, chat, tools, rendered, serving)
     generation = await serving.start(
         "responses", asked, [rendered.ids], 1, asked.max_output_tokens, grammar=grammar
     )

@@ -13,12 +13,15 @@ model; or {"missing": what} where it is not installed. Then each line in, {"prom
     peak   peak memory in bytes, null where the system does not report it
     spent  processor seconds
 
-ENGINE.py has `versions()` and `Engine(settings)`, whose `steps(prompt, length, eos)` yields pairs: new
+ENGINE.py has `versions()`, which raises ImportError or FileNotFoundError where something is missing, and
+`Engine(settings)`. It may have `prepare()`, which is called before each answer, outside of its time, and says
+which process will make it: time and memory are that one's. Its `steps(prompt, length, eos)` yields pairs: new
 tokens, and the rows that were run since the previous pair. 0 rows mean that the tokens belong to the same
 step. It may yield more than was asked for; the rest is not requested.
 
 Engines print, so what they write to standard output goes to standard error. The process ends when its input
-ends, also in the middle of an answer, so that it does not outlive the bench.
+ends, also in the middle of an answer, so that it does not outlive the bench; where it leads a group of
+processes, those that it has started end with it.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import json
 import os
 import queue
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -43,7 +47,7 @@ def main() -> None:
     given = runpy.run_path(sys.argv[1])
     try:
         versions = given["versions"]()
-    except ImportError as error:
+    except (ImportError, FileNotFoundError) as error:
         say(out, {"missing": str(error)})
         return
     engine = given["Engine"](json.loads(sys.argv[2])) if len(sys.argv) > 2 else None
@@ -66,6 +70,8 @@ def contexts() -> queue.SimpleQueue[str]:
     def read() -> None:
         for line in sys.stdin:
             lines.put(line)
+        if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -79,8 +85,9 @@ def say(out: TextIO, value: object) -> None:
 
 def answer(engine: Any, prompt: list[int], length: int, eos: list[int]) -> dict[str, Any]:
     """One answer, step by step, with its time and memory."""
-    reset_peak()
-    spent, started = time.process_time(), time.perf_counter()
+    pid = engine.prepare() if hasattr(engine, "prepare") else os.getpid()
+    reset_peak(pid)
+    spent, started = seconds(pid), time.perf_counter()
     ids: list[int] = []
     runs: list[int] = []
     rows: list[int] = []
@@ -98,7 +105,7 @@ def answer(engine: Any, prompt: list[int], length: int, eos: list[int]) -> dict[
         ids += tokens
         runs[-1] += len(tokens)
         times[-1] = time.perf_counter() - started
-    took = {"peak": peak(), "spent": time.process_time() - spent}
+    took = {"peak": peak(pid), "spent": seconds(pid) - spent}
     return {"ids": ids, "runs": runs, "rows": rows, "times": times, **took}
 
 
@@ -116,19 +123,29 @@ def kept(
             return
 
 
-def reset_peak() -> None:
+def seconds(pid: int) -> float:
+    """Processor seconds of this process, and of another one that works for it (where /proc is)."""
+    own = time.process_time()
+    if pid != os.getpid():
+        with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+            user, system = file.read().rpartition(")")[2].split()[11:13]
+            own += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return own
+
+
+def reset_peak(pid: int) -> None:
     """Start a new measurement of peak memory."""
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+    with suppress(OSError), open(f"/proc/{pid}/clear_refs", "w") as file:
         file.write("5")
 
 
-def peak() -> int | None:
-    """Peak memory since then in bytes, since the start where it cannot be reset; None on Windows."""
-    with suppress(OSError), open("/proc/self/status") as file:
+def peak(pid: int) -> int | None:
+    """Peak memory since then in bytes, since the start where it cannot be reset; None where it is unknown."""
+    with suppress(OSError), open(f"/proc/{pid}/status") as file:
         for line in file:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
+    if sys.platform == "win32" or pid != os.getpid():
         return None
     import resource
 
