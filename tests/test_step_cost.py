@@ -249,7 +249,7 @@ def steps(times: StepTimes, ratio: float, seed: int = 0) -> None:
         load = min(8.0, max(1.0, load * rng.uniform(0.8, 1.25)))
         held_up = 20.0 if rng.random() < 0.1 else 1.0
         wide = i % 3 == 0
-        times.observe(8 if wide else 1, 0, load * held_up * (ratio if wide else 1.0))
+        times.observe(8 if wide else 1, 0, load * held_up * (ratio if wide else 1.0), False)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 30.0])
@@ -293,9 +293,9 @@ def test_comparing_with_an_idle_machine_is_seen(monkeypatch: pytest.MonkeyPatch)
     """The fault: wide steps are compared with the first narrow one, when nothing else ran."""
     observe = StepTimes.observe
 
-    def late(self: StepTimes, rows: int, history: int, seconds: float) -> None:
-        self._last = 1, 0, 1.0
-        observe(self, rows, history, seconds)
+    def late(self: StepTimes, rows: int, history: int, seconds: float, masks: bool) -> None:
+        self._last = 1, 0, 1.0, False
+        observe(self, rows, history, seconds, masks)
 
     monkeypatch.setattr(StepTimes, "observe", late)
     with pytest.raises(AssertionError):
@@ -309,7 +309,7 @@ def followed() -> None:
     for i in range(400):
         load = min(8.0, max(1.0, load * rng.uniform(0.9, 1.1)))
         rows = (1, 8, 1, 2)[i % 4]
-        times.observe(rows, 0, load * {1: 1.0, 2: 1.2, 8: 2.0}[rows])
+        times.observe(rows, 0, load * {1: 1.0, 2: 1.2, 8: 2.0}[rows], False)
     assert times(8) == pytest.approx(2.0, rel=0.05)
     assert times(2) == pytest.approx(1.2, rel=0.05)
     assert times(8, 1000) == pytest.approx(2.5, rel=0.05)
@@ -318,6 +318,29 @@ def followed() -> None:
 
 def test_costs_follow_what_steps_take() -> None:
     followed()
+
+
+def masks_followed() -> None:
+    """Mask tokens add 0.75 to what eight rows take, which is 2 where 1.5 was measured."""
+    times = StepTimes({0: {1: 1.0, 8: 1.5}}, masks=0.1)
+    rng, load = random.Random(1), 1.0
+    for i in range(400):
+        load = min(8.0, max(1.0, load * rng.uniform(0.9, 1.1)))
+        rows, masks = ((1, False), (8, False), (1, False), (8, True), (8, True))[i % 5]
+        times.observe(rows, 0, load * ((2.0 if rows > 1 else 1.0) + 0.75 * masks), masks)
+    assert times(8) == pytest.approx(2.0, rel=0.05)
+    assert times.mask_cost == pytest.approx(0.75, rel=0.1)
+
+
+def test_the_cost_of_mask_tokens_follows() -> None:
+    masks_followed()
+
+
+def test_mask_tokens_that_count_as_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    observe = StepTimes.observe
+    monkeypatch.setattr(StepTimes, "observe", lambda self, *given: observe(self, *given[:3], False))
+    with pytest.raises(AssertionError):
+        masks_followed()
 
 
 def test_costs_that_do_not_follow_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +378,7 @@ def test_steps_that_read_prompts_are_not_compared(
     exact: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(exact, "observe", lambda rows, history, seconds: seen.append(rows))
+    monkeypatch.setattr(exact, "observe", lambda rows, *_: seen.append(rows))
     right = run(exact, Plain(), random_prompt(9, 1)).emitted
     del seen[:]
     request = run(exact, Oracle(right, depth=3), random_prompt(9, 1))

@@ -12,10 +12,10 @@ steps of one row suffer more from that than those of many, which then look cheap
 
 The machine changes, too: how fast its memory is depends on who else uses it, and with that what further rows
 cost beside the first. Besides, the engine has more to do where a draft is made. So the steps of a running
-engine correct the table by one factor on what all further rows cost, which is kept with it. The factor comes
-from the ratio of wide steps to narrow ones, since other work on the machine makes both longer: only steps that
-follow one another are compared. Where rows seem so dear that nothing is drafted no step corrects that;
-therefore no table is used for longer than `MAX_AGE`.
+engine correct the table by one factor on what all further rows cost, and correct what mask tokens add; both
+are kept with it. They come from the ratio of wide steps to narrow ones, since other work on the machine makes
+both longer: only steps that follow one another are compared. Where rows seem so dear that nothing is drafted
+no step corrects that; therefore no table is used for longer than `MAX_AGE`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -78,11 +79,14 @@ class StepTimes:
         self.histories = list(self.seconds)
         self._lines = [_Line(of) for of in self.seconds.values()]
         self.unit = self._lines[0].times[0]
-        self.masks = masks
+        self.mask_cost = masks / self.unit
+        """What mask tokens add to a step."""
         self.factor = self._kept = factor
         self.keep: Callable[[], None] = lambda: None
         """Keeps it, where it is to be kept."""
-        self._last = 0, 0, 1.0
+        self._last = 0, 0, 1.0, False
+        self._extras: deque[float] = deque(maxlen=COMPARED)
+        """What mask tokens added, as pairs of steps show."""
         self._pairs: deque[tuple[float, float]] = deque(maxlen=COMPARED)
         """Factors that pairs of steps show, and the cost of further rows in them, which is their weight."""
         self._count = 0
@@ -90,11 +94,6 @@ class StepTimes:
     def __call__(self, rows: int, history: int = 0) -> float:
         first = self.measured(1, history)
         return first + self.factor * (self.measured(rows, history) - first)
-
-    @property
-    def mask_cost(self) -> float:
-        """What mask tokens add to a step."""
-        return self.masks / self.unit
 
     def measured(self, rows: int, history: int = 0) -> float:
         """The cost as the table has it."""
@@ -106,19 +105,25 @@ class StepTimes:
         a, b = self.histories[at - 1 : at + 1]
         return max(first, low + (high - low) * (history - a) / (b - a)) / self.unit
 
-    def observe(self, rows: int, history: int, seconds: float) -> None:
-        """A step of so many rows behind so many tokens took so long."""
-        before, self._last = self._last, (rows, history, seconds)
+    def observe(self, rows: int, history: int, seconds: float, masks: bool) -> None:
+        """A step of so many rows behind so many tokens took so long. masks: were mask tokens among them?"""
+        before, self._last = self._last, (rows, history, seconds, masks)
         narrow, wide = sorted((before, self._last))
-        if not 0 < WIDER * narrow[0] <= wide[0]:
+        if narrow[3] or not 0 < WIDER * narrow[0] <= wide[0]:
             return
         # A step takes unit * (one + factor * further), with what the table says of one row and of the others.
         ratio = wide[2] / narrow[2]
         (one, further), (one_wide, further_wide) = (
             (first, self.measured(count, tokens) - first)
-            for count, tokens, _ in (narrow, wide)
+            for count, tokens, *_ in (narrow, wide)
             for first in [self.measured(1, tokens)]
         )
+        if wide[3]:
+            took = ratio * (one + self.factor * further)
+            self._extras.append(took - one_wide - self.factor * further_wide)
+            if len(self._extras) >= CORRECTED:
+                self.mask_cost = max(0.0, statistics.median(self._extras))
+            return
         weight = further_wide - ratio * further
         if weight <= 0:
             return
@@ -285,7 +290,7 @@ def _write(path: Path, identity: str, times: StepTimes) -> None:
     record = {
         "identity": identity,
         "seconds": times.seconds,
-        "masks": times.masks,
+        "masks": times.mask_cost * times.unit,
         "factor": times.factor,
     }
     try:
