@@ -280,8 +280,8 @@ def _read(path: Path, identity: str) -> StepTimes | None:
             return None
         masks = float(record["masks"])
         factor = float(record["factor"])
-        sound = 0 <= masks < 1e6 and 1 / MOST <= factor <= MOST
-        return StepTimes(seconds, masks, factor) if sound else None
+        fine = 0 <= masks < 1e6 and 1 / MOST <= factor <= MOST
+        return StepTimes(seconds, masks, factor) if fine else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
