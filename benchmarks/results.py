@@ -26,6 +26,7 @@ RESULTS = HOME / "docs" / "results.md"
 README = HOME / "README.md"
 SECTIONS = {  # name -> what was measured
     "smollm2": "SmolLM2-135M-Instruct, the default model",
+    "smollm2-tasks": "SmolLM2-135M-Instruct, 40 prompts of each task, without other engines",
     "smollm2-bf16": "SmolLM2-135M-Instruct in bfloat16",
     "qwen-coder": "Qwen2.5-Coder, a model of code",
     "smollm2-transformers": "SmolLM2-135M-Instruct on transformers' forward (SELFDRAFT_KERNELS=none)",

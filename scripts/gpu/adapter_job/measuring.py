@@ -15,7 +15,7 @@ from selfdraft._common import machine
 from selfdraft.models.adapters import folder as adapter_folder
 from selfdraft.params import SamplingParams
 from selfdraft.train import card, tuning_cost
-from selfdraft.train.calibration import calibrate, window_acceptance
+from selfdraft.train.calibration import calibrate, frequent_ids, window_acceptance
 from selfdraft.train.run import MAX_HELD_OUT
 from selfdraft.train.sequences import Batches
 from selfdraft.train.student import IGNORED, Loss
@@ -55,6 +55,9 @@ def measure(job: Job, _: float) -> None:
             found = acceptance_by_kind(job, student, held_out)
             greedy = [row for row in held_out if row.temperature == 0]
             greedy = greedy[:: -(-len(greedy) // MAX_HELD_OUT)]  # each anchor is looked at alone
+            known = ({"prompt": row.prompt, "answer": row.answer} for row in job.rows() if not row.held_out)
+            ids = frequent_ids(known, run.recipe.vocabulary, job.model.vocab_size)
+            student.adapter.vocabulary = run.student.adapter.vocabulary = ids
             calibration = calibrate(student.eval(), evenly(greedy, run, job.device))
             run.student.adapter.odds = calibration.odds
             about["accuracy"] = [[round(share, 4) for share in row] for row in calibration.accuracy]

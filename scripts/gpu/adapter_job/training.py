@@ -50,6 +50,8 @@ class Recipe:
     keep: float = 3.0
     # Tokens of a noisy block; 0: mask tokens.
     block: int = 0
+    # How many ids masks may predict in decoding, the most frequent; 0: all.
+    vocabulary: int = 8192
     # Learn from greedy answers alone.
     greedy: bool = False
     warmup: float = 0.03
@@ -64,6 +66,7 @@ RECIPES = {
         AdapterConfig(3, prefix=16),
         rate=3e-2,
         loss=Loss("tokens", decay=1.0, dropout=0.1),
+        vocabulary=0,
         greedy=True,
     ),
     "space-tuned": Recipe(
@@ -198,6 +201,7 @@ class Run:
                 # Blocks as `students.BlockStudent` makes them, in the words of the package's settings.
                 "noise": asdict(NoiseConfig(copies=recipe.anchors)),
                 "unknown": "filler",
+                "vocabulary": recipe.vocabulary,
                 "schedule": schedule,
                 "full": False,
                 "start": None,

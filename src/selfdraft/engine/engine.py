@@ -235,8 +235,8 @@ class Engine:
             self._take(*mine, rows.of(heard))
         took = time.perf_counter() - start
         count = sum(map(len, trees))
-        if not parts and stages is None and count == sum(counts):  # with mask tokens a step takes longer
-            self.model.observe(count, self.load.history, took)
+        if not parts and stages is None:
+            self.model.observe(count, self.load.history, took, count > sum(counts))
         for request in live:
             request.seconds += took
         for request in readers:

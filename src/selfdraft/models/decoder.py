@@ -272,9 +272,9 @@ class Decoder:
         assert self._times is not None
         return self._times.mask_cost
 
-    def observe(self, rows: int, history: int, seconds: float) -> None:
+    def observe(self, rows: int, history: int, seconds: float, masks: bool) -> None:
         if self._times is not None:
-            self._times.observe(rows, history, seconds)
+            self._times.observe(rows, history, seconds, masks)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,9 @@ class Model(Protocol):
     def mask_cost(self) -> float:
         """What reading the predictions of mask tokens adds to a step, in the same units."""
 
-    def observe(self, rows: int, history: int, seconds: float) -> None:
-        """A step of so many rows of trees, behind so many tokens on average, took so long: costs follow."""
+    def observe(self, rows: int, history: int, seconds: float, masks: bool) -> None:
+        """A step of so many rows of trees, behind so many tokens on average, took so long: costs follow.
+        masks: were mask tokens among them?"""
 
     def mask_logits(
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask

@@ -11,11 +11,11 @@ is measured each time. A table that was measured while other work took the cores
 steps of one row suffer more from that than those of many, which then look cheap.
 
 The machine changes, too: how fast its memory is depends on who else uses it, and with that what further rows
-cost beside the first. So the steps of a running engine correct the table, by one factor on what all further
-rows cost. It comes from the ratio of wide steps to narrow ones, since other work on the machine makes both
-longer: only steps that follow one another are compared. A table that is contradicted for long is forgotten,
-to be measured anew when the model is loaded next. Where the table says that rows are dear nothing is drafted,
-so no step contradicts it; therefore none is used for longer than `MAX_AGE`.
+cost beside the first. Besides, the engine has more to do where a draft is made. So the steps of a running
+engine correct the table by one factor on what all further rows cost, and correct what mask tokens add; both
+are kept with it. They come from the ratio of wide steps to narrow ones, since other work on the machine makes
+both longer: only steps that follow one another are compared. Where rows seem so dear that nothing is drafted
+no step corrects that; therefore no table is used for longer than `MAX_AGE`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import json
 import logging
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import accumulate, count
 from pathlib import Path
 
@@ -52,9 +53,9 @@ ROUNDS = 3  # at least
 SECONDS = 0.5  # and as many more as fit
 COMPARED = 100  # pairs of a wide step and a narrow one, the latest, that say what further rows cost now
 CORRECTED = 10  # pairs between corrections
+KEPT_WITHIN = 1.25  # times that the factor may be off the one that is kept
 WIDER = 2.0  # times as many rows as the narrow one's at least
 MOST = 4.0  # times what the table says that further rows cost, or one of so many, at most
-STALE = 2.0  # so many times, or one of so many, for COMPARED pairs means that the table is stale
 MAX_AGE = 30 * 86400.0  # seconds for which a table is used
 TABLE_VERSION = 4  # of the way to measure; another one is measured anew
 MAX_PREEMPTIONS = 50  # a second: on a machine that is busier than that a table serves this process alone
@@ -70,19 +71,22 @@ Seconds = Mapping[int, Mapping[int, float]]
 class StepTimes:
     """The cost of a step by its rows and history, in units of a step with one row and the least history."""
 
-    def __init__(self, seconds: Seconds, masks: float = 0.0) -> None:
+    def __init__(self, seconds: Seconds, masks: float = 0.0, factor: float = 1.0) -> None:
         """seconds: measured; for each history two numbers of rows at least. masks: seconds that mask tokens
-        add to a step: what an adapter does for them, and reading their predictions."""
+        add to a step: what an adapter does for them, and reading their predictions. factor: times these
+        seconds that further rows cost, as steps have shown."""
         self.seconds = {history: dict(sorted(of.items())) for history, of in sorted(seconds.items())}
         self.histories = list(self.seconds)
         self._lines = [_Line(of) for of in self.seconds.values()]
         self.unit = self._lines[0].times[0]
-        self.masks = masks
-        self.path: Path | None = None
-        """Where it is kept, or would be; None once it is stale, too."""
-        self.factor = 1.0
-        """Times what the table says that further rows cost, as steps have shown."""
-        self._last = 0, 0, 1.0
+        self.mask_cost = masks / self.unit
+        """What mask tokens add to a step."""
+        self.factor = self._kept = factor
+        self.keep: Callable[[], None] = lambda: None
+        """Keeps it, where it is to be kept."""
+        self._last = 0, 0, 1.0, False
+        self._extras: deque[float] = deque(maxlen=COMPARED)
+        """What mask tokens added, as pairs of steps show."""
         self._pairs: deque[tuple[float, float]] = deque(maxlen=COMPARED)
         """Factors that pairs of steps show, and the cost of further rows in them, which is their weight."""
         self._count = 0
@@ -90,11 +94,6 @@ class StepTimes:
     def __call__(self, rows: int, history: int = 0) -> float:
         first = self.measured(1, history)
         return first + self.factor * (self.measured(rows, history) - first)
-
-    @property
-    def mask_cost(self) -> float:
-        """What mask tokens add to a step."""
-        return self.masks / self.unit
 
     def measured(self, rows: int, history: int = 0) -> float:
         """The cost as the table has it."""
@@ -106,19 +105,25 @@ class StepTimes:
         a, b = self.histories[at - 1 : at + 1]
         return max(first, low + (high - low) * (history - a) / (b - a)) / self.unit
 
-    def observe(self, rows: int, history: int, seconds: float) -> None:
-        """A step of so many rows behind so many tokens took so long."""
-        before, self._last = self._last, (rows, history, seconds)
+    def observe(self, rows: int, history: int, seconds: float, masks: bool) -> None:
+        """A step of so many rows behind so many tokens took so long. masks: were mask tokens among them?"""
+        before, self._last = self._last, (rows, history, seconds, masks)
         narrow, wide = sorted((before, self._last))
-        if not 0 < WIDER * narrow[0] <= wide[0]:
+        if narrow[3] or not 0 < WIDER * narrow[0] <= wide[0]:
             return
         # A step takes unit * (one + factor * further), with what the table says of one row and of the others.
         ratio = wide[2] / narrow[2]
         (one, further), (one_wide, further_wide) = (
             (first, self.measured(count, tokens) - first)
-            for count, tokens, _ in (narrow, wide)
+            for count, tokens, *_ in (narrow, wide)
             for first in [self.measured(1, tokens)]
         )
+        if wide[3]:
+            took = ratio * (one + self.factor * further)
+            self._extras.append(took - one_wide - self.factor * further_wide)
+            if len(self._extras) >= CORRECTED:
+                self.mask_cost = max(0.0, statistics.median(self._extras))
+            return
         weight = further_wide - ratio * further
         if weight <= 0:
             return
@@ -126,21 +131,10 @@ class StepTimes:
         self._count += 1
         if self._count % CORRECTED == 0:
             self.factor = min(MOST, max(1 / MOST, _median(self._pairs)))
-        if self._count % COMPARED == 0:
-            self._judge()
-
-    def _judge(self) -> None:
-        if self.path is None or 1 / STALE <= self.factor <= STALE:
-            return
-        LOG.warning(
-            "further rows of a step cost %.1f times what was measured; step times are measured anew when "
-            "the model is loaded next",
-            self.factor,
-        )
-        if _measured_busy.pop(self.path, None) is None:
-            with suppress(OSError):
-                self.path.unlink(missing_ok=True)
-        self.path = None
+        off = max(self.factor, self._kept) / min(self.factor, self._kept)
+        if self._count % COMPARED == 0 and off > KEPT_WITHIN:
+            self._kept = self.factor
+            self.keep()
 
 
 def _median(pairs: Iterable[tuple[float, float]]) -> float:
@@ -177,9 +171,10 @@ def step_times(model: Model, rows_per_call: RowRange, identity: Mapping[str, obj
         times = measure(model, rows_per_call)
         if _preemptions() - before > MAX_PREEMPTIONS * (time.perf_counter() - start):
             _measured_busy[path] = times
-        else:
-            _write(path, text, times)
-    times.path = path
+            return times
+        _write(path, text, times)
+    if path not in _measured_busy:
+        times.keep = partial(_write, path, text, times)
     return times
 
 
@@ -284,16 +279,24 @@ def _read(path: Path, identity: str) -> StepTimes | None:
         if record["identity"] != identity or not sound or not all(sound):
             return None
         masks = float(record["masks"])
-        return StepTimes(seconds, masks) if 0 <= masks < 1e6 else None
+        factor = float(record["factor"])
+        fine = 0 <= masks < 1e6 and 1 / MOST <= factor <= MOST
+        return StepTimes(seconds, masks, factor) if fine else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def _write(path: Path, identity: str, times: StepTimes) -> None:
+    record = {
+        "identity": identity,
+        "seconds": times.seconds,
+        "masks": times.mask_cost * times.unit,
+        "factor": times.factor,
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as part:
-            json.dump({"identity": identity, "seconds": times.seconds, "masks": times.masks}, part, indent=1)
+            json.dump(record, part, indent=1)
         os.replace(part.name, path)
     except OSError as error:
         LOG.debug("step times could not be kept in %s (%s)", path, error)

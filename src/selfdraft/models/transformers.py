@@ -322,9 +322,9 @@ class TransformersModel:
         assert self.step_times is not None
         return self.step_times.mask_cost
 
-    def observe(self, rows: int, history: int, seconds: float) -> None:
+    def observe(self, rows: int, history: int, seconds: float, masks: bool) -> None:
         if self.step_times is not None:
-            self.step_times.observe(rows, history, seconds)
+            self.step_times.observe(rows, history, seconds, masks)
 
     def _shape(self) -> Mapping[str, object]:
         """What the time of a step depends on: the shapes and dtypes of weights, and what else is computed."""
