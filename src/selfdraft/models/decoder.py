@@ -263,6 +263,7 @@ class Decoder:
                 "weights": self.weights_label,
                 "own_threads": self.threads,
                 "adapter": None if self.adapter is None else asdict(self.adapter.config),
+                "mask_vocabulary": None if self._drafting is None else self._drafting.model.vocabulary,
             }
             self._times = step_times(self, self.rows, identity)
         return self._times(rows, history)
