@@ -118,7 +118,7 @@ class DraftTreeBuilder(Generic[S]):
         """Compare the candidates along the path with the tokens that a step emitted. Returns the sources of
         the draft tokens that were accepted."""
         emitted = step.emitted
-        self.budget.settle(len(emitted), len(step.tree), len(step.tree) > len(step.picks))
+        self.budget.settle(len(emitted), len(step.tree), step.has_masks)
         node = self.root
         for token in emitted:
             if node is None:

@@ -169,7 +169,7 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
     def learn(self, step: Step) -> Sequence[Hashable]:
         accepted = super().learn(step)
         tokens = len(step.emitted)
-        took = self.budget.cost(len(step.tree), len(step.tree) > len(step.picks))
+        took = self.budget.cost(len(step.tree), step.has_masks)
         self.expected = [self.expected[0] + tokens, self.expected[1] + took]
         pending = len(self.masks.offered)
         for i in range(min(pending, tokens)):

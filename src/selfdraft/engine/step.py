@@ -42,6 +42,11 @@ class Step:
         return self.score()
 
     @property
+    def has_masks(self) -> bool:
+        """True if mask tokens were among the rows."""
+        return len(self.tree) > len(self.picks)
+
+    @property
     def emitted(self) -> list[int]:
         """The tokens this step adds to the text."""
         return [self.picks[row] for row in self.path]

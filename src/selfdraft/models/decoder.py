@@ -226,9 +226,9 @@ class Decoder:
         self, rows: Rows, index: Sequence[Sequence[int]], tokens: Sequence[int], pick: PickMask
     ) -> list[Tensor]:
         assert isinstance(rows, DecoderRows)
-        if self.adapter is None or self.adapter.sampler is None:
-            return rows.mask_logits(index)
         found = rows.mask_logits(index)
+        if self.adapter is None or self.adapter.sampler is None:
+            return found
 
         def read(asked: Sequence[Sequence[int]], before: Sequence[int]) -> list[Tensor]:
             live = [i for i, own in enumerate(asked) if own]

@@ -119,14 +119,15 @@ class Build:
         """The model with an output layer of these ids alone, in this order."""
         head = self._linear(f"{self._head}.weight", self.vocabulary, self.hidden)
         part = replace(head, rows=np.ascontiguousarray(head.rows[ids]))
-        arrays: list[NDArray[Any]] = [self._pack(self._format(part), [part], len(ids))]
+        packed, bias = self._pack(self._format(part), [part], len(ids)), None
+        arrays: list[NDArray[Any]] = [packed]
         if f"{self._head}.bias" in self._weights:
-            padded = np.zeros(self._library.padded(len(ids)), np.float32)
-            padded[: len(ids)] = self._weights.vector(f"{self._head}.bias")[ids]
-            arrays.append(padded)
-        packed, bias = (*(int(array.ctypes.data) for array in arrays), None)[:2]
+            arrays.append(self._padded(self._weights.vector(f"{self._head}.bias")[ids]))
+            bias = arrays[-1].ctypes.data
         model = structures.Model.from_buffer_copy(self.model)
-        model.head = structures.Matrix(packed, bias, FORMATS[self._format(part)], len(ids), self.hidden)
+        model.head = structures.Matrix(
+            packed.ctypes.data, bias, FORMATS[self._format(part)], len(ids), self.hidden
+        )
         model.vocabulary = len(ids)
         self._weights.release()
         return OutputPart(model, arrays)
@@ -190,13 +191,17 @@ class Build:
         self.parameters += outs * ins
         bias, biases = None, [f"{name}.bias" for name in names]
         if any(name in self._weights for name in biases):
-            padded = np.zeros(self._library.padded(outs), np.float32)
             given = np.concatenate([self._weights.vector(name) for name in biases])
             if len(given) != outs:
                 raise ModelCorrupt(f"{biases[0]}: {len(given)} biases for {outs} outputs")
-            padded[:outs] = given
-            bias = self._pointer(padded)
+            bias = self._pointer(self._padded(given))
         return structures.Matrix(self._pointer(out), bias, FORMATS[format], outs, ins)
+
+    def _padded(self, biases: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Biases with room for whole panels of outputs."""
+        padded = np.zeros(self._library.padded(len(biases)), np.float32)
+        padded[: len(biases)] = biases
+        return padded
 
     def _pack(self, format: str, parts: Sequence[Stored], outs: int) -> NDArray[np.uint8]:
         out, at = self._library.empty(format, outs, parts[0].ins), 0

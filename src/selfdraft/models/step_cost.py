@@ -92,8 +92,13 @@ class StepTimes:
         self._count = 0
 
     def __call__(self, rows: int, history: int = 0) -> float:
+        first, further = self._parts(rows, history)
+        return first + self.factor * further
+
+    def _parts(self, rows: int, history: int) -> tuple[float, float]:
+        """What the table says of the first row, and of the further ones."""
         first = self.measured(1, history)
-        return first + self.factor * (self.measured(rows, history) - first)
+        return first, self.measured(rows, history) - first
 
     def measured(self, rows: int, history: int = 0) -> float:
         """The cost as the table has it."""
@@ -113,11 +118,7 @@ class StepTimes:
             return
         # A step takes unit * (one + factor * further), with what the table says of one row and of the others.
         ratio = wide[2] / narrow[2]
-        (one, further), (one_wide, further_wide) = (
-            (first, self.measured(count, tokens) - first)
-            for count, tokens, *_ in (narrow, wide)
-            for first in [self.measured(1, tokens)]
-        )
+        (one, further), (one_wide, further_wide) = self._parts(*narrow[:2]), self._parts(*wide[:2])
         if wide[3]:
             took = ratio * (one + self.factor * further)
             self._extras.append(took - one_wide - self.factor * further_wide)

@@ -64,7 +64,7 @@ class Sampler:
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.sample = sample
         self.guide = guide
-        self._drafted = None if drafted is None else torch.tensor(drafted, device=device)
+        self.drafted = drafted
         self.length = len(prompt)  # of the text
         self.start = len(prompt) + params.min_new_tokens  # index in the text from which on it may end
         self._noise = Noise(self.seed, sample, source)
@@ -81,9 +81,7 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """True if the scores of the next token are the logits themselves."""
-        params = self.params
-        changes = params.temperature or params.logit_bias or params.has_penalties or self.guide
-        return not changes and not self.bans_ends
+        return self._keeps_logits and not self.guide
 
     @property
     def _keeps_logits(self) -> bool:
@@ -137,17 +135,21 @@ class Sampler:
         """The token with the best score at one mask row, `offset` places after the first. logits: [1, ids
         drafted]."""
         best = int(self._mask_scores(logits, [self.length + offset]).argmax())
-        return best if self._drafted is None else int(self._drafted[best])
+        return best if self.drafted is None else self.drafted[best]
 
     def _mask_scores(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         tails = [()] * len(logits)
-        if self._drafted is None:
+        if self.drafted is None:
             return self._scores(logits, tails, positions)
         if self._keeps_logits:
             return self._real(logits)
         spread = self._real(logits).new_full((len(logits), self.vocabulary), -math.inf)
-        spread[:, self._drafted] = self._real(logits)
-        return self._scores(spread, tails, positions)[:, self._drafted]
+        spread[:, self._drafted_ids] = self._real(logits)
+        return self._scores(spread, tails, positions)[:, self._drafted_ids]
+
+    @cached_property
+    def _drafted_ids(self) -> Tensor:
+        return torch.tensor(self.drafted, device=self.device)
 
     def draw(self, logits: Tensor, positions: Sequence[int]) -> Tensor:
         """Scores from logits that have their bias and penalties: filters, then noise.
