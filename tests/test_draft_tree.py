@@ -85,6 +85,12 @@ def test_no_tree_is_worth_more(
     assert mine == pytest.approx(best, abs=1e-9) or (mine == 1 and best <= MARGIN + 1e-9)
 
 
+def test_giving_up_too_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Budget, "least_chance", lambda self, rows, margin: 0.5)
+    with pytest.raises(AssertionError):
+        test_no_tree_is_worth_more()
+
+
 def test_chances_under_known_noise_are_calibrated() -> None:
     """Tokens picked by log q + g: predicted chances come true, and the best of them beats the best q."""
     dice = np.random.default_rng(0)

@@ -18,7 +18,7 @@ MEMORY = 64.0  # outcomes of a kind that count in a request, about; older ones f
 SHARED_MEMORY = 1024.0  # and over all requests
 CREDIT = 0.3  # time that drafts may lose in all, in units of a step of one row,
 CREDIT_PER_STEP = 0.02  # and more of it for each step
-COST_STEPS = 16  # steps for which a cost is remembered; requests that join or leave may change it
+COST_STEPS = 32  # steps for which a cost is remembered; requests that join or leave may change it
 
 
 Kind = tuple[Hashable, ...]
@@ -121,6 +121,7 @@ class Budget:
         self.measured, self.mask_cost = cost, mask_cost
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
         self.table: Sequence[float] = ()
+        self.least: float | None = None
         self.reading: float | None = None
         self.steps = 0
         self.credit = credit
@@ -130,7 +131,7 @@ class Budget:
         self.steps += 1
         if self.steps % COST_STEPS == 0:
             self.costs.clear()
-            self.table, self.reading = (), None
+            self.table, self.least, self.reading = (), None, None
 
     def cost(self, rows: int, masks: bool = False) -> float:
         """The time of a step with so many rows, and with mask tokens among them or without; remembered for a
@@ -149,6 +150,14 @@ class Budget:
         if len(self.table) < rows:
             self.table = [self.cost(count) for count in range(1, rows + 1)]
         return self.table
+
+    def least_chance(self, rows: int, margin: float) -> float:
+        """Where no draft token has a higher chance to be accepted, no tree of up to so many rows makes
+        `margin` times the tokens of plain decoding in its time."""
+        if self.least is None:
+            costs = self.costs_to(rows)[1:rows]
+            self.least = min(((margin * cost - 1) / i for i, cost in enumerate(costs, 1)), default=1.0)
+        return self.least
 
     def affords(self, rows: int, masks: bool = False) -> bool:
         """Is the credit enough for a step of so many rows whose draft is rejected altogether?"""

@@ -156,6 +156,8 @@ class DraftTreeBuilder(Generic[S]):
         while True:
             yield node
             node.candidates = self.source.candidates(node.state)
+            if node is self.root and self._hopeless(node.candidates):
+                return
             for token, (chance, source) in self._chances(node, len(tokens)).items():
                 if chance * node.reached >= MIN_REACHED:
                     order += 1
@@ -168,16 +170,23 @@ class DraftTreeBuilder(Generic[S]):
             node = above.children[token] = Node(token, parent, above.depth + 1, -reached, source, state)
             nodes.append(node)
 
+    def _hopeless(self, candidates: Sequence[Candidates]) -> bool:
+        """True if no tree can pay that begins with these candidates: this spares most of the work on a text
+        that has nothing to draft. With noise one may win in spite of that, too seldom to look for it."""
+        left = 1.0
+        for kind, _, _ in candidates:
+            left *= 1 - self.rates[kind]
+        return 1 - left <= self.budget.least_chance(self.max_rows, MARGIN)
+
     def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
         """As many nodes as pay."""
-        nodes: list[Node[S]] = []
-        costs = self.budget.costs_to(self.max_rows)
-        best, rows, promised = MARGIN, 1, 0.0
+        nodes = [next(growing)]
+        best, rows, promised = MARGIN, 1, 1.0
         for node in growing:
-            count = len(nodes)
+            count, costs = len(nodes), self.budget.costs_to(self.max_rows)
             # No larger tree can be better: not if each further row were reached as often as this one.
             rest = enumerate(costs[count:], 1)
-            if count and all(promised + node.reached * i <= best * cost for i, cost in rest):
+            if all(promised + node.reached * i <= best * cost for i, cost in rest):
                 break
             nodes.append(node)
             promised += node.reached

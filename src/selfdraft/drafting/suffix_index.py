@@ -16,7 +16,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ class SuffixIndex:
         self.start = len(self.ids)
         self.ids.extend(prompt)
         self.order = _sorted(np.array(self.ids, np.int32))
+        self.after = self._after()
         self.recent: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -90,11 +91,14 @@ class SuffixIndex:
     def _ranges(self) -> list[range]:
         """Ranges of the order: places after the last token, the last two, and so on to a single place."""
         ids, order = self.ids, self.order
-        ranges: list[range] = []
-        low, high = 0, len(order)
-        for back in range(1, REACH + 1):
+        first = self.after.get(ids[-1])
+        if first is None:
+            return []
+        ranges = [first]
+        low, high = first.start, first.stop
+        for back in range(2, REACH + 1):
             token = ids[-back]
-            if token == BORDER or low == high or (back > 1 and high - low == 1):
+            if token == BORDER or high - low == 1:
                 break
             if ids[order[low] - back] != token or ids[order[high - 1] - back] != token:
                 low = bisect_left(order, token, low, high, key=lambda place: ids[place - back])
@@ -103,6 +107,13 @@ class SuffixIndex:
                     break
             ranges.append(range(low, high))
         return ranges
+
+    def _after(self) -> dict[int, range]:
+        """For each token the range of the order whose places stand after it."""
+        before = np.array(self.ids, np.int32)[np.array(self.order, np.intp) - 1]
+        tokens, first = np.unique(before, return_index=True)
+        borders = pairwise([*first.tolist(), len(before)])
+        return {token: range(*ends) for token, ends in zip(tokens.tolist(), borders, strict=True)}
 
     def _common(self, place: int, length: int) -> int:
         """How many tokens before the place equal the end of the text, if `length` are known to."""

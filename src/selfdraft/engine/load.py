@@ -20,8 +20,6 @@ from .request import Request
 
 HISTORY_STEP = 256
 """Lengths of history whose costs are taken to be equal."""
-COST_STEPS = 16
-"""Steps for which costs are remembered; they follow what steps take (see `models.step_cost`)."""
 
 
 class Load:
@@ -41,15 +39,9 @@ class Load:
         """A step, on average."""
         self._others = 0, 0.0
         """Rows and tokens of all but the request whose costs are asked for."""
-        self._times: dict[tuple[int, int], float] = {}
-        """By rows and history: what steps take."""
-        self._steps = 0
 
     def begin(self, requests: Sequence[Request]) -> None:
         """Called before a step of the requests that decode."""
-        self._steps += 1
-        if self._steps % COST_STEPS == 0:
-            self._times.clear()
         self.history = sum(request.length for request in requests) // max(1, len(requests))
         self.rows = sum(request.width for request in requests)
         self._tokens = sum(request.pace for request in requests)
@@ -70,8 +62,4 @@ class Load:
 
     def time(self, rows: int) -> float:
         """What a step of so many rows takes, as `cost`, behind the present history."""
-        key = rows, self.history // HISTORY_STEP * HISTORY_STEP
-        found = self._times.get(key)
-        if found is None:
-            found = self._times[key] = self.cost(*key)
-        return found
+        return self.cost(rows, self.history // HISTORY_STEP * HISTORY_STEP)

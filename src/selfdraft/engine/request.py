@@ -237,8 +237,11 @@ class Request:
             step = replace(step, mask_scores=self.sampler.mask_scores(mask_logits))
         try:
             self.drafter.observe(step)
-            counts = getattr(self.drafter, "sources", {})
-            self.sources = {str(name): DraftCount(one.drafted, one.accepted) for name, one in counts.items()}
+            if len(step.tree) > 1:  # else nothing was drafted
+                counts = getattr(self.drafter, "sources", {})
+                self.sources = {
+                    str(name): DraftCount(one.drafted, one.accepted) for name, one in counts.items()
+                }
         except Exception as error:  # a drafter is others' code
             raise _named(error, f"{type(self.drafter).__name__}.observe") from error
 

@@ -32,7 +32,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, count
 from pathlib import Path
 
@@ -55,6 +55,7 @@ COMPARED = 100  # pairs of a wide step and a narrow one, the latest, that say wh
 CORRECTED = 10  # pairs between corrections
 KEPT_WITHIN = 1.25  # times that the factor may be off the one that is kept
 WIDER = 2.0  # times as many rows as the narrow one's at least
+REMEMBERED = 4096  # numbers of rows and histories
 MOST = 4.0  # times what the table says that further rows cost, or one of so many, at most
 MAX_AGE = 30 * 86400.0  # seconds for which a table is used
 TABLE_VERSION = 4  # of the way to measure; another one is measured anew
@@ -79,6 +80,7 @@ class StepTimes:
         self.histories = list(self.seconds)
         self._lines = [_Line(of) for of in self.seconds.values()]
         self.unit = self._lines[0].times[0]
+        self._parts = lru_cache(REMEMBERED)(self._parts_measured)
         self.mask_cost = masks / self.unit
         """What mask tokens add to a step."""
         self.factor = self._kept = factor
@@ -95,7 +97,7 @@ class StepTimes:
         first, further = self._parts(rows, history)
         return first + self.factor * further
 
-    def _parts(self, rows: int, history: int) -> tuple[float, float]:
+    def _parts_measured(self, rows: int, history: int) -> tuple[float, float]:
         """What the table says of the first row, and of the further ones."""
         first = self.measured(1, history)
         return first, self.measured(rows, history) - first
