@@ -92,6 +92,8 @@ class NgramCopies:
 
     def follow(self, state: Places, token: int) -> Places:
         """The places that go on with this token, one further."""
+        if not state:
+            return state
         at, end = self.index.token, self.index.end
         return [
             (place + 1, length + 1)
@@ -104,7 +106,8 @@ class LongestFirst(Sources):
     """Copies from several indexes, those with the longest contexts first."""
 
     def candidates(self, state: Sequence[Places]) -> Sequence[Candidates]:
-        return sorted(super().candidates(state), key=_longest_first)
+        found = super().candidates(state)
+        return sorted(found, key=_longest_first) if all(state) else found
 
 
 def copies(context: DraftContext, trigger: int = 1) -> NgramCopies | LongestFirst:
