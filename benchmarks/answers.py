@@ -53,6 +53,8 @@ class Figures:
 
     tokens: int = 0
     forwards: int = 0
+    seconds: float = 0.0
+    """Of its decode steps."""
     micros: list[float] = field(default_factory=list)
     """The drafter's time of each step."""
     ratios: list[float] = field(default_factory=list)
@@ -63,6 +65,7 @@ class Figures:
     def record(self) -> dict[str, object]:
         return {
             "tokens/forward": round(self.tokens / self.forwards, 2),
+            "tokens/s": round(self.tokens / self.seconds),
             "times plain": round(statistics.median(self.ratios), 2),
             "drafter us, median": round(statistics.median(self.micros)),
             "from answers": [self.accepted, self.drafted],
@@ -87,6 +90,7 @@ class Way:
         figures = self.found[kind]
         figures.tokens += request.added
         figures.forwards += len(request.runs)
+        figures.seconds += request.seconds
         figures.micros += [1e6 * seconds for seconds in self.timed.seconds]
         figures.ratios.append((plain or request).seconds / request.seconds)
         count = getattr(self.timed.inner, "sources", {}).get("answer")
