@@ -14,7 +14,7 @@ Contexts are compared entry by entry, so a text of one salt never matches that o
 The index is that of deflate (RFC 1951, section 4): by the hash of an n-gram a table has the latest place
 after it, and each place has the one before. Adding a token and looking one up take a time that does not
 depend on the size. What is found is compared, so a collision costs time only. 40 bytes a token, or up to 56
-where the size is no power of two; memory is taken as the ring fills.
+where the size is no power of two, and some 300 an answer; memory is taken as the ring fills.
 """
 
 from __future__ import annotations
