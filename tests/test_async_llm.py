@@ -16,6 +16,7 @@ import pytest
 
 from selfdraft import LLM, SamplingParams
 from selfdraft.async_llm import AsyncLLM, Process
+from selfdraft.drafting.acceptance import DraftCount
 from selfdraft.engine.engine import Engine
 from selfdraft.engine.scheduler import Limits
 from selfdraft.engine_loop import EngineLoop
@@ -39,7 +40,8 @@ def llm(folder: Path) -> LLM:
 
 @pytest.fixture(scope="module", params=["thread", "process"])
 def served(request: pytest.FixtureRequest, folder: Path) -> Iterator[AsyncLLM]:
-    with AsyncLLM.load(str(folder), process=request.param == "process", method="llma") as made:
+    limits, process = Limits(earlier_answers=1000), request.param == "process"
+    with AsyncLLM.load(str(folder), process=process, method="llma", limits=limits) as made:
         yield made
         left = made.submit([5, 6], params(0, max_new_tokens=240, ignore_eos=True))
     assert left.wait().finish_reason == "cancelled"
@@ -67,6 +69,21 @@ def test_callers_get_what_the_library_says(served: AsyncLLM, llm: LLM) -> None:
         assert ticket.wait().finish_reason == right.finish_reason
     assert served.stats.running == 0
     assert served.stats.generated_tokens >= 12
+
+
+def test_earlier_answers_stay_with_the_engine(served: AsyncLLM, llm: LLM) -> None:
+    """An answer that comes again is drafted from the first one, and not where another salt asks for it."""
+
+    def drafted(salt: str) -> int:
+        before = served.stats.sources.get("answer", DraftCount()).drafted
+        ticket = served.submit(served.prompt_ids(PROMPTS[0]), params(1), salt=salt)
+        assert ticket.wait().ids == llm.generate(PROMPTS[0], params(1)).ids
+        return served.stats.sources.get("answer", DraftCount()).drafted - before
+
+    first, other, again = (drafted(salt) for salt in ("one", "two", "one"))
+    assert first == other == 0
+    if not isinstance(served._runner, Process):  # there rows cost what they cost, and drafts may not pay
+        assert again > 0
 
 
 def test_event_loops_are_not_held_up(served: AsyncLLM, llm: LLM) -> None:

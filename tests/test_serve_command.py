@@ -20,6 +20,7 @@ pytest.importorskip("prometheus_client", reason="the extra serve is not installe
 
 from selfdraft.async_llm import AsyncLLM
 from selfdraft.cli.serve import memory
+from selfdraft.engine.scheduler import Limits
 from selfdraft.errors import InvalidOption
 
 from conftest import Run
@@ -88,6 +89,7 @@ def test_a_port_in_use_is_one_line(command: Run, folder: Path) -> None:
     ("words", "said"),
     [
         (("--kv-memory", "much"), "--kv-memory"),
+        (("--earlier-answers", "9" * 20), "earlier_answers"),
         (("--default", "temperatur=1"), "temperatur"),
         (("--default", "temperature=-1"), "temperature"),
         (("--method", "nothing"), "nothing"),
@@ -112,8 +114,9 @@ def test_the_engine_is_a_process_that_has_its_grammars(
         raise InvalidOption("not now")
 
     monkeypatch.setattr(AsyncLLM, "load", load)
-    assert command("serve", "--model", str(folder), "--port", "0")[0] == 2
+    assert command("serve", "--model", str(folder), "--port", "0", "--earlier-answers", "5000")[0] == 2
     assert (asked["process"], asked["grammars"]) == (True, True)
+    assert asked["limits"] == Limits(earlier_answers=5000)
 
 
 def test_sizes_of_memory() -> None:

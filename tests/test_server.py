@@ -27,7 +27,7 @@ from selfdraft.engine.request import Request
 from selfdraft.engine.scheduler import Limits
 from selfdraft.engine.step import Step
 from selfdraft.sampling.detokenizer import Detokenizer
-from selfdraft.server import generation, guard, prompts, requests, run, time_limit
+from selfdraft.server import generation, guard, prompts, requests, run, serving, time_limit
 from selfdraft.server.requests import ResponsesRequest
 from selfdraft.server.responses_input import as_chat
 from serving import TEMPLATE, Running, served
@@ -469,6 +469,40 @@ def test_keys(llm: LLM) -> None:
         status, answer, _ = running.request("POST", CHAT, {"messages": say("a")})
         assert (status, answer["error"]["type"]) == (401, "authentication_error")
         assert running.request("GET", "/health")[0] == 200
+
+
+def drafted_by_key(folder: Path) -> list[float]:
+    """Draft tokens that a server takes from earlier answers, when one text is asked for with a key, with
+    another key and another salt, which have answers of another text, and with the first key again."""
+    kept = LLM(str(folder), limits=Limits(earlier_answers=1000))
+    with served(AsyncLLM.load(kept), api_keys=("one", "two")) as running:
+
+        def ask(key: str, salt: str | None, prompt: str) -> float:
+            name = 'selfdraft_drafted_tokens_total{source="answer"}'
+            headers = {"Authorization": f"Bearer {key}"}
+            body = {"model": running.serving.names[0], "prompt": prompt, "temperature": 0, "max_tokens": 40}
+            if salt is not None:
+                body["cache_salt"] = salt
+            assert running.request("POST", COMPLETIONS, body, headers)[0] == 200
+            page = running.request("GET", "/metrics", headers=headers)[1]
+            counts = [float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(name)]
+            return sum(counts)
+
+        ask("two", None, "class Stack:")
+        ask("one", "salt", "class Stack:")
+        before = ask("one", None, "class Stack:")
+        rest = (("one", None), ("two", None), ("one", "salt"), ("one", None))
+        return [ask(key, salt, "def add(") - before for key, salt in rest]
+
+
+def test_keys_and_salts_share_no_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, other_key, other_salt, same = drafted_by_key(folder)
+    assert first == other_key == other_salt == 0 < same
+    monkeypatch.setattr(serving, "tenant", lambda headers, salt: salt or "")
+    assert drafted_by_key(folder)[1] > 0
+    monkeypatch.setattr(serving, "tenant", lambda headers, salt: headers["authorization"])
+    found = drafted_by_key(folder)
+    assert found[1] == 0 < found[2]
 
 
 def test_hosts(running: Running) -> None:

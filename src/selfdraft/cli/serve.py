@@ -53,6 +53,14 @@ def serve(
     max_queue: Annotated[
         int | None, typer.Option(min=0, help="Answers that may wait; further requests get status 429.")
     ] = None,
+    earlier_answers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens of answers to keep, such as 100000, from which later answers to the same key and "
+            "cache_salt are drafted. How fast one comes then tells if it was given before. 0 keeps none.",
+        ),
+    ] = 0,
     sampling: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,7 +119,12 @@ def serve(
     # What is wrong is reported before the weights are read.
     SamplingParams.read(defaults)
     drafting.create(method, flags.pairs("--option", option))
-    given = {"max_requests": max_requests, "max_queue": max_queue, "kv_memory": memory(kv_memory)}
+    given = {
+        "max_requests": max_requests,
+        "max_queue": max_queue,
+        "kv_memory": memory(kv_memory),
+        "earlier_answers": earlier_answers,
+    }
     options = Options(
         names=tuple(alias or ()) or (model,),
         api_keys=tuple(api_key or ()) or tuple(filter(None, os.environ.get(KEYS, "").split(","))),

@@ -1,13 +1,15 @@
 """Everything there is to draft from, in one tree a step: the default method.
 
-Copies from references, the prompt and the text so far (`ngrams`), the predictions of mask tokens where the
-model has an adapter with some (`mask_tree`), and what the model picked off the path earlier in this request
-(`jacobi`), where these picks are known anyway. A model that was tuned for Jacobi decoding also gets its
-window. Each kind of candidate has an acceptance rate, which is learned, and the tree takes the rows that
-yield most expected tokens per measured time (`draft_tree`). Where nothing pays, nothing is drafted.
+Copies from references, the prompt and the text so far, and from earlier answers if the engine keeps some
+(`ngrams`), the predictions of mask tokens where the model has an adapter with some (`mask_tree`), and what
+the model picked off the path earlier in this request (`jacobi`), where these picks are known anyway. A model
+that was tuned for Jacobi decoding also gets its window. Each kind of candidate has an acceptance rate, which
+is learned, and the tree takes the rows that yield most expected tokens per measured time (`draft_tree`).
+Where nothing pays, nothing is drafted.
 
 Rates start with what the requests before it on the same engine have learned, greedy and sampled ones apart.
-Rates are all that goes from one request to another: no token of one is ever a candidate in another.
+Rates are all that goes from one request to another: no token of one is ever a candidate in another, unless
+the engine was told to keep answers (`Limits.earlier_answers`), and then only among requests of one salt.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .draft_tree import DraftTreeBuilder, Sources, TreeDrafter
 from .jacobi import SOURCE, Picks, Window, pick_rates
 from .mask_tree import MaskCandidates, MaskTreeBuilder
 from .method import DraftContext, Drafter, drawn_noise
-from .ngrams import PRIOR, NgramCopies
+from .ngrams import PRIOR, copies
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class AutoDrafter(TreeDrafter):
         kinds = dict(PRIOR)
         for part in parts:
             kinds |= part.prior
-        source = Sources(NgramCopies(context.references, context.prompt), *parts)
+        source = Sources(copies(context), *parts)
         given = context.acceptance.start(("auto", noise is None), kinds), context.cost, noise, block
         if look is None or self.masks is None:
             super().__init__(DraftTreeBuilder(source, *given))

@@ -33,6 +33,7 @@ from .acceptance import AcceptanceStats, Budget, Candidates, Kind
 from .draft_tree import MARGIN, MIN_REACHED, DraftTreeBuilder, Sources, TreeDrafter
 from .method import DraftContext, Drafter, Lookahead, drawn_noise
 from .ngrams import PRIOR, NgramCopies
+from .suffix_index import SuffixIndex
 
 SOURCE = "jacobi"
 # Acceptance rates of a draft token 1, 2, 3-4, 5-8, ... rows ahead, where those before it were right:
@@ -192,7 +193,7 @@ class Window:
 
 class JacobiDrafter(TreeDrafter):
     def __init__(self, block: int, context: DraftContext) -> None:
-        copies = NgramCopies((), context.prompt)
+        copies = NgramCopies(SuffixIndex((), context.prompt), context.prompt)
         prior = pick_rates(context.lookahead)
         self.picks = Picks(prior)
         self.window = Window(self.picks, prior, block, context)

@@ -4,13 +4,14 @@ The end of the text is looked up in the references, the prompt and the text so f
 drafted as a tree, the longest matches first. How likely a copied token is right is learned by the length of
 its context (including tokens already copied) and by whether the places agree. So the copy grows with the
 match and with past success, and where nothing is likely enough to pay for its rows, nothing is drafted
-(`draft_tree`).
+(`draft_tree`). Where the engine keeps earlier answers (`answers`), copies are taken from them, too: the
+paper's cache-assisted generation.
 
 `faithful` is the method as published: when the last tokens generated occur in a reference, propose the tokens
 that follow there. The longest match counts, its first occurrence is taken, references in the order given.
 Only generated tokens trigger, so the first step drafts nothing. The published code rebuilds the n-grams of
 the whole output at every step; this one indexes the references once. Without references the prompt serves as
-one: the paper's multi-turn setting.
+one: the paper's multi-turn setting. Earlier answers are copied from only if they are given as references.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..errors import InvalidOption
 from .acceptance import AcceptanceStats
 from .draft_tree import DraftTreeBuilder, TreeDrafter
 from .method import DraftContext, Drafter, drawn_noise
-from .ngrams import PRIOR, NgramCopies
+from .ngrams import PRIOR, copies
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class Llma:
     def drafter(self, context: DraftContext) -> Drafter:
         if self.faithful:
             return FaithfulDrafter(self, context)
-        copies = NgramCopies(context.references, context.prompt, self.trigger)
-        rates, noise = AcceptanceStats(PRIOR), drawn_noise(context)
-        return TreeDrafter(DraftTreeBuilder(copies, rates, context.cost, noise, self.block or 64))
+        source, noise = copies(context, self.trigger), drawn_noise(context)
+        rates = AcceptanceStats(PRIOR)
+        return TreeDrafter(DraftTreeBuilder(source, rates, context.cost, noise, self.block or 64))
 
 
 class FaithfulDrafter:

@@ -16,6 +16,7 @@ from typing import Protocol
 from ..engine.step import Step
 from ..engine.tree import Tree
 from .acceptance import SharedAcceptance
+from .answers import AnswerIndex
 
 Noise = Callable[[int, Sequence[int]], Sequence[float]]
 Cost = Callable[[int], float]
@@ -73,7 +74,7 @@ class DraftContext:
     otherwise (see `engine.load`), 1 of one row; it changes with what other requests run. mask_cost: what
     mask tokens among them add to it. lookahead: what the model's adapter drafts with; None without one.
     loops: of a looped model; None for an ordinary one. acceptance: for rates that later requests of the same
-    engine shall start with.
+    engine shall start with. answers: earlier answers that this one may quote; None where none are kept.
     """
 
     prompt: Sequence[int]
@@ -86,6 +87,7 @@ class DraftContext:
     lookahead: Lookahead | None = None
     loops: Loops | None = None
     acceptance: SharedAcceptance = field(default_factory=SharedAcceptance)
+    answers: AnswerIndex | None = None
 
 
 def drawn_noise(context: DraftContext) -> Noise | None:

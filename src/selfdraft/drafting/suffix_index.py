@@ -42,6 +42,8 @@ class SuffixIndex:
         for reference in references:
             self.ids.extend(reference)
             self.ids.append(BORDER)
+        self.token = self.ids.__getitem__
+        """The token at a place, or BORDER."""
         self.start = len(self.ids)
         self.ids.extend(prompt)
         self.order = _sorted(np.array(self.ids, np.int32))
@@ -57,6 +59,11 @@ class SuffixIndex:
                 if place - gram >= self.start:
                     recent[tuple(ids[place - gram :])].append(place)
             ids.append(token)
+
+    @property
+    def end(self) -> int:
+        """The place behind all others."""
+        return len(self.ids)
 
     def find(self, most: int) -> list[Match]:
         """Places after contexts like the end of the text, the longest first, at most `most`."""

@@ -28,6 +28,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ..drafting.acceptance import SharedAcceptance
+from ..drafting.answers import EarlierAnswers
 from ..drafting.method import DraftContext, Drafter, Method
 from ..drafting.references import is_ids
 from ..errors import (
@@ -65,7 +66,10 @@ class Engine:
         """Acceptance rates that its requests start with."""
         self.limits = limits or Limits()
         self.pool = model.pool(self.limits.kv_memory)
-        self.scheduler = Scheduler(self.limits, self.pool, model.ragged)
+        kept = self.limits.earlier_answers
+        self.answers = EarlierAnswers(kept) if kept else None
+        """Answers that later requests may draft from."""
+        self.scheduler = Scheduler(self.limits, self.pool, model.ragged, self.answers)
         self.lock = threading.RLock()
         """Held during a step: what is read under it belongs together."""
         self.rows = 0
@@ -96,7 +100,7 @@ class Engine:
         params: None is the default, greedy. Stop strings in it need a tokenizer, which an engine does not
         have: give them as `stop`. references: token ids that drafters may copy from. eos_ids: the ids that
         end a text of the model, unless `params` names others. sample: keys the noise, beside the seed. salt:
-        requests of different salts share no memory. timeout: seconds from now after which it ends in any
+        requests of different salts share nothing. timeout: seconds from now after which it ends in any
         case. guide: the state of a grammar that the text must follow.
 
         Raises InvalidPrompt for a prompt that is empty, too long or not of ids, InvalidReference and
@@ -136,6 +140,7 @@ class Engine:
                 look,
                 self.model.loops,
                 self.acceptance,
+                self.answers.index(salt, prompt) if self.answers is not None else None,
             )
             request = Request(
                 context.prompt,

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..drafting.answers import EarlierAnswers
 from ..errors import InvalidOption, KVMemoryExhausted, QueueFull
 from ..models.protocol import Pool
 from .request import Request
@@ -39,9 +40,18 @@ class Limits:
     """Rows of one forward: trees of drafts and chunks of prompts together."""
     max_queue: int | None = None
     """Requests that wait, at most; None: any number."""
+    earlier_answers: int = 0
+    """Tokens of answers that are kept for later requests of the same salt to draft from (with `auto` and
+    `llma`), 40 to 56 bytes each; 0: none. How fast an answer comes then tells whether it was given before."""
 
     def __post_init__(self) -> None:
-        for name, least in (("kv_memory", 1), ("max_requests", 1), ("max_rows", 1), ("max_queue", 0)):
+        for name, least in (
+            ("kv_memory", 1),
+            ("max_requests", 1),
+            ("max_rows", 1),
+            ("max_queue", 0),
+            ("earlier_answers", 0),
+        ):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < least):
                 raise InvalidOption(f"{name} must be at least {least}; got {value!r}", option=name)
@@ -55,9 +65,10 @@ class Limits:
 class Scheduler:
     """The requests of an engine, waiting and running."""
 
-    def __init__(self, limits: Limits, pool: Pool, ragged: bool) -> None:
-        """ragged: prompts are read beside decoding requests, in the same forward."""
-        self.limits, self.pool, self.ragged = limits, pool, ragged
+    def __init__(self, limits: Limits, pool: Pool, ragged: bool, answers: EarlierAnswers | None) -> None:
+        """ragged: prompts are read beside decoding requests, in the same forward. answers: where answers are
+        kept for later requests; None: nowhere."""
+        self.limits, self.pool, self.ragged, self.answers = limits, pool, ragged, answers
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """In the order in which they were admitted."""
@@ -87,12 +98,16 @@ class Scheduler:
                 self.leave(request)
 
     def leave(self, request: Request) -> None:
-        """One that has ended gives its memory back."""
+        """One that has ended gives its memory back. Its answer is kept, unless it failed."""
         if request in self.running:
             self.running.remove(request)
             request.close()
         elif request in self.waiting:
             self.waiting.remove(request)
+        else:
+            return
+        if self.answers is not None and request.error is None:
+            self.answers.add(request.salt, request.emitted)
 
     def admit(self) -> None:
         """Let those that wait begin, as long as there is memory for all that they have to read."""

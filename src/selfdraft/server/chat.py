@@ -35,6 +35,7 @@ async def chat(serving: Serving, asked: ChatRequest, request: Request) -> Respon
     generation = await serving.start(
         "chat",
         asked,
+        request,
         [rendered.ids],
         n,
         asked.max_completion_tokens or asked.max_tokens,

@@ -33,7 +33,14 @@ async def complete(serving: Serving, asked: CompletionRequest, request: Request)
     _check(asked, n)
     grammar = await asyncio.to_thread(grammar_of, asked, asked.response_format, serving)
     generation = await serving.start(
-        "completions", asked, prompts, n, asked.max_tokens or MAX_TOKENS, asked.logprobs, grammar
+        "completions",
+        asked,
+        request,
+        prompts,
+        n,
+        asked.max_tokens or MAX_TOKENS,
+        asked.logprobs,
+        grammar,
     )
     return await respond(CompletionAnswer(serving, asked, prompts, generation), asked.stream, request)
 

@@ -66,8 +66,8 @@ class Guard:
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:
             return
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip().encode("utf-8", "surrogateescape"))
+        kind, key = given_key(headers)
+        digest = _digest(key.encode("utf-8", "surrogateescape"))
         # All keys are compared, each in constant time: the answer's time says nothing about them.
         known = [hmac.compare_digest(digest, key) for key in self._keys]
         if kind.lower() != "bearer" or not any(known):
@@ -107,6 +107,18 @@ class Guard:
 
 
 CLOSE = {"Connection": "close"}
+
+
+def given_key(headers: Headers) -> tuple[str, str]:
+    """The kind of authorization that a client gave, such as Bearer, and its key."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return kind, key.strip()
+
+
+def tenant(headers: Headers, salt: str | None) -> str:
+    """Whom the engine keeps apart: clients of different keys, and of one key requests of different salts."""
+    key = _digest(given_key(headers)[1].encode("utf-8", "surrogateescape"))
+    return f"{key.hex()} {salt or ''}"
 
 
 def _digest(key: bytes) -> bytes:

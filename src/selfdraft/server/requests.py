@@ -83,7 +83,7 @@ class Asked(Body):
     method: str | None = None
     """A drafting method other than the server's. It changes the speed, never the text."""
     cache_salt: str | None = Field(default=None, max_length=256)
-    """Requests share cached prefixes only with those of the same salt."""
+    """Requests share cached prefixes and earlier answers only with those of the same salt."""
     guided_regex: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
     guided_grammar: Annotated[str, Field(max_length=MAX_GRAMMAR)] | None = None
 

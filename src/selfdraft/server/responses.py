@@ -36,7 +36,7 @@ async def answer_response(serving: Serving, asked: ResponsesRequest, request: Re
     rendered = await asyncio.to_thread(serving.prompts.chat, chat)
     grammar = await asyncio.to_thread(chat_grammar, chat, tools, rendered, serving)
     generation = await serving.start(
-        "responses", asked, [rendered.ids], 1, asked.max_output_tokens, grammar=grammar
+        "responses", asked, request, [rendered.ids], 1, asked.max_output_tokens, grammar=grammar
     )
     names = frozenset(tool.function.name for tool in tools)
     return await respond(ResponsesAnswer(serving, asked, rendered, generation, names), asked.stream, request)

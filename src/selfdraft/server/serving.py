@@ -20,6 +20,7 @@ from ..sampling.grammar import Grammar
 from .errors import ApiError, json_response, over_context, refused
 from .fields import check_fields
 from .generation import Generation
+from .guard import tenant
 from .metrics import Metrics
 from .prompts import Prompts
 from .requests import Asked, Body
@@ -92,6 +93,7 @@ class Serving:
         self,
         endpoint: str,
         asked: Asked,
+        request: Request,
         prompts: Sequence[Sequence[int]],
         n: int,
         tokens: int | None,
@@ -106,6 +108,8 @@ class Serving:
         if sum(each.max_new_tokens for each in params) * n > MAX_TOKENS:
             raise refused(f"a request may ask for {MAX_TOKENS} tokens in all its answers", "max_tokens")
         references = await asyncio.to_thread(self.prompts.references, asked.predicted())
+        # Without keys a client may write into the header what it likes.
+        salt = tenant(request.headers, asked.cache_salt) if self.options.api_keys else asked.cache_salt or ""
         generation = Generation(
             endpoint,
             [],
@@ -125,7 +129,7 @@ class Serving:
                         method=asked.method,
                         sample=sample,
                         timeout=self.options.deadline,
-                        salt=asked.cache_salt or "",
+                        salt=salt,
                         chat=endpoint != "completions",
                         grammar=grammar,
                     )
