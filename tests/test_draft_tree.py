@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from selfdraft import Step, Tree
 from selfdraft.drafting import acceptance
 from selfdraft.drafting.acceptance import AcceptanceStats, Budget, Candidates, Kind
-from selfdraft.drafting.draft_tree import MARGIN, DraftTreeBuilder, wins
+from selfdraft.drafting.draft_tree import MARGIN, MIN_REACHED, DraftTreeBuilder, wins
 from selfdraft.engine.step import accept
 
 
@@ -62,12 +62,13 @@ def best_rate(source: Fixed, cost: Callable[[int], float], most: int) -> float:
     return max((1 + sum(reached[row] for row in rows)) / cost(len(rows) + 1) for rows in drafts)
 
 
-@given(trees, st.floats(0.01, 0.5), st.floats(0, 2))
+@given(trees, st.floats(MIN_REACHED, 0.5), st.floats(0, 2))
 @example(LITTLE, 0.1015625, 1.0)  # two rows pay that do not pay alone, three do not
 def test_no_tree_is_worth_more(
     given: Mapping[tuple[int, ...], Sequence[float]], slope: float, jump: float
 ) -> None:
-    """Where silence is not as good; the cost jumps in the middle."""
+    """Where silence is not as good; the cost jumps in the middle. A row costs what `MIN_REACHED` of a token is
+    worth, at least: rows that are reached less often are not considered."""
 
     def cost(rows: int) -> float:
         return 1 + slope * (rows - 1) + jump * (rows > 3)
