@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from ..models.looped.config import Shape
 
 TEMPLATE = """---
 base_model: {base}
@@ -14,8 +17,9 @@ tags: [speculative-decoding, speed, looped]
 
 # {name}: {unique} layers, used {loops} times
 
-A decoder of depth {depth} with the weights of {unique} layers ({parameters:,} parameters). A token passes
-through them {loops} times, and the same norm and head can predict the next token after every pass. {origin}
+A decoder of depth {depth} with the weights of {layers} layers ({parameters:,} parameters). A token passes
+through {unique} of them {loops} times, and the same norm and head can predict the next token after every
+pass. {parts}{origin}
 
 ```bash
 {command}
@@ -34,8 +38,7 @@ that starts after an earlier pass is revised in the other cases.
 {compared}
 Trained for {steps:,} steps of {batch} windows of {length} tokens ({seen:,} tokens, of {windows:,} windows)
 in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}. The loss is the
-weighted sum of the losses after every pass (arXiv 2310.12072). Layers are shared whole: without a LoRA per
-pass, and without layers of their own before and after. The last pass learns {aim};
+weighted sum of the losses after every pass (arXiv 2310.12072). The last pass learns {aim};
 earlier passes learn {early}, at {exit_share:.0%} of the positions. Learning rates {rate} (Muon) and
 {outer_rate} (embeddings, head, norms). Made by selfdraft {version}, torch {torch}, transformers
 {transformers}, commit {commit}. `training.json` holds all options and the log.
@@ -55,11 +58,14 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
     """Write README.md from the figures of `looped.loop`. kind: the model type."""
     asked, exits, peak = about["run"], about["exits"], about["peak_bytes"]
     base, schedule, data = about["base"], asked["schedule"], asked["data"]
+    shape = Shape(**{part.name: asked[part.name] for part in fields(Shape)})
     text = TEMPLATE.format(
         base=base,
         name=folder.name,
         kind=kind,
-        depth=asked["unique"] * asked["loops"],
+        depth=shape.depth,
+        layers=shape.prelude + shape.unique + shape.coda,
+        parts=_parts(shape),
         parameters=about["parameters"],
         origin=(SCRATCH if asked["scratch"] else TUNED).format(base=base),
         tokens=exits["tokens"],
@@ -80,6 +86,17 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
         },
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _parts(shape: Shape) -> str:
+    """What there is beside the layers that are shared whole."""
+    if not shape.prelude and not shape.coda:
+        return ""
+    layers = "layer" if shape.prelude == 1 else "layers"
+    return (
+        f"There are {shape.prelude} {layers} before them and {shape.coda} after them that run once; "
+        "every readout goes\nthrough the latter. "
+    )
 
 
 def _table(exits: Mapping[str, Any]) -> str:
