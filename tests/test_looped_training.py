@@ -386,6 +386,8 @@ def test_from_texts_to_a_looped_model(command: Run, folder: Path, texts: Path, t
     assert "lossless to the **tuned** weights" in card
     assert f"the distribution of {folder}" in card
     assert f"| 1 | {about['exits']['loss'][0]:.4f} |" in card
+    assert f"{about['pipeline']['tokens_per_forward']:.2f} tokens per forward" in card
+    assert f"{about['pipeline']['flushed']:.1%} were flushed" in card
     assert any("eval_loss_3" in entry for entry in json.loads((out / "training.json").read_text())["log"])
 
     code, said, err = speed(command, folder, texts, out, "--teacher", str(folder))

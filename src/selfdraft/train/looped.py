@@ -35,7 +35,7 @@ from ..models.looped.config import Shape
 from ..models.looped.decoder import LoopedForCausalLM
 from ..models.looped.retrofit import Rule, blank, recast, share
 from ..models.transformers import MARK
-from . import looped_card, run, windows
+from . import looped_card, pipeline, run, windows
 from .distill import tokenizer_sha256
 from .exits import Early, Exits, Places, distribution, exit_loss, measure
 from .optimizer import muon
@@ -133,6 +133,7 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
     report("measuring the model on held-out windows")
     recast(model, base.dtype)
     found = measure(model, data.held_out, plan.schedule.batch, autocast=False)
+    decoded = pipeline.decode(model, data.held_out) if model.config.loops > 1 else None
     mark = getattr(model.config, MARK, None)
     own_loss = None if plan.scratch else _own_loss(base, data, plan.schedule.batch)
     teacher_loss = own_loss
@@ -144,6 +145,7 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
         "base": mark["base"] if mark else plan.model,
         "parameters": size,
         "exits": asdict(found),
+        "pipeline": None if decoded is None else asdict(decoded),
         "base_loss": own_loss,
         "teacher_loss": None if teacher is None else teacher_loss,
         "grade": "tuned" if mark else "base",

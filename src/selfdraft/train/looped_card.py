@@ -35,7 +35,7 @@ that starts after an earlier pass is revised in the other cases.
 | after pass | loss, nats per token | agreement | revised |
 |---|---|---|---|
 {rows}
-{compared}
+{decoded}{compared}
 Trained for {steps:,} steps of {batch} windows of {length} tokens ({seen:,} tokens, of {windows:,} windows)
 in {minutes:.0f} minutes on {processor}, {threads} threads, {device}; peak memory {peak}. The loss is the
 weighted sum of the losses after every pass (arXiv 2310.12072). The last pass learns {aim};
@@ -70,6 +70,7 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
         origin=(SCRATCH if asked["scratch"] else TUNED).format(base=base),
         tokens=exits["tokens"],
         rows=_table(exits),
+        decoded=_decoded(about["pipeline"]),
         compared=_compared(asked, about),
         seen=schedule["steps"] * schedule["batch"] * data["length"],
         minutes=about["seconds"] / 60,
@@ -103,6 +104,19 @@ def _table(exits: Mapping[str, Any]) -> str:
     pairs = zip(exits["loss"], exits["agreement"], strict=True)
     return "\n".join(
         f"| {g} | {loss:.4f} | {same:.1%} | {1 - same:.1%} |" for g, (loss, same) in enumerate(pairs, start=1)
+    )
+
+
+def _decoded(found: Mapping[str, Any] | None) -> str:
+    """What `speed` gained and revised while the model itself went on with held-out text."""
+    if found is None:
+        return ""
+    picks = ", ".join(f"{same:.1%} after pass {g}" for g, same in enumerate(found["agreement"], start=1))
+    return (
+        f"\nWith `speed`, which lets each token start on the pick after the first pass, it continued "
+        f"{found['prompts']} held-out\nbeginnings greedily by {found['tokens']:,} tokens: "
+        f"{found['tokens_per_forward']:.2f} tokens per forward. Picks were the final ones in {picks}.\n"
+        f"Of {found['started']:,} tokens that started early {found['flushed']:.1%} were flushed.\n"
     )
 
 
