@@ -19,7 +19,8 @@ loss is the sum over all passes (arXiv 2310.12072). The published training is `-
 --exit-share 1`. With `--loops 1` the result is an ordinary model of another depth.
 
 The first and last layers of the model may stay as they are and run once: `--prelude 1 --coda 1`. Every
-readout, early ones too, goes through the coda.
+readout, early ones too, goes through the coda. With `--lora-rank 8` each pass adds a small matrix of its own
+to every shared one (arXiv 2410.20672).
 
 You can stop it at any time: the same command continues from the last checkpoint. The log has the held-out
 loss after every pass (nats per token), and how often its pick is that of the full depth (agreement).
@@ -64,6 +65,13 @@ def speed(
     ] = None,
     coda: Annotated[
         int | None, typer.Option(help="Layers that run once, after the looped ones: the last of the model.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of a LoRA for each pass, on all matrices of the looped layers. "
+            "Default: no LoRA, or as a looped model has it."
+        ),
     ] = None,
     scratch: Annotated[
         bool,
@@ -115,7 +123,7 @@ def speed(
 
     times = {"steps": steps, "batch": batch, "rate": rate, "outer_rate": outer_rate, "warmup": warmup}
     given = {"model": model, "data": data, "out": out, "scratch": scratch}
-    shape = {"unique": unique, "loops": loops, "prelude": prelude, "coda": coda}
+    shape = {"unique": unique, "loops": loops, "prelude": prelude, "coda": coda, "lora_rank": lora_rank}
     how = {
         "share_rule": share_rule,
         "intermediate": intermediate,

@@ -85,6 +85,8 @@ class LoopedPlan:
     # Layers that run once, before them and after them. None: none, or those of a looped model.
     prelude: int | None = None
     coda: int | None = None
+    # Rank of a delta per pass beside each of their matrices. None: no deltas, or those of a looped model.
+    lora_rank: int | None = None
     # Start from random weights of the model's widths.
     scratch: bool = False
     # How layers are made from those of the model, and the width of their MLPs; see `share`.
@@ -125,7 +127,7 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
     recast(model, torch.float32)
     model.train()
     size, depth = model.num_parameters(), model.config.num_hidden_layers
-    layers = f"{plan.prelude} + {plan.unique} x {plan.loops} + {plan.coda}"
+    layers = f"{plan.prelude} + {plan.unique} x {plan.loops} + {plan.coda}, LoRA {plan.lora_rank or 0}"
     report(f"layers {layers}: {size:,} parameters, depth {depth}; {len(data.train):,} windows")
     machine.reset_peak(model.device)
     log = train(model, plan, data, teacher)

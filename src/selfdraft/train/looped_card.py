@@ -91,13 +91,16 @@ def write(folder: Path, kind: str, about: Mapping[str, Any], machine: Mapping[st
 
 def _parts(shape: Shape) -> str:
     """What there is beside the layers that are shared whole."""
-    if not shape.prelude and not shape.coda:
-        return ""
-    layers = "layer" if shape.prelude == 1 else "layers"
-    return (
-        f"There are {shape.prelude} {layers} before them and {shape.coda} after them that run once; "
-        "every readout goes\nthrough the latter. "
-    )
+    said = ""
+    if shape.prelude or shape.coda:
+        layers = "layer" if shape.prelude == 1 else "layers"
+        said += (
+            f"There are {shape.prelude} {layers} before them and {shape.coda} after them that run once; "
+            "every readout goes\nthrough the latter. "
+        )
+    if shape.lora_rank is not None:
+        said += f"Each pass has a LoRA of rank {shape.lora_rank} on every matrix (arXiv 2410.20672).\n"
+    return said
 
 
 def _table(exits: Mapping[str, Any]) -> str:

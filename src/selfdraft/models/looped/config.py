@@ -22,9 +22,17 @@ class Shape:
     """Layers that run once, before the group."""
     coda: int = 0
     """Layers that run once, after the group."""
+    lora_rank: int | None = None
+    """Of the delta that each pass adds to each matrix of the group; None: there are no deltas."""
 
     def __post_init__(self) -> None:
-        for name, count in asdict(self).items():
+        rank = self.lora_rank
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise InvalidOption(
+                f"lora_rank must be at least 1, or left out for no LoRA; got {rank!r}", option="lora_rank"
+            )
+        counts = {name: count for name, count in asdict(self).items() if name != "lora_rank"}
+        for name, count in counts.items():
             least = int(name in ("unique", "loops"))
             if not isinstance(count, int) or count < least:
                 why = ": a group has layers, and is run" if least else ""
@@ -43,9 +51,9 @@ class Shape:
 
 class LoopedConfig(LlamaConfig):
     """unique_layers: of a group. loops: how often a token runs through it. prelude, coda: layers that run
-    once, before the group and after it. num_hidden_layers, the depth, follows from these. exit_agreement: by
-    group, the share of tokens whose pick after it is that of the full depth, as `selfdraft train speed`
-    measured it. Raises InvalidOption for counts that cannot be."""
+    once, before the group and after it. num_hidden_layers, the depth, follows from these. lora_rank: of the
+    deltas, see `lora`. exit_agreement: by group, the share of tokens whose pick after it is that of the full
+    depth, as `selfdraft train speed` measured it. Raises InvalidOption for counts that cannot be."""
 
     model_type = "looped_llama"
 
@@ -53,6 +61,7 @@ class LoopedConfig(LlamaConfig):
     loops: int = 2
     prelude: int = 0
     coda: int = 0
+    lora_rank: int | None = None
     exit_agreement: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -64,15 +73,23 @@ class LoopedConfig(LlamaConfig):
             )
         self.num_hidden_layers = shape.depth
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        values = (self.num_key_value_heads or 1) * (self.head_dim or 1)
+        least = min(self.hidden_size, self.intermediate_size, values)
+        if self.lora_rank is not None and self.lora_rank > least:
+            raise InvalidOption(
+                f"lora_rank must be at most {least}, the smallest side of a layer's matrices; "
+                f"got {self.lora_rank}",
+                option="lora_rank",
+            )
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.unique_layers, self.loops, self.prelude, self.coda)
+        return Shape(self.unique_layers, self.loops, self.prelude, self.coda, self.lora_rank)
 
 
 class OuroConfig(LoopedConfig):
     """The config of a checkpoint of the Ouro kind, whose `num_hidden_layers` are the unique ones. Raises
-    ModelUnsupported for exits that depend on the token, for windows, and for a prelude or coda."""
+    ModelUnsupported for exits that depend on the token, for windows, and for a prelude, coda or LoRA."""
 
     model_type = "ouro"
 
@@ -88,8 +105,8 @@ class OuroConfig(LoopedConfig):
             )
         if self.use_sliding_window:
             raise ModelUnsupported("a looped model with sliding windows is not supported")
-        if self.prelude or self.coda:
-            raise ModelUnsupported("a model of the Ouro kind has no prelude and no coda: all its layers loop")
+        if self.prelude or self.coda or self.lora_rank:
+            raise ModelUnsupported("a model of the Ouro kind has no prelude, no coda and no LoRA per pass")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

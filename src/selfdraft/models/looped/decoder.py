@@ -8,7 +8,8 @@ read a token out.
 
 Layers that run once may stand before the group and after it, prelude and coda (Huginn, arXiv 2502.05171). A
 readout after any group goes through the coda, as in Huginn and in LoopSpec (arXiv 2609.17184): so states
-between passes need not be ones that the head can read, and an early pick has the coda's help, too.
+between passes need not be ones that the head can read, and an early pick has the coda's help, too. Each pass
+may add a low-rank delta of its own to the shared matrices (`lora`).
 
 `generate` and `Trainer` work with it; given labels, the loss is that of SPEED's training: of the readout
 after every group, later ones weighing more. Checkpoints of the Ouro kind load as they are: there each half of
@@ -17,6 +18,7 @@ a layer is also followed by a norm, and the final norm stands at the end of ever
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,6 +40,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..transformers_inputs import CACHE
 from .config import LoopedConfig, OuroConfig
+from .lora import Turn, relax
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [lanes, rows, head size]
 
@@ -96,6 +99,10 @@ class LoopedModel(LoopedPreTrainedModel):
         self.prelude = self._layers(config.prelude)
         self.layers = self._layers(config.unique_layers)
         self.coda = self._layers(config.coda)
+        self.turn = Turn()
+        if config.lora_rank is not None:
+            for layer in self.layers:
+                relax(layer, config.loops, config.lora_rank, self.turn)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -116,9 +123,14 @@ class LoopedModel(LoopedPreTrainedModel):
             hidden = layer(hidden, use_cache=cache is not None, **{CACHE: cache}, **given)
         return hidden
 
-    def group(self, hidden: Tensor, cache: Any, **given: Any) -> Tensor:
-        """One pass through the unique layers."""
-        hidden = self.through(self.layers, hidden, cache, **given)
+    def group(self, hidden: Tensor, passes: int | Tensor, cache: Any, **given: Any) -> Tensor:
+        """One pass through the unique layers. passes: which one, of all rows or by lane, [lanes] int64."""
+        config = self.config
+        turn: AbstractContextManager[None] = nullcontext()
+        if config.lora_rank is not None:
+            turn = self.turn.of(passes, config.loops, config.lora_rank, hidden.device)
+        with turn:
+            hidden = self.through(self.layers, hidden, cache, **given)
         return cast(Tensor, self.norm(hidden)) if self.norms_groups else hidden
 
     def readout(self, state: Tensor) -> Tensor:
@@ -169,7 +181,7 @@ class LoopedModel(LoopedPreTrainedModel):
         states = [self.through(self.prelude, hidden, part(0), **given)]
         for loop in range(config.loops):
             first = config.prelude + loop * config.unique_layers
-            states.append(self.group(states[-1], part(first), **given))
+            states.append(self.group(states[-1], loop, part(first), **given))
         last = self.through(self.coda, states[-1], part(config.num_hidden_layers - config.coda), **given)
         exits = None
         if output_exits:

@@ -8,9 +8,10 @@ the others. The group is made from the M = L - P - C between them, by rules of R
 step      evenly spaced layers, the first and the last of them included
 average   unique layer i is the mean of the layers whose turn it would be in the cycle: i, i + U, i + 2U, ...
 
-A group of more than M layers repeats them evenly, under either rule. Embeddings, final norm and head are
-taken over. Such a model says little of what its checkpoint said until it is trained; with U = M and one loop
-it is the checkpoint.
+A group of more than M layers repeats them evenly, under either rule. With LoRA each pass is brought as near
+as its rank allows to the layers in whose place it stands: the U * G layers of all passes, spread evenly over
+the M. Embeddings, final norm and head are taken over. Such a model says little of what its checkpoint said
+until it is trained; with U = M and one loop it is the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from ...errors import InvalidOption, ModelUnsupported
 from ..transformers import MARK
 from .config import LoopedConfig, OuroConfig, Shape
 from .decoder import LoopedForCausalLM
+from .lora import relaxed
 
+INTO, OUT = ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "mlp.down_proj.weight"
 Rule = Literal["step", "average"]
 # What a config says about the class it is of, and what follows from other entries.
 OWN = ("model_type", "architectures", "num_hidden_layers", "transformers_version")
@@ -80,8 +83,15 @@ def _fill(looped: LoopedForCausalLM, states: Sequence[dict[str, Tensor]], rule: 
     middle = states[config.prelude : config.prelude + between]
     made = [_mean([middle[turn] for turn in turns]) for turns in sources(between, len(base.layers), rule)]
     given = [*states[: config.prelude], *made, *states[len(states) - config.coda :]]
-    for layer, state in zip([*base.prelude, *base.layers, *base.coda], given, strict=True):
-        layer.load_state_dict(_narrowed(state, config.intermediate_size))
+    stays = [_weightiest(state, config.intermediate_size) for state in given]
+    layers = [*base.prelude, *base.layers, *base.coda]
+    for layer, state, stay in zip(layers, given, stays, strict=True):
+        layer.load_state_dict(_narrowed(state, stay), strict=not relaxed(layer))
+    stays = stays[config.prelude :]
+    for place, (turn,) in enumerate(sources(between, len(base.layers) * config.loops, "step")):
+        loop, i = divmod(place, len(base.layers))
+        for name, linear in relaxed(base.layers[i]).items():
+            linear.approach(loop, _narrowed(middle[turn], stays[i])[f"{name}.weight"])
 
 
 def blank(
@@ -98,6 +108,8 @@ def blank(
     given |= {"exit_agreement": None, "dtype": None, **shape.entries()}
     given["intermediate_size"] = _width(intermediate, config.intermediate_size)
     looped = LoopedForCausalLM(LoopedConfig(**given))
+    for linear in relaxed(looped).values():
+        torch.nn.init.zeros_(linear.up.weight)
     torch.nn.Module.to(looped, device)
     return recast(looped, dtype)
 
@@ -115,16 +127,22 @@ def _width(asked: int | None, own: int) -> int:
     return own if asked is None else asked
 
 
-def _narrowed(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
-    """A layer with so many neurons of its MLP: those with the largest product of their weights' norms."""
-    into, out = ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "mlp.down_proj.weight"
-    if len(state[into[0]]) == width:
-        return state
-    weight = state[out].float().norm(dim=0)
-    for name in into:
+def _weightiest(state: dict[str, Tensor], width: int) -> Tensor | None:
+    """So many neurons of a layer's MLP: those with the largest product of their weights' norms. None: all."""
+    if len(state[INTO[0]]) == width:
+        return None
+    weight = state[OUT].float().norm(dim=0)
+    for name in INTO:
         weight = weight * state[name].float().norm(dim=1)
-    stay = weight.sort(descending=True, stable=True).indices[:width].sort().values
-    return {**state, **{name: state[name][stay] for name in into}, out: state[out][:, stay]}
+    order: Tensor = weight.sort(descending=True, stable=True).indices[:width]
+    return order.sort().values
+
+
+def _narrowed(state: dict[str, Tensor], stay: Tensor | None) -> dict[str, Tensor]:
+    """A layer with these neurons of its MLP."""
+    if stay is None:
+        return state
+    return {**state, **{name: state[name][stay] for name in INTO}, OUT: state[OUT][:, stay]}
 
 
 def sources(layers: int, unique: int, rule: Rule) -> list[list[int]]:
@@ -143,6 +161,11 @@ def _again(model: LoopedForCausalLM, shape: Shape) -> LoopedForCausalLM:
                 f"a looped model with {name} {own} cannot go on with {asked}; leave {name} out, or start "
                 "from an ordinary checkpoint"
             )
+    if shape.lora_rank is not None and shape.loops != model.config.loops:
+        raise ModelUnsupported(
+            f"a looped model with LoRA per pass cannot go on with another number of passes: it has "
+            f"{model.config.loops}, got loops {shape.loops}"
+        )
     given = copy.deepcopy(model.config)
     given.loops, given.num_hidden_layers, given.exit_agreement = shape.loops, shape.depth, None
     again = type(model)(given)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -90,8 +90,8 @@ Chosen = tuple[tuple[int, ...], tuple[int, ...]]  # rows of a tree, and the shee
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers that rows go through together. run: [sheets, width, hidden] -> the same. first: index of their
-    first in the cache. loops: sheets of a request there."""
+    """Layers that rows go through together. run: [sheets, width, hidden] -> the same, of sheets of these
+    passes, [sheets] int64. first: index of their first in the cache. loops: sheets of a request there."""
 
     run: Callable[..., Tensor]
     first: int
@@ -156,7 +156,7 @@ class StagedModel(TransformersModel):
         new = [[row for row, made in enumerate(f.passes) if made == 0] for f in flights]
         if len(part) and any(new):
             chosen = [(tuple(rows), (0,) * len(rows)) for rows in new]
-            layers = Layers(partial(self._looped.through, part), 0)
+            layers = Layers(self._once(part), 0)
             self._move(flights, chosen, self._run_rows(flights, lanes, chosen, layers))
 
     def _advance(self, flights: Sequence[Flight], lanes: Sequence[StageLane]) -> None:
@@ -178,8 +178,13 @@ class StagedModel(TransformersModel):
         if not len(part):
             return [in_flight.states for in_flight in flights]
         chosen = [(tuple(range(len(f.tree))), (0,) * len(f.tree)) for f in flights]
-        layers = Layers(partial(self._looped.through, part), self.model.config.num_hidden_layers - len(part))
+        layers = Layers(self._once(part), self.model.config.num_hidden_layers - len(part))
         return self._run_rows(flights, lanes, chosen, layers)
+
+    def _once(self, part: torch.nn.ModuleList) -> Callable[..., Tensor]:
+        """Layers that do not ask which pass it is."""
+        through = self._looped.through
+        return lambda hidden, passes, cache, **given: through(part, hidden, cache, **given)
 
     def _move(self, flights: Sequence[Flight], chosen: Sequence[Chosen], states: Sequence[Tensor]) -> None:
         """Note how far the chosen rows have come."""
@@ -258,6 +263,7 @@ class StagedModel(TransformersModel):
         """States of all places, [sheets, width, hidden], in calls whose row counts keep the bits."""
         cosines, sines = self._looped.rotary_emb(stage.hidden, stage.positions)
         cache = Pass(pool, layers.first)
+        passes = torch.tensor(stage.sheets, device=self.device) % layers.loops
         out = torch.zeros_like(stage.hidden)
         for first, last in self._calls(len(stage.sheets)):
             for start, stop in self.rows.pieces(stage.most, last - first):
@@ -265,6 +271,7 @@ class StagedModel(TransformersModel):
                 with pool.stage(stage.sheets[first:last], stage.slots[part]):
                     out[part] = layers.run(
                         stage.hidden[part],
+                        passes[first:last],
                         cache,
                         attention_mask=stage.seen[first:last, :, start:stop],
                         position_embeddings=(cosines[part], sines[part]),
