@@ -118,7 +118,7 @@ def _decoded(found: Mapping[str, Any] | None) -> str:
     return (
         f"\nWith `speed`, which lets each token start on the pick after the first pass, it continued "
         f"{found['prompts']} held-out\nbeginnings greedily by {found['tokens']:,} tokens: "
-        f"{found['tokens_per_forward']:.2f} tokens per forward. Picks were the final ones in {picks}.\n"
+        f"{found['tokens_per_forward']:.2f} tokens per forward.\nPicks were the final ones in {picks}.\n"
         f"Of {found['started']:,} tokens that started early {found['flushed']:.1%} were flushed.\n"
     )
 
