@@ -58,13 +58,13 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "idle_load", lambda: 0.0)
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, context: int = 256) -> LlamaForCausalLM:
+def tiny_llama(dtype: torch.dtype = torch.float32, context: int = 256, layers: int = 2) -> LlamaForCausalLM:
     """A random Llama with grouped-query attention whose argmax moves about."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

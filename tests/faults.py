@@ -239,8 +239,9 @@ def lane_cleared(patch: pytest.MonkeyPatch) -> None:
     @torch.inference_mode()
     def clear(self: Lanes, *given: Any) -> Lane:
         lane = opened(self, *given)
-        for buffer in self._buffers():
-            buffer[lane.index :].zero_()
+        for layer in self.own:
+            for buffer in layer.buffers():
+                buffer[lane.index :].zero_()
         return lane
 
     patch.setattr(Lanes, "open", clear)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from selfdraft.models.looped.decoder import LoopedConfig, LoopedForCausalLM, OuroConfig, OuroForCausalLM
+from selfdraft.models.looped.config import LoopedConfig, OuroConfig
+from selfdraft.models.looped.decoder import LoopedForCausalLM, OuroForCausalLM
 from selfdraft.models.looped.retrofit import recast
 
 from conftest import VOCABULARY

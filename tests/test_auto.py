@@ -254,7 +254,9 @@ def test_counts_of_a_bench_survive_a_stop(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):  # the second one reads the answers of the first
         bench = asked.prepare([source.from_files(suite.own(prompts), [prompts])], tmp_path / "out")
         bench.run()
-        found.append(metrics.sources(one for one in bench.journal.records.values() if one.arm == "auto"))
+        found.append(
+            metrics.counts(one.sources for one in bench.journal.records.values() if one.arm == "auto")
+        )
     assert bench.journal.found == 2
     assert found[0] == found[1] != {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from selfdraft import LLM
 from selfdraft.drafting.plain import Plain
 from selfdraft.errors import InvalidOption, ModelCorrupt, ModelUnsupported
 from selfdraft.models.loading import EMBEDDED, drive, load_pretrained
-from selfdraft.models.looped.decoder import LoopedConfig, OuroForCausalLM, exit_weights
+from selfdraft.models.looped.config import LoopedConfig, OuroConfig
+from selfdraft.models.looped.decoder import OuroForCausalLM, exit_weights
 from selfdraft.models.looped.stages import StagedModel
 from selfdraft.models.transformers import TransformersModel
 
@@ -142,10 +144,20 @@ def test_a_checkpoint_as_ouro_publishes_them(tmp_path: Path, tokenizer: PreTrain
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-@pytest.mark.parametrize("name", ["unique_layers", "loops"])
-def test_no_layers_and_no_passes_are_refused(name: str) -> None:
-    with pytest.raises(InvalidOption, match=f"{name} must be at least 1"):
-        LoopedConfig(**{name: 0})
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"unique_layers": 0}, "unique must be at least 1"),
+        ({"loops": 0}, "loops must be at least 1"),
+        ({"prelude": -1}, "prelude must be at least 0"),
+        ({"coda": 1.5}, "coda must be at least 0; got 1.5"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(entries: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidOption, match=says):
+        LoopedConfig(**entries)
+    with pytest.raises(ModelUnsupported, match="no prelude"):
+        OuroConfig(prelude=1)
 
 
 def _saved(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, **changes: object) -> str:

@@ -26,6 +26,7 @@ from selfdraft.errors import InvalidOption, ModelUnsupported
 from selfdraft.models.adapters.fingerprint import fingerprint
 from selfdraft.models.loading import load_pretrained
 from selfdraft.models.looped import retrofit
+from selfdraft.models.looped.config import Shape
 from selfdraft.models.looped.decoder import LoopedForCausalLM, exit_weights
 from selfdraft.models.looped.retrofit import blank, share, sources
 from selfdraft.models.transformers import MARK
@@ -47,7 +48,7 @@ def random_rows(count: int, seed: int = 0) -> datasets.Dataset:
 
 @pytest.fixture
 def looped() -> LoopedForCausalLM:
-    return share(tiny_llama(), 2, 3).train()
+    return share(tiny_llama(), Shape(2, 3)).train()
 
 
 def taken(rows: datasets.Dataset, draw: int = 0) -> list[dict[str, Any]]:
@@ -64,22 +65,22 @@ def test_the_weightiest_neurons_stay() -> None:
     with torch.no_grad():
         for layer in wide.model.layers:
             layer.mlp.up_proj.weight[idle] *= 1e-9
-    narrow = share(wide, 2, 1, intermediate=96)
+    narrow = share(wide, Shape(2, 1), intermediate=96)
     assert narrow.config.intermediate_size == 96
     torch.testing.assert_close(narrow(IDS).logits, wide(IDS).logits)
     for width in (0, 129):
         with pytest.raises(InvalidOption, match="intermediate must be from 1 to the model's own 128"):
-            share(wide, 2, 1, intermediate=width)
+            share(wide, Shape(2, 1), intermediate=width)
     with pytest.raises(InvalidOption, match="keeps the width"):
-        share(narrow, 2, 2, intermediate=64)
+        share(narrow, Shape(2, 2), intermediate=64)
 
 
 @pytest.mark.parametrize("rule", ["step", "average"])
 def test_all_layers_and_one_loop_are_the_checkpoint(rule: Any) -> None:
     model, ids = tiny_llama(), torch.arange(2, 42)[None]
-    same = share(model, 2, 1, rule)
+    same = share(model, Shape(2, 1), rule)
     assert torch.equal(same(ids).logits, model(ids).logits)
-    assert not torch.equal(share(model, 2, 2, rule)(ids).logits, model(ids).logits)
+    assert not torch.equal(share(model, Shape(2, 2), rule)(ids).logits, model(ids).logits)
 
 
 def test_wrong_layers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,24 +106,24 @@ def test_layers_by_rule() -> None:
     assert sources(8, 3, "average") == [[0, 3, 6], [1, 4, 7], [2, 5]]
     model = tiny_llama()
     first, second = (layer.mlp.up_proj.weight for layer in model.model.layers)
-    (mean,) = share(model, 1, 4, "average").model.layers
+    (mean,) = share(model, Shape(1, 4), "average").model.layers
     torch.testing.assert_close(mean.mlp.up_proj.weight, (first + second) / 2)
-    assert torch.equal(share(model, 1, 4, "step").model.layers[0].mlp.up_proj.weight, first)
+    assert torch.equal(share(model, Shape(1, 4), "step").model.layers[0].mlp.up_proj.weight, first)
 
 
 def test_what_is_taken_over_and_what_is_marked() -> None:
     model = tiny_llama(torch.bfloat16)
-    looped = share(model, 1, 3)
+    looped = share(model, Shape(1, 3))
     assert looped.dtype == torch.bfloat16
     assert torch.equal(looped.lm_head.weight, model.lm_head.weight)
     assert torch.equal(looped.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert getattr(looped.config, MARK)["method"] == "speed"
     looped.config.exit_agreement = [0.5, 0.7, 1.0]
-    again = share(looped, 1, 5)
+    again = share(looped, Shape(1, 5))
     assert again.config.num_hidden_layers == 5
     assert again.config.exit_agreement is None
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), looped.parameters(), strict=True))
-    fresh = blank(looped.config, 2, 2)
+    fresh = blank(looped.config, Shape(2, 2))
     assert not hasattr(fresh.config, MARK)
     assert fresh.config.hidden_size == model.config.hidden_size
 
@@ -131,21 +132,21 @@ def test_what_cannot_be_shared_is_named() -> None:
     model = tiny_llama()
     for unique, loops in ((0, 2), (2, 0), (-1, 2)):
         with pytest.raises(InvalidOption, match="at least 1"):
-            share(model, unique, loops)
-    with pytest.raises(ModelUnsupported, match="2 unique layers cannot go on with 1"):
-        share(share(model, 2, 2), 1, 2)
+            share(model, Shape(unique, loops))
+    with pytest.raises(ModelUnsupported, match="a looped model with unique 2 cannot go on with 1"):
+        share(share(model, Shape(2, 2)), Shape(1, 2))
     config = MistralConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
     )
     with pytest.raises(ModelUnsupported, match="MistralForCausalLM cannot be looped: that needs the layers"):
-        share(MistralForCausalLM(config), 1, 2)
+        share(MistralForCausalLM(config), Shape(1, 2))
     with pytest.raises(ModelUnsupported, match="MistralConfig has others"):
-        blank(config, 1, 2)
+        blank(config, Shape(1, 2))
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
         torch.ones(2, dtype=torch.int8), requires_grad=False
     )
     with pytest.raises(ModelUnsupported, match="quantised"):
-        share(model, 1, 2)
+        share(model, Shape(1, 2))
 
 
 # The loss.
@@ -306,8 +307,8 @@ def trained(out: Path, *stops: int) -> dict[str, Tensor]:
     data = windows.Windows(random_rows(12), random_rows(3, seed=1), LENGTH)
     for stop in stops:
         with pytest.raises(KeyboardInterrupt):
-            train(share(tiny_llama(), 2, 2).train(), plan, data, callbacks=[Pulled(stop)])
-    model = share(tiny_llama(), 2, 2).train()
+            train(share(tiny_llama(), Shape(2, 2)).train(), plan, data, callbacks=[Pulled(stop)])
+    model = share(tiny_llama(), Shape(2, 2)).train()
     log = train(model, plan, data)
     assert [entry["step"] for entry in log if "eval_agreement_1" in entry] == [2, 4, 5]
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -315,7 +316,7 @@ def trained(out: Path, *stops: int) -> dict[str, Tensor]:
 
 def test_a_resumed_run_is_a_run_in_one_go(tmp_path: Path) -> None:
     whole, parts = trained(tmp_path / "whole"), trained(tmp_path / "parts", 3)
-    start = dict(share(tiny_llama(), 2, 2).named_parameters())
+    start = dict(share(tiny_llama(), Shape(2, 2)).named_parameters())
     for name, weight in whole.items():
         assert torch.equal(weight, parts[name]), name
         assert not torch.equal(weight, start[name]), name
@@ -385,6 +386,8 @@ def test_from_texts_to_a_looped_model(command: Run, folder: Path, texts: Path, t
     assert "lossless to the **tuned** weights" in card
     assert f"the distribution of {folder}" in card
     assert f"| 1 | {about['exits']['loss'][0]:.4f} |" in card
+    assert f"{about['pipeline']['tokens_per_forward']:.2f} tokens per forward" in card
+    assert f"{about['pipeline']['flushed']:.1%} were flushed" in card
     assert any("eval_loss_3" in entry for entry in json.loads((out / "training.json").read_text())["log"])
 
     code, said, err = speed(command, folder, texts, out, "--teacher", str(folder))

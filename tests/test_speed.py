@@ -27,8 +27,8 @@ from selfdraft.llm import LLM
 from selfdraft.models import numerics
 from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.loading import drive
-from selfdraft.models.looped import stages
-from selfdraft.models.looped.stages import StageLane, StageLanes, matches
+from selfdraft.models.looped import lanes, stages
+from selfdraft.models.looped.lanes import StageLane, StageLanes, matches
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.student import fresh
 from selfdraft.verify import verify
@@ -161,7 +161,7 @@ def test_no_drafter_changes_a_text(
 
 def by_index(patch: pytest.MonkeyPatch) -> None:
     """Rows in in_flight are taken for what stands at their place now (the prototype's fault)."""
-    patch.setattr(stages, "matches", lambda tree, held: {i: i for i in range(min(len(tree), len(held)))})
+    patch.setattr(lanes, "matches", lambda tree, held: {i: i for i in range(min(len(tree), len(held)))})
 
 
 def by_token(patch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def by_token(patch: pytest.MonkeyPatch) -> None:
             row: held.tokens.index(token) for row, token in enumerate(tree.tokens) if token in held.tokens
         }
 
-    patch.setattr(stages, "matches", same)
+    patch.setattr(lanes, "matches", same)
 
 
 def not_moved(patch: pytest.MonkeyPatch) -> None:

@@ -441,6 +441,7 @@ class LLM(PromptEncoder):
             tokens_per_forward=len(ids) / request.forwards if request.runs else 0.0,
             rows_per_forward=request.rows / max(1, len(request.runs)),
             sources=request.sources,
+            readouts=request.readouts,
             seconds=request.seconds,
             prefill_seconds=request.prefill_seconds,
             tokens_per_second=len(ids) / request.seconds if ids else 0.0,

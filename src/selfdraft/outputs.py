@@ -41,7 +41,11 @@ class Completion:
     rows_per_forward: float
     """Tokens that a decode step ran, on average."""
     sources: Mapping[str, DraftCount]
-    """Draft tokens by where they are from ("copy", "mask", "jacobi"); empty where the method does not say."""
+    """Draft tokens by where they are from ("copy", "mask", "jacobi"; of `speed` the pass after which they
+    started: those not accepted were flushed); empty where the method does not say."""
+    readouts: Mapping[str, DraftCount]
+    """Of `speed`: by early pass, how many of the text's tokens were read out after it, and for how many of
+    them that pick was the final one."""
     seconds: float
     """Time of the decode steps."""
     prefill_seconds: float

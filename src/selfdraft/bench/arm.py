@@ -68,6 +68,8 @@ class Answer:
     """Processor seconds, if another process answered."""
     sources: Mapping[str, DraftCount] = field(default_factory=dict)
     """Draft tokens by where they are from, of methods that say so."""
+    readouts: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Picks of a looped model's early passes, by pass: how many, and how many were the final ones."""
 
 
 class Arm(Protocol):
@@ -156,7 +158,15 @@ class Drafted:
                 rows.append(request.rows)
         rows = [b - a for a, b in pairwise(rows)]
         part = request.forwards / len(request.runs)
-        return Answer(list(request.emitted), list(request.runs), rows, times, part, sources=request.sources)
+        return Answer(
+            list(request.emitted),
+            list(request.runs),
+            rows,
+            times,
+            part,
+            sources=request.sources,
+            readouts=request.readouts,
+        )
 
     def close(self) -> None:
         pass

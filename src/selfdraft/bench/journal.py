@@ -49,6 +49,7 @@ class Record:
     """Processor seconds that other processes used meanwhile. None where the system does not report it."""
     part: float = 1.0
     sources: Mapping[str, DraftCount] = field(default_factory=dict)
+    readouts: Mapping[str, DraftCount] = field(default_factory=dict)
 
     @property
     def key(self) -> Key:
@@ -139,7 +140,10 @@ def _record(line: bytes, where: str) -> Record:
     try:
         given = json.loads(line)
         lists = {name: tuple(given[name]) for name in ("ids", "runs", "rows", "times")}
-        sources = {name: DraftCount(**count) for name, count in given.pop("sources", {}).items()}
-        return Record(**{**given, **lists}, sources=sources)
+        counts = {
+            kind: {name: DraftCount(**count) for name, count in given.pop(kind, {}).items()}
+            for kind in ("sources", "readouts")
+        }
+        return Record(**{**given, **lists, **counts})
     except (ValueError, TypeError, KeyError) as error:
         raise BenchError(f"{where} is not an answer of this bench; give another folder to --out") from error

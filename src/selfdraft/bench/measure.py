@@ -125,6 +125,7 @@ class Bench:
             times=tuple(round(at, 7) for at in answer.times),
             part=answer.part,
             sources=answer.sources,
+            readouts=answer.readouts,
             peak=machine.peak(device) if answer.peak is None else answer.peak,
             others=_background(before, after, answer),
         )

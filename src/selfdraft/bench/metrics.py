@@ -216,11 +216,11 @@ def repeated(records: Sequence[Record]) -> dict[str, float]:
     }
 
 
-def sources(records: Iterable[Record]) -> dict[str, dict[str, int]]:
-    """Draft tokens by source, of whole answers: how many were verified, and how many accepted."""
+def counts(answers: Iterable[Mapping[str, DraftCount]]) -> dict[str, dict[str, int]]:
+    """The sums over whole answers of their `sources` or `readouts`, by name."""
     total: dict[str, DraftCount] = {}
-    for record in records:
-        total = added(total, record.sources)
+    for one in answers:
+        total = added(total, one)
     return {name: asdict(count) for name, count in total.items()}
 
 

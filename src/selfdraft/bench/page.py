@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from . import charts
-from .report import SPEED, STEPS, asked, grades, hardware, speed_cells, step_cells, weights
+from .report import SPEED, STEPS, asked, grades, hardware, pipelines, speed_cells, step_cells, weights
 
 TEMPLATE = "report.html.j2"
 TAIL = 14
@@ -41,6 +41,7 @@ def page(record: dict[str, Any]) -> str:
         weights=weights(record["run"]),
         asked=asked(record["run"]),
         hardware=hardware(record["run"]["machine"]),
+        pipelines=list(pipelines(record)),
         identities=list(_identities(record)),
         tuning_costs=_tuning_costs(record),
         samples={name: _sample(suite) for name, suite in record["suites"].items()},

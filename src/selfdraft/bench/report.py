@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -103,7 +103,8 @@ def _arm(arm: Arm, records: Mapping[Key, Record], bound: Figures) -> Figures:
         "texts": metrics.texts_sha256(mine),
         "prompts": _prompts(arm, mine, records),
         "repeated_share": metrics.repeated(mine),
-        "sources": metrics.sources(mine),
+        "sources": metrics.counts(record.sources for record in mine),
+        "readouts": metrics.counts(record.readouts for record in mine),
         "peak_bytes": max((r.peak for r in mine if r.peak is not None), default=None),
     }
     for name, cut in (("whole", False), ("cut", True)):
@@ -249,6 +250,7 @@ def _notes(record: Figures, console: Console) -> None:
         grades(record),
         f"T(n)/T(1): {costs}; bandwidth {bound['bandwidth'] / 1e9:.1f} GB/s",
         f"background work: {record['background']['said']}",
+        *pipelines(record),
     ]
     if run["temperature"] > 0 and run["baselines"]:
         lines.append(
@@ -277,6 +279,23 @@ def hardware(machine: Figures) -> str:
     """Device, processor, threads and instruction sets."""
     sets = ", ".join(machine["instructions"]) or "instruction sets unknown"
     return f"{machine['device']}: {machine['processor']}, {machine['threads']} threads, {sets}"
+
+
+def pipelines(record: Figures) -> Iterator[str]:
+    """Of each arm that drafts with a looped model's early passes: how often their picks were the final ones,
+    and how many of the tokens that started on them were flushed."""
+    for suite, found in record["suites"].items():
+        for name, one in found["arms"].items():
+            if not one["readouts"]:
+                continue
+            picks = ", ".join(
+                f"{at} {n['accepted'] / max(1, n['drafted']):.0%}" for at, n in one["readouts"].items()
+            )
+            started, kept = (sum(n[key] for n in one["sources"].values()) for key in ("drafted", "accepted"))
+            yield (
+                f"{suite}, {name}: a pick is the final one after {picks}; of {started} tokens that started "
+                f"early {1 - kept / max(1, started):.0%} were flushed"
+            )
 
 
 def grades(record: Figures) -> str:

@@ -18,12 +18,18 @@ model is trained further. The result has a text of its own, and drafting does no
 loss is the sum over all passes (arXiv 2310.12072). The published training is `--scratch --teacher none
 --exit-share 1`. With `--loops 1` the result is an ordinary model of another depth.
 
+The first and last layers of the model may stay as they are and run once: `--prelude 1 --coda 1`. Every
+readout, early ones too, goes through the coda. With `--lora-rank 8` each pass adds a small matrix of its own
+to every shared one (arXiv 2410.20672).
+
 You can stop it at any time: the same command continues from the last checkpoint. The log has the held-out
 loss after every pass (nats per token), and how often its pick is that of the full depth (agreement).
 
 Examples:
 
   selfdraft train speed --data texts.jsonl --out my-looped --unique 3 --loops 4
+
+  selfdraft train speed --data texts.jsonl --out my-looped --prelude 1 --unique 2 --loops 4 --coda 1
 
   selfdraft generate "def mean(" --model my-looped --method speed
 
@@ -49,6 +55,23 @@ def speed(
     ] = None,
     loops: Annotated[
         int | None, typer.Option(help="Passes through these layers. Default: 6, or those of a looped model.")
+    ] = None,
+    prelude: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers that run once, before the looped ones: the first of the model. "
+            "Default: none, or those of a looped model."
+        ),
+    ] = None,
+    coda: Annotated[
+        int | None, typer.Option(help="Layers that run once, after the looped ones: the last of the model.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of a LoRA for each pass, on all matrices of the looped layers. "
+            "Default: no LoRA, or as a looped model has it."
+        ),
     ] = None,
     scratch: Annotated[
         bool,
@@ -99,7 +122,8 @@ def speed(
     from ..train.memory import keep_memory
 
     times = {"steps": steps, "batch": batch, "rate": rate, "outer_rate": outer_rate, "warmup": warmup}
-    given = {"model": model, "data": data, "out": out, "unique": unique, "loops": loops, "scratch": scratch}
+    given = {"model": model, "data": data, "out": out, "scratch": scratch}
+    shape = {"unique": unique, "loops": loops, "prelude": prelude, "coda": coda, "lora_rank": lora_rank}
     how = {
         "share_rule": share_rule,
         "intermediate": intermediate,
@@ -110,7 +134,7 @@ def speed(
     }
     cut = {"column": column, "length": length, "device": device}
     schedule = {"schedule": times | {"every": every, "seed": seed}}
-    plan = options.read(LoopedPlan, given | how | cut | schedule, "train speed")
+    plan = options.read(LoopedPlan, given | shape | how | cut | schedule, "train speed")
     keep_memory()
     about = watched(lambda report: loop(plan, report), out)
     if as_json:

@@ -9,11 +9,15 @@ After every stage the row's new pick is compared with the token that stands behi
 that token and all behind it are flushed, and the new pick starts instead (`revise`, as published); or, with
 `second`, both stay and the full depth decides (LoopSpec, arXiv 2609.17184, has a second proposal too). Picks
 include the noise of their position, so sampling drafts like greedy decoding. What enters the text is the pick
-at full depth alone: the engine's walk sees to that."""
+at full depth alone: the engine's walk sees to that.
+
+Two rates say how a pipeline fares: how often the pick after each pass is the final one (`readouts`), and how
+many of the tokens that started on such a pick came to be text; the others were flushed (`sources`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, ClassVar
@@ -22,6 +26,7 @@ from annotated_types import Ge, Le
 
 from ..engine.step import Step
 from ..engine.tree import Tree
+from .acceptance import DraftCount
 from .method import Cost, DraftContext, Drafter, Loops
 
 CHOSEN = 32  # stages after which the spawn depth is chosen anew
@@ -61,6 +66,7 @@ class Depth:
         weight = WEIGHT if loops.agreement else 1.0
         self.right = [weight * share for share in known]
         self.seen = weight
+        self.read = [DraftCount() for _ in range(loops.count)]  # by pass, of this text alone
         self.steps = 0
         self.fixed = min(fixed, loops.count)
         self.spawn = self.fixed or self.choose()
@@ -70,6 +76,11 @@ class Depth:
         self.seen += 1
         for i, pick in enumerate(heard):
             self.right[i] += pick == heard[-1]
+        if len(heard) == self.loops:  # else some of its stages were not heard of
+            self.read = [
+                count + DraftCount(1, int(pick == heard[-1]))
+                for count, pick in zip(self.read, heard, strict=True)
+            ]
 
     def count(self) -> None:
         """A stage has passed."""
@@ -89,38 +100,65 @@ class Depth:
 
 @dataclass
 class SpeedDrafter:
-    """grown: the tree to propose next, its rows in flight first. heard: by its rows, their picks so far."""
+    """grown: the tree to propose next, its rows in flight first. heard: by its rows, their picks so far.
+    started: by its rows, after which pass of the row before they started; 0 for a row that did not start on
+    a pick. counts: tokens that started after each pass, as soon as it is known what became of them."""
 
     options: Speed
     depth: Depth
     temperature: float = 0.0
     grown: Tree | None = None
     heard: list[list[int]] = field(default_factory=lambda: [[]])
+    started: list[int] = field(default_factory=lambda: [0])
+    counts: defaultdict[int, DraftCount] = field(default_factory=lambda: defaultdict(DraftCount))
+
+    @property
+    def sources(self) -> Mapping[str, DraftCount]:
+        return {f"pass {after}": self.counts[after] for after in sorted(self.counts)}
+
+    @property
+    def readouts(self) -> Mapping[str, DraftCount]:
+        return {f"pass {i}": count for i, count in enumerate(self.depth.read[:-1], start=1)}
 
     def propose(self, tokens: Sequence[int]) -> Tree:
         if self.grown is None or self.grown.tokens[0] != tokens[-1]:  # or a stage was not heard of
-            self.grown, self.heard = Tree.chain(tokens[-1:]), [[]]
+            self.grown, self.heard, self.started = Tree.chain(tokens[-1:]), [[]], [0]
         return self.grown
 
     def observe(self, step: Step) -> None:
         self._hear(step)
         self.depth.count()
         if not step.in_flight:
+            self._settle(step, [])
             self.grown = None
             return
         kept, spawned = self._revised(step)
+        self._settle(step, kept)
         new = {row: i for i, row in enumerate(kept)}
         tokens = [*(step.tree.tokens[row] for row in kept), *(token for _, token in spawned)]
         parents = [new.get(step.tree.parents[row], -1) for row in kept] + [new[row] for row, _ in spawned]
         self.grown = Tree(tuple(tokens), tuple(parents))
+        self.started = [
+            *(self.started[row] for row in kept),
+            *(len(self.heard[row]) for row, _ in spawned),
+        ]
         self.heard = [*(self.heard[row] for row in kept), *([] for _ in spawned)]
+
+    def _settle(self, step: Step, kept: Sequence[int]) -> None:
+        """Count the tokens that became text, and those that were flushed. kept: rows that stay in flight."""
+        accepted = {*step.path[1:], *(step.in_flight[:1] if step.path else ())}
+        for row in range(1, len(step.tree)):
+            if row in accepted or row not in kept:
+                self.counts[self.started[row]] += DraftCount(1, int(row in accepted))
 
     def _hear(self, step: Step) -> None:
         """Note the picks of this stage, and compare those of tokens that are through with their last."""
         assert self.grown is not None
         if len(step.tree) < len(self.heard):  # rows too deep to be emitted were left out
             deepest = max(step.tree.depth)
-            self.heard = [own for own, at in zip(self.heard, self.grown.depth, strict=True) if at <= deepest]
+            stay = [row for row, at in enumerate(self.grown.depth) if at <= deepest]
+            self.heard = [self.heard[row] for row in stay]
+            self.started = [self.started[row] for row in stay]
         for own, pick in zip(self.heard, step.picks, strict=True):
             own.append(pick)
         for row in step.path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -79,6 +79,8 @@ class Request:
     """Rows of the last one."""
     sources: Mapping[str, DraftCount] = field(default_factory=dict)
     """Draft tokens by where they are from, if the drafter says so."""
+    readouts: Mapping[str, DraftCount] = field(default_factory=dict)
+    """Picks of a looped model's early passes, by pass, if the drafter says so."""
     prefills: int = 0
     """Forwards that read the prompt."""
     finish_reason: FinishReason | None = None
@@ -237,11 +239,9 @@ class Request:
             step = replace(step, mask_scores=self.sampler.mask_scores(mask_logits))
         try:
             self.drafter.observe(step)
-            if len(step.tree) > 1:  # else nothing was drafted
-                counts = getattr(self.drafter, "sources", {})
-                self.sources = {
-                    str(name): DraftCount(one.drafted, one.accepted) for name, one in counts.items()
-                }
+            if len(step.tree) > 1 or self.early:  # else nothing was drafted
+                self.sources = _counts(getattr(self.drafter, "sources", {}))
+                self.readouts = _counts(getattr(self.drafter, "readouts", {}))
         except Exception as error:  # a drafter is others' code
             raise _named(error, f"{type(self.drafter).__name__}.observe") from error
 
@@ -261,6 +261,11 @@ class Request:
         if end is not None:
             self.finish_reason = "eos"
         return count
+
+
+def _counts(given: Mapping[Hashable, DraftCount]) -> dict[str, DraftCount]:
+    """A drafter's counts as they are now."""
+    return {str(name): DraftCount(one.drafted, one.accepted) for name, one in given.items()}
 
 
 def first_end(tokens: Sequence[int], eos_ids: frozenset[int]) -> int | None:

@@ -20,8 +20,8 @@ The soft prefix of an adapter stands in the first slots of every lane, per key/v
 Attention masks show it to the rows of mask tokens alone, so no attention code has to know of it.
 
 A looped model passes through the same layers several times, and each pass has keys and values of its own: a
-lane is then as many neighbouring sheets of a layer's buffer, so that the passes can be the batch of one
-attention (`models.looped.stages`).
+lane is then as many neighbouring sheets of such a layer's buffer, so that the passes can be the batch of one
+attention (`models.looped.stages`). In the layers before and after them it has one sheet, as anywhere else.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ STRIDE = 32  # attention reads a multiple of this many slots, so that its shapes
 
 
 class Layer(CacheLayerMixin):
-    """Buffers of one layer, [lanes * loops, heads, slots, dim], in transformers' interface."""
+    """Buffers of one layer, [lanes * loops, heads, slots, dim], in transformers' interface. loops: how often
+    a forward passes through it."""
 
     is_sliding = False
 
-    def __init__(self, lanes: Lanes, prefix: Pair | None = None) -> None:
+    def __init__(self, lanes: Lanes, prefix: Pair | None = None, loops: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lanes = lanes
         self.prefix = prefix or (None, None)
+        self.loops = loops
 
     def update(
         self, key_states: Tensor, value_states: Tensor, loop: int = 0, *_: Any, **__: Any
@@ -56,12 +58,19 @@ class Layer(CacheLayerMixin):
         """Write the rows of this forward, [lanes, heads, rows, dim], and return all that is read."""
         keys = self.keys = self._write(self.keys, key_states, self.prefix[0], loop)
         values = self.values = self._write(self.values, value_states, self.prefix[1], loop)
-        return self.lanes.read(keys, loop), self.lanes.read(values, loop)
+        return self.lanes.read(self, keys, loop), self.lanes.read(self, values, loop)
 
     def _write(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None, loop: int) -> Tensor:
-        buffer = self.lanes.fit(buffer, new, prefix)
-        self.lanes.write(buffer, new, loop)
+        buffer = self.lanes.fit(self, buffer, new, prefix)
+        self.lanes.write(self, buffer, new, loop)
         return buffer
+
+    def sheets(self, index: int) -> slice:
+        """The part of a buffer that a lane has."""
+        return slice(index * self.loops, (index + 1) * self.loops)
+
+    def buffers(self) -> list[Tensor]:
+        return [buffer for buffer in (self.keys, self.values) if buffer is not None]
 
     def get_seq_length(self) -> int:
         return 0  # positions and masks are always given, so nothing is derived from this
@@ -81,7 +90,8 @@ class Lanes(transformers.Cache):
 
     dtype: what they hold; None is the model's own. prefix: per layer, keys and values that stand before
     every history, each [heads, fixed, dim]; None for a layer that keeps none. loops: passes through the
-    same layers, and unique, how many layers those are; None: one pass through all there are.
+    same layers; unique: how many layers those are; prelude: how many stand before them. unique None: one
+    pass through all there are.
     """
 
     @torch.no_grad()
@@ -91,11 +101,12 @@ class Lanes(transformers.Cache):
         prefix: Sequence[Pair | None] = (),
         loops: int = 1,
         unique: int | None = None,
+        prelude: int = 0,
     ) -> None:
         self.own: list[Layer] = []  # the same list as `layers`, by its narrower type
         super().__init__(layers=self.own)  # type: ignore[arg-type]
         self.dtype = dtype
-        self.loops, self.unique = loops, unique
+        self.loops, self.unique, self.prelude = loops, unique, prelude
         self.prefix = [pair and (finite_(pair[0].clone()), finite_(pair[1].clone())) for pair in prefix]
         self.fixed = next((pair[0].shape[1] for pair in prefix if pair is not None), 0)  # slots it takes
         self.lanes: list[Lane] = []
@@ -120,8 +131,9 @@ class Lanes(transformers.Cache):
             lane.cut(shared)
             return lane
         lane.cut(0)
-        for buffer in self._buffers():
-            buffer[lane.index * self.loops :, :, self.fixed :].zero_()
+        for layer in self.own:
+            for buffer in layer.buffers():
+                buffer[lane.index * layer.loops :, :, self.fixed :].zero_()
         if source is not None and shared:
             self.copy(source.index, lane.index, shared)
             lane.length = shared
@@ -131,14 +143,10 @@ class Lanes(transformers.Cache):
     free = None
 
     def renewed(self) -> Self:
-        return type(self)(self.dtype, self.prefix, self.loops, self.unique)
+        return type(self)(self.dtype, self.prefix, self.loops, self.unique, self.prelude)
 
     def lane(self, index: int) -> Lane:
         return Lane(self, index)
-
-    def sheets(self, index: int) -> slice:
-        """The part of a buffer that a lane has."""
-        return slice(index * self.loops, (index + 1) * self.loops)
 
     def bind(self, lanes: Sequence[Lane], rows: int) -> int:
         """Take these lanes (ascending) for a forward of `rows` rows; the slots its masks must cover."""
@@ -154,17 +162,28 @@ class Lanes(transformers.Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        loop, layer_idx = divmod(layer_idx, self.unique) if self.unique else (0, layer_idx)
-        while layer_idx >= len(self.own):
+        layer, loop = self.place(layer_idx)
+        while layer >= len(self.own):
             index = len(self.own)
-            self.own.append(Layer(self, self.prefix[index] if index < len(self.prefix) else None))
-        return self.own[layer_idx].update(key_states, value_states, loop)
+            looped = self.unique is not None and 0 <= index - self.prelude < self.unique
+            prefix = self.prefix[index] if index < len(self.prefix) else None
+            self.own.append(Layer(self, prefix, self.loops if looped else 1))
+        return self.own[layer].update(key_states, value_states, loop)
 
-    def write(self, buffer: Tensor, new: Tensor, loop: int) -> None:
+    def place(self, depth: int) -> tuple[int, int]:
+        """Which layer the one at a depth is, and which pass through it."""
+        if self.unique is None or depth < self.prelude:
+            return depth, 0
+        loop, layer = divmod(depth - self.prelude, self.unique)
+        if loop < self.loops:
+            return self.prelude + layer, loop
+        return depth - (self.loops - 1) * self.unique, 0
+
+    def write(self, layer: Layer, buffer: Tensor, new: Tensor, loop: int) -> None:
         """Put the rows of this forward behind the bound lanes' histories."""
         rows = new.shape[2]
         for place, (index, at) in enumerate(self.where):
-            there = buffer.narrow(0, index * self.loops + loop, 1).narrow(2, at + self.start, rows)
+            there = buffer.narrow(0, index * layer.loops + loop, 1).narrow(2, at + self.start, rows)
             there.copy_(new.narrow(0, place, 1))
             finite_(there)
         if self.checks is None:
@@ -177,9 +196,9 @@ class Lanes(transformers.Cache):
         bool; None where nothing was written."""
         return None if self.checks is None else self.checks.isfinite()
 
-    def fit(self, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
+    def fit(self, layer: Layer, buffer: Tensor | None, new: Tensor, prefix: Tensor | None) -> Tensor:
         """A buffer with room for the bound lanes and slots; contents kept, the prefix in every lane."""
-        lanes, slots = (0, 0) if buffer is None else (buffer.shape[0] // self.loops, buffer.shape[2])
+        lanes, slots = (0, 0) if buffer is None else (buffer.shape[0] // layer.loops, buffer.shape[2])
         if buffer is not None and self.reach <= slots and len(self.lanes) <= lanes:
             return buffer
         if self.reach > slots:
@@ -188,19 +207,19 @@ class Lanes(transformers.Cache):
             lanes = max(len(self.lanes), 2 * lanes)
         if buffer is None:
             buffer = new.new_zeros((0, new.shape[1], 0, new.shape[3]), dtype=self.dtype or new.dtype)
-        return self._grow(buffer, lanes, slots, prefix)
+        return self._grow(buffer, lanes * layer.loops, slots, prefix)
 
-    def _grow(self, buffer: Tensor, lanes: int, slots: int, prefix: Tensor | None) -> Tensor:
-        """A larger buffer with the same contents, the prefix in every lane, zeroed elsewhere."""
-        grown = buffer.new_zeros((lanes * self.loops, buffer.shape[1], slots, buffer.shape[3]))
+    def _grow(self, buffer: Tensor, sheets: int, slots: int, prefix: Tensor | None) -> Tensor:
+        """A larger buffer with the same contents, the prefix in every sheet, zeroed elsewhere."""
+        grown = buffer.new_zeros((sheets, buffer.shape[1], slots, buffer.shape[3]))
         grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
         if prefix is not None:
             grown[:, :, : self.fixed] = prefix
         return grown
 
-    def read(self, buffer: Tensor, loop: int) -> Tensor:
+    def read(self, layer: Layer, buffer: Tensor, loop: int) -> Tensor:
         """The bound lanes' slots, a view where the lanes are neighbours."""
-        return pick(buffer.narrow(2, 0, self.reach)[loop :: self.loops], [index for index, _ in self.where])
+        return pick(buffer.narrow(2, 0, self.reach)[loop :: layer.loops], [index for index, _ in self.where])
 
     @torch.inference_mode()
     def release(self, lane: Lane) -> None:
@@ -208,19 +227,21 @@ class Lanes(transformers.Cache):
         opened, whose text may begin alike."""
         last = self.lanes.pop()
         if last is not lane:
-            for buffer in self._buffers():
-                if last.index * self.loops < buffer.shape[0]:  # else nothing was written to it yet
-                    held = self.fixed + last.held
-                    buffer[self.sheets(lane.index), :, :held] = buffer[self.sheets(last.index), :, :held]
+            held = self.fixed + last.held
+            for layer in self.own:
+                here, there = layer.sheets(lane.index), layer.sheets(last.index)
+                for buffer in layer.buffers():
+                    if there.start < buffer.shape[0]:  # else nothing was written to it yet
+                        buffer[here, :, :held] = buffer[there, :, :held]
             self.lanes[lane.index] = last
             last.index = lane.index
         if not self.lanes:
             lane.index, self.idle = 0, lane
             for layer in self.own:
-                if layer.keys is not None and layer.values is not None and len(layer.keys) > self.loops:
+                if layer.keys is not None and layer.values is not None and len(layer.keys) > layer.loops:
                     layer.keys, layer.values = (
-                        layer.keys[: self.loops].clone(),
-                        layer.values[: self.loops].clone(),
+                        layer.keys[: layer.loops].clone(),
+                        layer.values[: layer.loops].clone(),
                     )
 
     @torch.inference_mode()
@@ -234,10 +255,12 @@ class Lanes(transformers.Cache):
     @torch.inference_mode()
     def rearrange(self, lane: Lane, rows: Sequence[int], to: Sequence[int]) -> None:
         """Move rows behind a lane's history to other places there; what is not moved there is lost."""
-        end, sheets = self.fixed + lane.length, self.sheets(lane.index)
+        end = self.fixed + lane.length
         here, there = [end + row for row in rows], [end + row for row in to]
-        for buffer in self._buffers():
-            buffer[sheets, :, there] = buffer[sheets][:, :, here]
+        for layer in self.own:
+            sheets = layer.sheets(lane.index)
+            for buffer in layer.buffers():
+                buffer[sheets, :, there] = buffer[sheets][:, :, here]
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, length: int) -> None:
@@ -245,17 +268,13 @@ class Lanes(transformers.Cache):
         for layer in self.own:
             for name, prefix in zip(("keys", "values"), layer.prefix, strict=True):
                 buffer = getattr(layer, name)
-                if buffer is not None and target * self.loops >= buffer.shape[0]:
-                    lanes = max(len(self.lanes), 2 * buffer.shape[0] // self.loops)
-                    buffer = self._grow(buffer, lanes, buffer.shape[2], prefix)
+                if buffer is not None and target * layer.loops >= buffer.shape[0]:
+                    sheets = max(len(self.lanes) * layer.loops, 2 * buffer.shape[0])
+                    buffer = self._grow(buffer, sheets, buffer.shape[2], prefix)
                     setattr(layer, name, buffer)
                 if buffer is not None:
                     held = self.fixed + length
-                    buffer[self.sheets(target), :, :held] = buffer[self.sheets(source), :, :held]
-
-    def _buffers(self) -> list[Tensor]:
-        pairs = ((layer.keys, layer.values) for layer in self.own)
-        return [buffer for pair in pairs for buffer in pair if buffer is not None]
+                    buffer[layer.sheets(target), :, :held] = buffer[layer.sheets(source), :, :held]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -88,7 +88,13 @@ def row_range(model: MeasuredModel) -> RowRange:
 
 def _linear_layers_keep_bits(model: MeasuredModel, rows: RowRange) -> bool:
     """Has each row of a linear layer the same bits with as few others as there may be as with all?"""
-    layers = [module for module in model.model.modules() if type(module) is torch.nn.Linear]
+    layers = [
+        module
+        for module in model.model.modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module.weight) is torch.nn.Parameter  # not one of quantised values
+        and module.weight.is_floating_point()
+    ]
     shapes = {(*layer.weight.shape, layer.bias is not None, layer.weight.dtype) for layer in layers}
     return all(_kernel_keeps_bits(*shape, model.device, rows) for shape in sorted(shapes, key=str))
 

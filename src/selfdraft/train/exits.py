@@ -6,6 +6,9 @@ learn the distribution of the last pass instead of its target ("last"), since an
 it is the final pick. The last pass may learn a teacher's distribution, which holds more information than the
 next token. And early passes are read at a random share of the positions. This keeps the expected loss and
 saves most of the head, which costs as much as a pass of a small model.
+
+A coda runs after every pass at all positions. There it sees the states after the same pass, as if it were the
+last; in a pipeline it sees tokens before that have come further.
 """
 
 from __future__ import annotations
@@ -90,10 +93,10 @@ def _read(state: Tensor, places: Tensor) -> Tensor:
 
 
 def _states(model: LoopedForCausalLM, ids: Tensor) -> list[Tensor]:
-    """Hidden states after every pass at positions that have a next token, [windows * (length - 1),
-    hidden]."""
-    out = model.model(ids, output_hidden_states=True, use_cache=False)
-    return [state[:, :-1].flatten(0, 1) for state in out.hidden_states[1:]]
+    """States after every pass as they are read out, behind the coda, at positions that have a next token,
+    [windows * (length - 1), hidden]."""
+    out = model.model(ids, output_exits=True, use_cache=False)
+    return [state[:, :-1].flatten(0, 1) for state in out.exits]
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from ..errors import InvalidOption
 from ..models import conformance
 from ..models.adapters.fingerprint import fingerprint
 from ..models.loading import load_pretrained
+from ..models.looped.config import Shape
 from ..models.looped.decoder import LoopedForCausalLM
 from ..models.looped.retrofit import Rule, blank, recast, share
 from ..models.transformers import MARK
-from . import looped_card, run, windows
+from . import looped_card, pipeline, run, windows
 from .distill import tokenizer_sha256
 from .exits import Early, Exits, Places, distribution, exit_loss, measure
 from .optimizer import muon
@@ -42,6 +43,7 @@ from .sequences import Draws
 from .trainer import SECONDS, Clock, arguments, last_checkpoint
 
 WATCHED = 48  # held-out windows evaluated during training
+DEFAULT = Shape(unique=2, loops=6)
 DECAY, BETAS = 0.1, (0.9, 0.95)  # of AdamW and Muon
 
 
@@ -80,6 +82,11 @@ class LoopedPlan:
     unique: int | None = None
     # Passes through them. None: 6, or those of a looped model.
     loops: int | None = None
+    # Layers that run once, before them and after them. None: none, or those of a looped model.
+    prelude: int | None = None
+    coda: int | None = None
+    # Rank of a delta per pass beside each of their matrices. None: no deltas, or those of a looped model.
+    lora_rank: int | None = None
     # Start from random weights of the model's widths.
     scratch: bool = False
     # How layers are made from those of the model, and the width of their MLPs; see `share`.
@@ -120,13 +127,15 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
     recast(model, torch.float32)
     model.train()
     size, depth = model.num_parameters(), model.config.num_hidden_layers
-    report(f"{plan.unique} x {plan.loops}: {size:,} parameters, depth {depth}; {len(data.train):,} windows")
+    layers = f"{plan.prelude} + {plan.unique} x {plan.loops} + {plan.coda}, LoRA {plan.lora_rank or 0}"
+    report(f"layers {layers}: {size:,} parameters, depth {depth}; {len(data.train):,} windows")
     machine.reset_peak(model.device)
     log = train(model, plan, data, teacher)
     peak = machine.peak(model.device)
     report("measuring the model on held-out windows")
     recast(model, base.dtype)
     found = measure(model, data.held_out, plan.schedule.batch, autocast=False)
+    decoded = pipeline.decode(model, data.held_out) if model.config.loops > 1 else None
     mark = getattr(model.config, MARK, None)
     own_loss = None if plan.scratch else _own_loss(base, data, plan.schedule.batch)
     teacher_loss = own_loss
@@ -138,6 +147,7 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
         "base": mark["base"] if mark else plan.model,
         "parameters": size,
         "exits": asdict(found),
+        "pipeline": None if decoded is None else asdict(decoded),
         "base_loss": own_loss,
         "teacher_loss": None if teacher is None else teacher_loss,
         "grade": "tuned" if mark else "base",
@@ -155,14 +165,15 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
 def _started(plan: LoopedPlan, base: PreTrainedModel) -> tuple[LoopedPlan, LoopedForCausalLM]:
     """The plan with the defaults that depend on the model filled in, and the model before training."""
     own = base.config if isinstance(base, LoopedForCausalLM) else None
-    unique = plan.unique if plan.unique is not None else own.unique_layers if own else 2
-    loops = plan.loops if plan.loops is not None else own.loops if own else 6
+    asked = {name: getattr(plan, name) for name in asdict(DEFAULT)}
+    asked = {name: count for name, count in asked.items() if count is not None}
+    shape = replace(own.shape if own else DEFAULT, **asked)
     teacher = plan.teacher or ("none" if plan.scratch or own else plan.model)
-    plan = replace(plan, unique=unique, loops=loops, teacher=None if teacher == "none" else teacher)
+    plan = replace(plan, **asdict(shape), teacher=None if teacher == "none" else teacher)
     set_seed(plan.schedule.seed)
     if plan.scratch:
-        return plan, blank(base.config, unique, loops, base.device, intermediate=plan.intermediate)
-    model = share(base, unique, loops, plan.share_rule, plan.intermediate)
+        return plan, blank(base.config, shape, base.device, intermediate=plan.intermediate)
+    model = share(base, shape, plan.share_rule, plan.intermediate)
     before = getattr(base.config, MARK, None) or {"base": plan.model}
     setattr(model.config, MARK, {"method": "speed", "base": before["base"]})
     return plan, model
@@ -189,7 +200,9 @@ def _tuning_cost(loss: float | None, found: Exits) -> dict[str, Any]:
 
 def _own_loss(base: PreTrainedModel, data: windows.Windows, batch: int) -> float:
     """The loss of the model that the run started from, at its full depth."""
-    looped = base if isinstance(base, LoopedForCausalLM) else share(base, base.config.num_hidden_layers, 1)
+    looped = (
+        base if isinstance(base, LoopedForCausalLM) else share(base, Shape(base.config.num_hidden_layers, 1))
+    )
     return measure(looped, data.held_out, batch, autocast=False).loss[-1]
 
 

@@ -6,6 +6,11 @@ the weights are those of U layers: layers shared in a cycle (Takase and Kiyono, 
 shared: each pass keeps its own, so a cache has U * G layers. After every group the same norm and head can
 read a token out.
 
+Layers that run once may stand before the group and after it, prelude and coda (Huginn, arXiv 2502.05171). A
+readout after any group goes through the coda, as in Huginn and in LoopSpec (arXiv 2609.17184): so states
+between passes need not be ones that the head can read, and an early pick has the coda's help, too. Each pass
+may add a low-rank delta of its own to the shared matrices (`lora`).
+
 `generate` and `Trainer` work with it; given labels, the loss is that of SPEED's training: of the readout
 after every group, later ones weighing more. Checkpoints of the Ouro kind load as they are: there each half of
 a layer is also followed by a norm, and the final norm stands at the end of every group."""
@@ -13,6 +18,8 @@ a layer is also followed by a norm, and the final norm stands at the end of ever
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,7 +31,6 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    LlamaConfig,
     LlamaPreTrainedModel,
 )
 from transformers.masking_utils import create_causal_mask
@@ -32,75 +38,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from ...errors import InvalidOption, ModelUnsupported
 from ..transformers_inputs import CACHE
+from .config import LoopedConfig, OuroConfig
+from .lora import Turn, relax
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [lanes, rows, head size]
 
 
-class LoopedConfig(LlamaConfig):
-    """unique_layers: of a group. loops: how often a token runs through it. num_hidden_layers, the depth,
-    follows from both. exit_agreement: by group, the share of tokens whose pick after it is that of the full
-    depth, as `selfdraft train speed` measured it. Raises InvalidOption where a count is below 1."""
+@dataclass
+class LoopedOutput(BaseModelOutputWithPast):
+    """exits, where asked for: by pass, the state after it as it is read out, behind the coda and before the
+    norm, [lanes, rows, hidden]."""
 
-    model_type = "looped_llama"
-
-    unique_layers: int = 2
-    loops: int = 2
-    exit_agreement: list[float] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("unique_layers", "loops"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or count < 1:
-                raise InvalidOption(
-                    f"{name} must be at least 1: a group has layers, and is run; got {count!r}"
-                )
-        known = self.exit_agreement
-        if known is not None and len(known) != self.loops:
-            raise InvalidOption(
-                f"exit_agreement has {len(known)} entries for {self.loops} loops; give one for each, or none"
-            )
-        self.num_hidden_layers = self.unique_layers * self.loops
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
-
-
-class OuroConfig(LoopedConfig):
-    """The config of a checkpoint of the Ouro kind, whose `num_hidden_layers` are the unique ones. Raises
-    ModelUnsupported for exits that depend on the token, and for windows."""
-
-    model_type = "ouro"
-
-    early_exit_threshold: float = 1.0
-    use_sliding_window: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.early_exit_threshold < 1:
-            raise ModelUnsupported(
-                f"early_exit_threshold {self.early_exit_threshold}: a depth that depends on the token is not "
-                "supported; set it to 1.0, the full depth"
-            )
-        if self.use_sliding_window:
-            raise ModelUnsupported("a looped model with sliding windows is not supported")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        given = dict(config_dict)
-        if "total_ut_steps" in given:
-            given["loops"] = given.pop("total_ut_steps")
-            given["unique_layers"] = given.pop("num_hidden_layers", given.get("unique_layers"))
-        given.pop("layer_types", None)  # one kind, full attention
-        return super().from_dict(given, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        told = super().to_dict()
-        told["num_hidden_layers"], told["total_ut_steps"] = told.pop("unique_layers"), told.pop("loops")
-        return told
+    exits: tuple[Tensor, ...] | None = None
 
 
 class Pass:
-    """A cache as one pass through the group sees it. first: index of its first layer there."""
+    """A cache as one pass through some layers sees it. first: index of their first layer there."""
 
     def __init__(self, cache: Cache, first: int) -> None:
         self._cache, self._first = cache, first
@@ -134,7 +88,7 @@ class LoopedPreTrainedModel(LlamaPreTrainedModel):
 
 
 class LoopedModel(LoopedPreTrainedModel):
-    """Embedding, one group of layers, norm."""
+    """Embedding, prelude, one group of layers, coda, norm."""
 
     layer: type[LlamaDecoderLayer] = LlamaDecoderLayer
     norms_groups = False  # does the final norm stand at the end of every group?
@@ -142,39 +96,45 @@ class LoopedModel(LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__(config)
         self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = torch.nn.ModuleList([self.layer(config, i) for i in range(config.unique_layers)])
+        self.prelude = self._layers(config.prelude)
+        self.layers = self._layers(config.unique_layers)
+        self.coda = self._layers(config.coda)
+        self.turn = Turn()
+        if config.lora_rank is not None:
+            for layer in self.layers:
+                relax(layer, config.loops, config.lora_rank, self.turn)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self._more(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
+    def _layers(self, count: int) -> torch.nn.ModuleList:
+        """Their index is that within the part; `Pass` makes it one of the cache."""
+        return torch.nn.ModuleList([self.layer(self.config, i) for i in range(count)])
+
     def _more(self, config: LoopedConfig) -> None:
         """Further modules of a kind."""
 
-    def group(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None,
-        rotation: Rotation,
-        cache: Cache | Pass | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """One pass through the unique layers, [lanes, rows, hidden] -> the same; what rows are at which depth
-        is the cache's and the mask's to know."""
-        for layer in self.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rotation,
-                use_cache=cache is not None,
-                **{CACHE: cache},
-                **kwargs,
-            )
+    def through(self, layers: torch.nn.ModuleList, hidden: Tensor, cache: Any, **given: Any) -> Tensor:
+        """Once through some layers, [lanes, rows, hidden] -> the same; what rows are at which depth is the
+        cache's and the mask's to know. given: what a layer takes beside that."""
+        for layer in layers:
+            hidden = layer(hidden, use_cache=cache is not None, **{CACHE: cache}, **given)
+        return hidden
+
+    def group(self, hidden: Tensor, passes: int | Tensor, cache: Any, **given: Any) -> Tensor:
+        """One pass through the unique layers. passes: which one, of all rows or by lane, [lanes] int64."""
+        config = self.config
+        turn: AbstractContextManager[None] = nullcontext()
+        if config.lora_rank is not None:
+            turn = self.turn.of(passes, config.loops, config.lora_rank, hidden.device)
+        with turn:
+            hidden = self.through(self.layers, hidden, cache, **given)
         return cast(Tensor, self.norm(hidden)) if self.norms_groups else hidden
 
     def readout(self, state: Tensor) -> Tensor:
-        """A state after a group as the head takes it."""
+        """A state behind the coda as the head takes it."""
         return state if self.norms_groups else cast(Tensor, self.norm(state))
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -188,11 +148,12 @@ class LoopedModel(LoopedPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
+        output_exits: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> LoopedOutput:
         """past_key_values: the cache, as transformers before 5.24 calls it. hidden_states, where asked for:
-        the embedding and the state after every group, before the norm. Attention weights are not
-        collected."""
+        what enters the first group, and the state after every group. output_exits: see `LoopedOutput`; with
+        a coda this takes whole texts, without a cache. Attention weights are not collected."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -211,15 +172,27 @@ class LoopedModel(LoopedPreTrainedModel):
             **{CACHE: cache},
         )
         rotation = self.rotary_emb(hidden, position_ids=position_ids)
-        states = [hidden]
-        for loop in range(self.config.loops):
-            first = loop * self.config.unique_layers
-            part = None if cache is None else Pass(cache, first)
-            states.append(self.group(states[-1], mask, rotation, part, **kwargs))
+        given = {"attention_mask": mask, "position_embeddings": rotation, **kwargs}
+
+        def part(first: int) -> Pass | None:
+            return None if cache is None else Pass(cache, first)
+
+        config = self.config
+        states = [self.through(self.prelude, hidden, part(0), **given)]
+        for loop in range(config.loops):
+            first = config.prelude + loop * config.unique_layers
+            states.append(self.group(states[-1], loop, part(first), **given))
+        last = self.through(self.coda, states[-1], part(config.num_hidden_layers - config.coda), **given)
+        exits = None
+        if output_exits:
+            if self.coda and cache is not None:
+                raise ValueError("early readouts go through the coda, which takes a whole text: use no cache")
+            exits = (*(self.through(self.coda, state, None, **given) for state in states[1:-1]), last)
         kept: dict[str, Any] = {CACHE: cache}
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.readout(states[-1]),
+        return LoopedOutput(
+            last_hidden_state=self.readout(last),
             hidden_states=tuple(states) if output_hidden_states else None,
+            exits=exits,
             **kept,
         )
 
@@ -247,15 +220,16 @@ class LoopedForCausalLM(LoopedPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        asked = bool(output_hidden_states) or labels is not None
-        out = self.model(input_ids, output_hidden_states=asked, **kwargs)
+        if labels is not None:  # of a whole text
+            kwargs |= {"output_exits": True, "use_cache": False}
+        out = self.model(input_ids, output_hidden_states=output_hidden_states, **kwargs)
         keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None if labels is None else self._loss(out.hidden_states[1:], labels, **kwargs)
+        loss = None if labels is None else self._loss(out.exits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=out.hidden_states if output_hidden_states else None,
+            hidden_states=out.hidden_states,
             **{CACHE: out.get(CACHE)},
         )
 

@@ -12,15 +12,16 @@ view.
 A row never overtakes its parent: all rows under way move by one pass a stage, and a child joins no earlier
 than its parent. So what a row attends to is there.
 
-What is under way stays with the lane, tokens, depth and state of each row. A later forward takes a row up
-where it stands only if its own tree holds that row on the same path of tokens behind the same history; it
-starts all others from their embedding, and forgets what it does not hold. So no drafter, whatever it
-proposes, can change a text."""
+Rows that join go through the prelude first. Before rows are read they all go through the coda, whatever their
+depth, as in LoopSpec (arXiv 2609.17184). The coda has one sheet: a row leaves its keys and values there anew
+after each stage, so a row reads those of the last pass that its ancestors have made. At full depth these have
+come as far, and the readout is that of a whole forward; before, it is a guess anyway.
+
+`lanes` has what stays between two forwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -31,119 +32,42 @@ from torch import Tensor
 from ...drafting.method import Loops
 from ...engine.tree import Tree
 from ...errors import InvalidTree, ModelUnsupported
-from ..kv_cache import Lane, Lanes, finite_, pick
+from ..kv_cache import Lanes
 from ..protocol import Cache
 from ..transformers import TransformersModel, TransformersRows
-from .decoder import LoopedModel
+from .decoder import LoopedModel, Pass
+from .lanes import Flight, StageLane, StageLanes
 
 
-@dataclass
-class Flight:
-    """Rows that a lane has under way. passes: how many each has made. states: [rows, hidden], after them."""
+@dataclass(frozen=True)
+class Spots:
+    """Where some rows of a request go in its sheets; all but `rows` and `most` are tensors, one entry a row.
 
-    tree: Tree
-    passes: list[int]
-    states: Tensor
+    rows: which rows of the tree they are, as order. sheet: of the request's own. rank: a row's place in its
+    sheet; most: how many rows one sheet has, at most. depth: its own in the tree. visible: [rows, rows of
+    the tree] bool."""
 
-    def take(self, rows: Sequence[int]) -> Flight:
-        """These rows, the first of which is above all others."""
-        new = {row: i for i, row in enumerate(rows)}
-        tokens = tuple(self.tree.tokens[row] for row in rows)
-        parents = tuple(new.get(self.tree.parents[row], -1) for row in rows)
-        passes = [self.passes[row] for row in rows]
-        whole = len(rows) == len(self.passes)
-        return Flight(Tree(tokens, parents), passes, self.states if whole else self.states[list(rows)])
-
-
-class StageLane(Lane):
-    """A lane that knows what is under way behind its history."""
-
-    in_flight: Flight | None = None
-
-    @property
-    def held(self) -> int:
-        return self.length + (len(self.in_flight.tree) if self.in_flight is not None else 0)
-
-    def keep(self, path: Sequence[int], in_flight: Sequence[int]) -> None:
-        rows = [*path, *in_flight]
-        self.lanes.move(self, rows)
-        self.length += len(path)
-        self.in_flight = self.in_flight.take(in_flight) if self.in_flight is not None and in_flight else None
-
-    def cut(self, length: int) -> None:
-        super().cut(length)
-        self.in_flight = None
-
-    def begin(self, tree: Tree, embed: Callable[[Sequence[int]], Tensor]) -> Flight:
-        """The rows of a tree, each as far as it has come. embed: tokens to where they start, [rows,
-        hidden]."""
-        held = self.in_flight
-        same = matches(tree, held.tree) if held is not None else {}
-        new = [row for row in range(len(tree)) if row not in same]
-        passes = [0] * len(tree)
-        states = embed([tree.tokens[row] for row in new]) if new else torch.empty(0)
-        if same:
-            assert held is not None
-            old = list(same.values())
-            if any(row != old for row, old in same.items()):
-                self.lanes.rearrange(self, old, list(same))
-            for row, at in same.items():
-                passes[row] = held.passes[at]
-            kept = held.states if old == list(range(len(held.tree))) else held.states[old]
-            states = torch.cat([kept, states]) if new else kept
-            if [*same, *new] != list(range(len(tree))):
-                states = states[_inverse([*same, *new])]
-        self.in_flight = Flight(tree, passes, states)
-        return self.in_flight
+    rows: Sequence[int]
+    most: int
+    order: Tensor
+    sheet: Tensor
+    rank: Tensor
+    depth: Tensor
+    visible: Tensor
 
 
-def _inverse(order: Sequence[int]) -> list[int]:
-    """Where each number stands in an order of all of them."""
-    return sorted(range(len(order)), key=lambda at: order[at])
-
-
-def matches(tree: Tree, held: Tree) -> dict[int, int]:
-    """Rows of a tree that stand on the same path of tokens in another one, and where they are there."""
-    same = {0: 0} if tree.tokens[0] == held.tokens[0] else {}
-    for row in range(1, len(tree)):
-        above = same.get(tree.parents[row])
-        old = held.child(above, tree.tokens[row]) if above is not None else None
-        if old is not None:
-            same[row] = old
-    return same
-
-
-class StageLanes(Lanes):
-    """Buffers with a sheet per pass. While a stage is bound, forwards of the group write and read by it."""
-
-    sheets_bound: Sequence[int] = ()  # of the stage under way, ascending
-    slots: Tensor  # where their rows are written, [sheets, width]
-    index: Tensor  # the sheets, [sheets, 1]
-
-    def lane(self, index: int) -> Lane:
-        return StageLane(self, index)
-
-    def write(self, buffer: Tensor, new: Tensor, loop: int) -> None:
-        if self.sheets_bound:
-            # The states of a row that is not finite show it themselves; only the cache is mended.
-            buffer[self.index, :, self.slots] = finite_(new.transpose(1, 2).to(buffer.dtype, copy=True))
-        else:
-            super().write(buffer, new, loop)
-
-    def read(self, buffer: Tensor, loop: int) -> Tensor:
-        if self.sheets_bound:
-            return pick(buffer.narrow(2, 0, self.reach), self.sheets_bound)
-        return super().read(buffer, loop)
-
-    @contextmanager
-    def stage(self, sheets: Sequence[int], slots: Tensor) -> Iterator[None]:
-        """Meanwhile forwards of the group write to these slots, [sheets, width], and read these sheets."""
-        self.sheets_bound, self.slots = sheets, slots
-        self.index = torch.tensor(sheets, device=slots.device)[:, None]
-        try:
-            yield
-        finally:
-            self.sheets_bound = ()
+@lru_cache(maxsize=1024)
+def _spots(parents: tuple[int, ...], rows: tuple[int, ...], sheets: tuple[int, ...]) -> Spots:
+    """sheets: of each row. Follows from its arguments alone, which come again from step to step: so it is
+    remembered."""
+    tree = Tree((0,) * len(parents), parents)
+    counts, rank = [0] * (max(sheets, default=0) + 1), []
+    for sheet in sheets:
+        rank.append(counts[sheet])
+        counts[sheet] += 1
+    order, ranks = torch.tensor(rows, dtype=torch.long), torch.tensor(rank, dtype=torch.long)
+    sheet_of, depth = torch.tensor(sheets, dtype=torch.long), torch.tensor(tree.depth)[order]
+    return Spots(rows, max(counts), order, sheet_of, ranks, depth, tree.visible[order])
 
 
 @dataclass(frozen=True)
@@ -161,6 +85,19 @@ class Stage:
     places: Tensor
 
 
+Chosen = tuple[tuple[int, ...], tuple[int, ...]]  # rows of a tree, and the sheet of each
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers that rows go through together. run: [sheets, width, hidden] -> the same, of sheets of these
+    passes, [sheets] int64. first: index of their first in the cache. loops: sheets of a request there."""
+
+    run: Callable[..., Tensor]
+    first: int
+    loops: int = 1
+
+
 class StagedModel(TransformersModel):
     """A looped model behind the engine's interface: whole forwards as any other model, and stages."""
 
@@ -170,14 +107,14 @@ class StagedModel(TransformersModel):
         return Loops(config.loops, tuple(config.exit_agreement or ())) if config.loops > 1 else None
 
     @property
-    def _group(self) -> LoopedModel:
+    def _looped(self) -> LoopedModel:
         return cast(LoopedModel, self.model.model)
 
     def pool(self, memory: int | None = None) -> Lanes:
         if self.adapter is not None:  # its prefix differs from pass to pass; it does not run by stages
             return super().pool(memory)
         config = self.model.config
-        return StageLanes(*self._stored(), loops=config.loops, unique=config.unique_layers)
+        return StageLanes(*self._stored(), config.loops, config.unique_layers, config.prelude)
 
     @torch.inference_mode()
     def forward(
@@ -194,14 +131,15 @@ class StagedModel(TransformersModel):
             raise ModelUnsupported("stages do not go together with an adapter's mask tokens")
         loops = self.model.config.loops
         flights = [self._begin(tree, lane) for tree, lane in zip(trees, lanes, strict=True)]
+        self._join(flights, lanes)
         for _ in range(min(stages or loops, loops)):
             if all(made == loops for in_flight in flights for made in in_flight.passes):
                 break
             self._advance(flights, lanes)
+        states = torch.cat(self._read(flights, lanes))
         start = [sum(len(tree) for tree in trees[:i]) for i in range(len(trees))]
-        states = torch.cat([in_flight.states for in_flight in flights])
         done = [[made == loops for made in in_flight.passes] for in_flight in flights]
-        return TransformersRows(self._group.readout(states), start, done)
+        return TransformersRows(self._looped.readout(states), start, done)
 
     def _begin(self, tree: Tree, lane: StageLane) -> Flight:
         last = lane.length + max(tree.depth)
@@ -212,23 +150,65 @@ class StagedModel(TransformersModel):
         embedding = self.model.get_input_embeddings()
         return lane.begin(tree, lambda tokens: embedding(torch.tensor(tokens, device=self.device)))
 
+    def _join(self, flights: Sequence[Flight], lanes: Sequence[StageLane]) -> None:
+        """Take the rows that have just started through the prelude."""
+        part = self._looped.prelude
+        new = [[row for row, made in enumerate(f.passes) if made == 0] for f in flights]
+        if len(part) and any(new):
+            chosen = [(tuple(rows), (0,) * len(rows)) for rows in new]
+            layers = Layers(self._once(part), 0)
+            self._move(flights, chosen, self._run_rows(flights, lanes, chosen, layers))
+
     def _advance(self, flights: Sequence[Flight], lanes: Sequence[StageLane]) -> None:
         """Take all rows that are not done through the group once."""
-        order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
-        flights, lanes = [flights[i] for i in order], [lanes[i] for i in order]
-        pool = cast(StageLanes, lanes[0].lanes)
-        loops = self.model.config.loops
-        spots = [_spots(in_flight.tree.parents, tuple(in_flight.passes), loops) for in_flight in flights]
-        stage = self._stage(flights, lanes, spots, pool)
-        out = self._run_stage(stage, pool).flatten(0, 1)[stage.places]
-        parts = out.split([len(own.rows) for own in spots])
-        for in_flight, own, states in zip(flights, spots, parts, strict=True):
-            if len(own.rows) == len(in_flight.tree):
-                in_flight.states = states
-            else:
-                in_flight.states[own.rows] = states
-            for row in own.rows:
+        config = self.model.config
+        chosen = []
+        for in_flight in flights:
+            rows = tuple(row for row, made in enumerate(in_flight.passes) if made < config.loops)
+            chosen.append((rows, tuple(in_flight.passes[row] for row in rows)))
+        layers = Layers(self._looped.group, config.prelude, config.loops)
+        self._move(flights, chosen, self._run_rows(flights, lanes, chosen, layers))
+        for in_flight, (rows, _) in zip(flights, chosen, strict=True):
+            for row in rows:
                 in_flight.passes[row] += 1
+
+    def _read(self, flights: Sequence[Flight], lanes: Sequence[StageLane]) -> list[Tensor]:
+        """The states of all rows behind the coda."""
+        part = self._looped.coda
+        if not len(part):
+            return [in_flight.states for in_flight in flights]
+        chosen = [(tuple(range(len(f.tree))), (0,) * len(f.tree)) for f in flights]
+        layers = Layers(self._once(part), self.model.config.num_hidden_layers - len(part))
+        return self._run_rows(flights, lanes, chosen, layers)
+
+    def _once(self, part: torch.nn.ModuleList) -> Callable[..., Tensor]:
+        """Layers that do not ask which pass it is."""
+        through = self._looped.through
+        return lambda hidden, passes, cache, **given: through(part, hidden, cache, **given)
+
+    def _move(self, flights: Sequence[Flight], chosen: Sequence[Chosen], states: Sequence[Tensor]) -> None:
+        """Note how far the chosen rows have come."""
+        for in_flight, (rows, _), new in zip(flights, chosen, states, strict=True):
+            if len(rows) == len(in_flight.tree):
+                in_flight.states = new
+            else:
+                in_flight.states[list(rows)] = new
+
+    def _run_rows(
+        self,
+        flights: Sequence[Flight],
+        lanes: Sequence[StageLane],
+        chosen: Sequence[Chosen],
+        layers: Layers,
+    ) -> list[Tensor]:
+        """States of the chosen rows of each request behind some layers, [rows, hidden]."""
+        order = sorted(range(len(lanes)), key=lambda i: lanes[i].index)
+        spots = [_spots(flights[i].tree.parents, *chosen[i]) for i in order]
+        pool = cast(StageLanes, lanes[0].lanes)
+        stage = self._stage([flights[i] for i in order], [lanes[i] for i in order], spots, pool, layers.loops)
+        out = self._run_stage(stage, pool, layers).flatten(0, 1)[stage.places]
+        parts = dict(zip(order, out.split([len(own.rows) for own in spots]), strict=True))
+        return [parts[i] for i in range(len(lanes))]
 
     def _stage(
         self,
@@ -236,9 +216,11 @@ class StagedModel(TransformersModel):
         lanes: Sequence[StageLane],
         spots: Sequence[Spots],
         pool: StageLanes,
+        loops: int,
     ) -> Stage:
-        """Lay the rows out: each in the sheet of its next pass, behind those of its request already there."""
-        loops, dtype = self.model.config.loops, pool.dtype or self.dtype
+        """Lay the rows out, each in its sheet, of which a request has as many as `loops`, behind those of its
+        request already there."""
+        dtype = pool.dtype or self.dtype
         sheets = [lane.index * loops + loop for lane in lanes for loop in range(loops)]
         most = max(own.most for own in spots)
         width = max(self.rows.pieces(most, b - a)[-1][1] for a, b in self._calls(len(sheets)))
@@ -261,7 +243,7 @@ class StagedModel(TransformersModel):
         device = self.device
         places = (torch.cat(every) if len(every) > 1 else every[0]).to(device)
         states = [
-            f.states if len(own.rows) == len(f.tree) else f.states[own.rows]
+            f.states if len(own.rows) == len(f.tree) else f.states[list(own.rows)]
             for f, own in zip(flights, spots, strict=True)
         ]
         together = torch.cat(states) if len(states) > 1 else states[0]
@@ -277,59 +259,30 @@ class StagedModel(TransformersModel):
             places,
         )
 
-    def _run_stage(self, stage: Stage, pool: StageLanes) -> Tensor:
+    def _run_stage(self, stage: Stage, pool: StageLanes, layers: Layers) -> Tensor:
         """States of all places, [sheets, width, hidden], in calls whose row counts keep the bits."""
-        group = self._group
-        cosines, sines = group.rotary_emb(stage.hidden, stage.positions)
+        cosines, sines = self._looped.rotary_emb(stage.hidden, stage.positions)
+        cache = Pass(pool, layers.first)
+        passes = torch.tensor(stage.sheets, device=self.device) % layers.loops
         out = torch.zeros_like(stage.hidden)
         for first, last in self._calls(len(stage.sheets)):
             for start, stop in self.rows.pieces(stage.most, last - first):
                 part = slice(first, last), slice(start, stop)
-                mask = stage.seen[first:last, :, start:stop]
                 with pool.stage(stage.sheets[first:last], stage.slots[part]):
-                    rotation = cosines[part], sines[part]
-                    out[part] = group.group(stage.hidden[part], mask, rotation, pool)
+                    out[part] = layers.run(
+                        stage.hidden[part],
+                        passes[first:last],
+                        cache,
+                        attention_mask=stage.seen[first:last, :, start:stop],
+                        position_embeddings=(cosines[part], sines[part]),
+                    )
         return out
 
     def _calls(self, sheets: int) -> list[tuple[int, int]]:
-        """Spans of sheets that one call of the group can have together, in order."""
+        """Spans of sheets that one call of layers can have together, in order."""
         spans, at = [], 0
         while at < sheets:
             stop = at + self.rows.together(sheets - at)
             spans.append((at, stop))
             at = stop
         return spans
-
-
-@dataclass(frozen=True)
-class Spots:
-    """Where the rows of a request go that are under way; all but `rows` and `most` are tensors, one entry a
-    row.
-
-    rows: which rows of the tree they are, as order. sheet: the passes that each has made. rank: its place
-    among those that have made as many; most: how many such there are, at most. depth: its own in the tree.
-    visible: [rows, rows of the tree] bool."""
-
-    rows: list[int]
-    most: int
-    order: Tensor
-    sheet: Tensor
-    rank: Tensor
-    depth: Tensor
-    visible: Tensor
-
-
-@lru_cache(maxsize=1024)
-def _spots(parents: tuple[int, ...], passes: tuple[int, ...], loops: int) -> Spots:
-    """Follows from its arguments alone, which come again from step to step: so it is remembered."""
-    tree = Tree((0,) * len(parents), parents)
-    rows = [row for row, made in enumerate(passes) if made < loops]
-    counts, rank = [0] * loops, []
-    for row in rows:
-        rank.append(counts[passes[row]])
-        counts[passes[row]] += 1
-    order = torch.tensor(rows, dtype=torch.long)
-    sheet, depth = torch.tensor(passes)[order], torch.tensor(tree.depth)[order]
-    return Spots(
-        rows, max(counts), order, sheet, torch.tensor(rank, dtype=torch.long), depth, tree.visible[order]
-    )
