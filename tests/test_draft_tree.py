@@ -67,7 +67,7 @@ def best_rate(source: Fixed, cost: Callable[[int], float], most: int) -> float:
 def test_no_tree_is_worth_more(
     given: Mapping[tuple[int, ...], Sequence[float]], slope: float, jump: float
 ) -> None:
-    """Where silence is not as good; the cost jumps in the middle. A row costs what `MIN_REACHED` of a token is
+    """Where silence is not as good; the cost jumps in the middle. A row costs what MIN_REACHED of a token is
     worth, at least: rows that are reached less often are not considered."""
 
     def cost(rows: int) -> float:
