@@ -173,7 +173,7 @@ def first_state_left_out(patch: pytest.MonkeyPatch) -> None:
     propose = Recorder.propose
 
     def wrong(self: Recorder, tokens: Sequence[int]) -> Any:
-        begins = self.inner.drafts is None
+        begins = not self.inner.left
         tree = propose(self, tokens)
         if begins:
             self.blocks[-1] = []

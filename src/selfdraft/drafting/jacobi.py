@@ -13,9 +13,13 @@ tokens are compared with the text as it comes, whether or not they were run; whe
 share of the time is spent on producing some. When sampling, a draft token already includes the noise of its
 position.
 
-`faithful` is the method as published: a block of `block` tokens, the first of them known, the rest drawn at
-random from the text so far; it is iterated until all of it has been emitted. On an ordinary model this gains
-little; on one tuned for consistency several tokens per pass converge.
+`faithful` is the method as published (`blocks`): a block of `block` tokens, the first of them known, the rest
+drawn at random from the text so far; it is iterated until all of it has been emitted. On an ordinary model
+this gains little; on one tuned for consistency several tokens per pass converge. A block shrinks while it
+converges, so its last passes settle few tokens; Jacobi Forcing (arXiv 2512.14681) therefore begins the next
+block before (`blocks`, `spawn`) and recycles what was rejected (`recycled`). The window of the default way is
+refilled in every pass and has no blocks to begin, and its pool recycles in all of its rows: these options are
+for `faithful` alone.
 """
 
 from __future__ import annotations
@@ -25,11 +29,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le
 
 from ..engine.step import Step
 from ..engine.tree import Tree
+from ..errors import InvalidOption
 from .acceptance import AcceptanceStats, Budget, Candidates, Kind
+from .blocks import BlockDrafter
 from .draft_tree import MARGIN, MIN_REACHED, DraftTreeBuilder, Sources, TreeDrafter
 from .method import DraftContext, Drafter, Lookahead, drawn_noise
 from .ngrams import PRIOR, NgramCopies
@@ -53,12 +59,32 @@ class Jacobi:
     # Rows of a step, at most, the known token's own included (n). None: 64, or 16 if faithful.
     block: Annotated[int, Ge(1)] | None = None
     faithful: bool = False  # draft as published
+    # If faithful: blocks in flight, at most (K). Jacobi Forcing has 2.
+    blocks: Annotated[int, Ge(1)] = 1
+    # If there are several: the share of the newest block that is settled before the next one begins (r).
+    spawn: Annotated[float, Gt(0), Le(1)] = 0.85
+    # If faithful: rejected tails that are kept to draft from. Jacobi Forcing keeps 4.
+    recycled: Annotated[int, Ge(0)] = 0
+
+    def __post_init__(self) -> None:
+        for name, value, off in (("blocks", self.blocks, 1), ("recycled", self.recycled, 0)):
+            if not self.faithful and value != off:
+                raise InvalidOption(
+                    f"{name}={value} is for blocks as published: give faithful=true, or leave {name} out",
+                    option=name,
+                )
+        if self.blocks == 1 and self.spawn != Jacobi.spawn:
+            raise InvalidOption(
+                f"spawn={self.spawn} says when a further block begins, and blocks=1 has none; give blocks=2",
+                option="spawn",
+            )
 
     def drafter(self, context: DraftContext) -> Drafter:
-        if self.faithful:
-            filler = context.lookahead.filler if context.lookahead is not None else None
-            return FaithfulDrafter(self.block or 16, random.Random(context.seed), filler)
-        return JacobiDrafter(self.block or 64, context)
+        if not self.faithful:
+            return JacobiDrafter(self.block or 64, context)
+        filler = context.lookahead.filler if context.lookahead is not None else None
+        dice = random.Random(context.seed)
+        return BlockDrafter(self.block or 16, dice, filler, self.blocks, self.spawn, self.recycled)
 
 
 class Point(NamedTuple):
@@ -78,7 +104,8 @@ class Picks:
         self.prior[SOURCE, "pool"] = POOL_RATE
         self.length = 0
         self.drafts: dict[int, int] = {}  # index in the text -> the pick of the last pass
-        # Two tokens -> what once followed them, off the text; the oldest first.
+        # Two tokens -> what last followed them, off the text; the oldest first. What followed them earlier is
+        # not kept: it was accepted at 0.1 where the last one was at 0.25, and saved no step.
         self.pool: dict[tuple[int, int], int] = {}
 
     def read(self, tokens: Sequence[int]) -> Point:
@@ -222,23 +249,3 @@ def pick_rates(look: Lookahead | None) -> Sequence[float]:
         return UNTUNED
     table = look.odds.get(RATES, ())
     return table[0] if [len(row) for row in table] == [len(UNTUNED)] else TUNED
-
-
-class FaithfulDrafter:
-    def __init__(self, block: int, dice: random.Random, filler: int | None = None) -> None:
-        self.block = block
-        self.dice = dice
-        self.filler = filler
-        self.drafts: Sequence[int] | None = None  # None: the block has been emitted
-
-    def propose(self, tokens: Sequence[int]) -> Tree:
-        if self.drafts is None:
-            unknown = tokens if self.filler is None else [self.filler]
-            self.drafts = self.dice.choices(unknown, k=self.block - 1)
-        return Tree.chain([tokens[-1], *self.drafts])
-
-    def observe(self, step: Step) -> None:
-        kept = len(step.path)
-        # The pick after row i is the new draft token of row i + 1; the pick after the last row lies
-        # outside the block and is dropped, as in the published code.
-        self.drafts = step.picks[kept : len(step.tree) - 1] if kept < len(step.tree) else None

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 
 from .._common.repetition import fresh
-from ..drafting.jacobi import FaithfulDrafter
+from ..drafting.blocks import BlockDrafter
 from ..drafting.method import DraftContext, Drafter
 from ..engine.request import Request
 from ..engine.step import Step
@@ -56,14 +56,14 @@ class Recorder:
 
     def __init__(self, block: int, context: DraftContext) -> None:
         filler = context.lookahead.filler if context.lookahead is not None else None
-        self.inner = FaithfulDrafter(block, random.Random(context.seed), filler)
+        self.inner = BlockDrafter(block, random.Random(context.seed), filler)
         self.dice = random.Random(f"{context.seed} last")  # so that `inner` draws what it would draw alone
         # The states of each block: the first one is drawn, the last one is the text.
         self.blocks: list[list[State]] = []
         self.known: list[int] = []  # the correct prefix of the block
 
     def propose(self, tokens: Sequence[int]) -> Tree:
-        begins = self.inner.drafts is None
+        begins = not self.inner.left
         tree = self.inner.propose(tokens)
         if begins:  # a pass runs the token before the block and all of its tokens but the last
             self.known = []
