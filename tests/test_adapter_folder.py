@@ -30,6 +30,8 @@ from conftest import VOCABULARY, Run, tiny_llama
 from runs import random_prompt
 
 PARTS = [(0, 0, 0), (16, 0, 0), (0, 4, 0), (4, 4, 32)]
+DRAFTS_WITH = {"bita": "bita", "space": "space", "space-tuned": "space", "cllm": "jacobi"}
+QUESTIONS = ["Why is the sky blue?", "What is 12 times 3?", "Say that I am late.", "Name two rivers."]
 ODDS = {"hazard": [[0.1] * 14] * 3, "onward": [[0.5, 0.4, 0.3]]}
 
 
@@ -202,7 +204,8 @@ def test_a_shipped_folder_is_whole_small_and_says_what_it_is(name: str) -> None:
     assert (path / WEIGHTS).stat().st_size <= 6_000_000
     about = json.loads((path / CONFIG).read_text())["selfdraft"]
     assert set(about["shape"]) == {"vocabulary", "hidden", "layers"}
-    assert len(about["odds"]["hazard"]) == about["masks"]
+    assert len(about["odds"].get("hazard", ())) == about["masks"]
+    assert about["masks"] or about["odds"]["ahead"]
     card = (path / "README.md").read_text()
     assert card.count(name) >= 2
     assert "## Data" in card
@@ -211,6 +214,22 @@ def test_a_shipped_folder_is_whole_small_and_says_what_it_is(name: str) -> None:
         assert (path / picture).is_file()
     for text in (card, (path / CONFIG).read_text()):
         assert not re.search(r"[\s\"'`(]/\w+/", text), "a path of somebody's machine"
+
+
+@pytest.mark.parametrize("name", adapter_folder.shipped())
+def test_with_a_shipped_adapter_the_text_is_that_of_plain_decoding(name: str) -> None:
+    """On the model that it was trained for, alone and in a batch, greedy and sampled."""
+    record = json.loads((adapter_folder.shipped()[name] / CONFIG).read_text())["selfdraft"]
+    llm = LLM(record["base_name"], DRAFTS_WITH[record["method"]], adapter=name)
+    assert llm.model.grade == ("base" if record["gated"] else "tuned")
+    plain = llm.using("plain")
+    for temperature in (0.0, 0.8):
+        asked = {"temperature": temperature, "seed": 3, "max_new_tokens": 16}
+        expected = [answer.ids for answer in plain.generate(QUESTIONS, **asked)]
+        batch = llm.generate(QUESTIONS, **asked)
+        assert [answer.ids for answer in batch] == expected
+        assert llm.generate(QUESTIONS[0], **asked).ids == expected[0]
+    assert sum(answer.forwards for answer in batch) < sum(answer.tokens for answer in batch)
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
