@@ -21,6 +21,7 @@ from transformers.utils import logging
 from selfdraft import cli
 from selfdraft._common import machine
 from selfdraft.bench import bound
+from selfdraft.models.kernels import library as kernels
 from selfdraft.models.step_cost import StepTimes
 from selfdraft.models.transformers import TransformersModel
 
@@ -47,6 +48,15 @@ def _step_times() -> Iterator[None]:
         for module in ("transformers", "decoder"):
             patch.setattr(f"selfdraft.models.{module}.step_times", lambda *_: times)
         yield
+
+
+@pytest.fixture
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Models run on the decoder, as a user's do."""
+    monkeypatch.delenv(kernels.CHOICE)
+    kernels.library.cache_clear()
+    yield
+    kernels.library.cache_clear()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,7 @@ def test_a_shipped_folder_is_whole_small_and_says_what_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", adapter_folder.shipped())
+@pytest.mark.usefixtures("with_kernels")
 def test_with_a_shipped_adapter_the_text_is_that_of_plain_decoding(name: str) -> None:
     """On the model that it was trained for, alone and in a batch, greedy and sampled."""
     record = json.loads((adapter_folder.shipped()[name] / CONFIG).read_text())["selfdraft"]
@@ -230,6 +231,20 @@ def test_with_a_shipped_adapter_the_text_is_that_of_plain_decoding(name: str) ->
         assert [answer.ids for answer in batch] == expected
         assert llm.generate(QUESTIONS[0], **asked).ids == expected[0]
     assert sum(answer.forwards for answer in batch) < sum(answer.tokens for answer in batch)
+
+
+@pytest.mark.usefixtures("with_kernels")
+def test_drafts_taken_unverified_are_seen_with_a_shipped_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_branch(tree: Tree, picks: Sequence[int], done: object) -> tuple[list[int], list[int]]:
+        path = [0]
+        for row in range(1, len(picks)):
+            if tree.parents[row] == path[-1]:
+                path.append(row)
+        return path, []
+
+    monkeypatch.setattr("selfdraft.engine.request.accept", first_branch)
+    with pytest.raises(AssertionError):
+        test_with_a_shipped_adapter_the_text_is_that_of_plain_decoding("smollm2-bita")
 
 
 def config(**changes: Any) -> Callable[[Path], None]:

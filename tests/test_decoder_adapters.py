@@ -447,14 +447,6 @@ def test_what_has_no_place_is_refused() -> None:
 
 
 @pytest.fixture
-def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(kernels.CHOICE)
-    kernels.library.cache_clear()
-    yield
-    kernels.library.cache_clear()
-
-
-@pytest.fixture
 def saved(folder: Path, tmp_path: Path) -> Save:
     """Saves a random adapter of the saved model."""
     model = LLM(str(folder), "plain").model
