@@ -12,8 +12,9 @@ then as they were (again):
     edits      one function with three tasks
     file       one file with four questions
 
-For each: tokens per forward, the median of paired ratios of decode time to plain's, the drafter's own time a
-step, and draft tokens from earlier answers, accepted and verified. The last line is JSON.
+For each: tokens per forward, the median of paired ratios of plain decoding's time to this one's, the
+drafter's own time a step, and draft tokens from earlier answers, accepted and verified. The last line is
+JSON.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from selfdraft.bench import source, suite
 
 SECONDS = 5
 TOGETHER = 16
-CODE = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
+CODE = re.compile(r"```\w*\n(.*?)(?:```|\Z)", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 Row = Mapping[str, Any]
 
@@ -36,10 +36,11 @@ def solves(row: Row, answer: str) -> bool:
     """HumanEval: does the code of the answer pass the item's tests?"""
     found = CODE.search(answer)
     code = found[1] if found else answer
-    if f"def {row['entry_point']}" not in code:
+    head = f"def {row['entry_point']}("
+    if head not in code:
         code = row["prompt"] + code
-    head = row["prompt"].split("def ")[0]
-    program = f"{head}\n{code}\n{row['test']}\ncheck({row['entry_point']})\n"
+    before = row["prompt"][: row["prompt"].rindex(head)]  # imports, and functions that the asked one uses
+    program = f"{before}\n{code}\n{row['test']}\ncheck({row['entry_point']})\n"
     with tempfile.TemporaryDirectory() as folder:
         try:
             done = subprocess.run(
@@ -97,7 +98,7 @@ def compared(base: Sequence[bool], tuned: Sequence[bool]) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and humaneval/")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds gsm8k and humaneval")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--adapter", action="append", default=[], help="repeatable")
     parser.add_argument("--set", action="append", choices=[*SETS], help="default: both")

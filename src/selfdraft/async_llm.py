@@ -223,9 +223,9 @@ class AsyncLLM(PromptEncoder):
         """Let a request join; returns at once.
 
         method: another drafting method than the model's own, by name. sample: keys the noise, beside the
-        seed. salt: requests of different salts share nothing. timeout: seconds after which it ends in any
-        case. grammar: what the text must follow. chat: the prompt went through the chat template, for the
-        result.
+        seed. salt: requests of different salts share no text and no memory. timeout: seconds after which it
+        ends in any case. grammar: what the text must follow. chat: the prompt went through the chat template,
+        for the result.
 
         Raises QueueFull and EngineClosed; InvalidPrompt, InvalidReference and InvalidOption for what can be
         seen at once. Other errors are the ticket's."""

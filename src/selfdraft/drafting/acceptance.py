@@ -121,7 +121,7 @@ class Budget:
         self.measured, self.mask_cost = cost, mask_cost
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
         self.table: Sequence[float] = ()
-        self.least: float | None = None
+        self.least: dict[tuple[int, float], float] = {}
         self.reading: float | None = None
         self.steps = 0
         self.credit = credit
@@ -131,7 +131,8 @@ class Budget:
         self.steps += 1
         if self.steps % COST_STEPS == 0:
             self.costs.clear()
-            self.table, self.least, self.reading = (), None, None
+            self.least.clear()
+            self.table, self.reading = (), None
 
     def cost(self, rows: int, masks: bool = False) -> float:
         """The time of a step with so many rows, and with mask tokens among them or without; remembered for a
@@ -154,10 +155,12 @@ class Budget:
     def least_chance(self, rows: int, margin: float) -> float:
         """Where no draft token has a higher chance to be accepted, no tree of up to so many rows makes
         `margin` times the tokens of plain decoding in its time."""
-        if self.least is None:
-            costs = self.costs_to(rows)[1:rows]
-            self.least = min(((margin * cost - 1) / i for i, cost in enumerate(costs, 1)), default=1.0)
-        return self.least
+        least = self.least.get((rows, margin))
+        if least is None:
+            costs = enumerate(self.costs_to(rows)[1:rows], 1)
+            least = min(((margin * cost - 1) / i for i, cost in costs), default=1.0)
+            self.least[rows, margin] = least
+        return least
 
     def affords(self, rows: int, masks: bool = False) -> bool:
         """Is the credit enough for a step of so many rows whose draft is rejected altogether?"""

@@ -5,8 +5,8 @@ requests that are similar to the new one and uses them as references. Here the n
 indexed, so a text finds what it repeats by itself, whatever its prompt was.
 
 Answers are kept as token ids, without their prompts, in a ring of a fixed size, where a new one overwrites
-the oldest. One that comes again word for word is written again only if it would be overwritten soon, so the
-oldest answer is the one that has not been given for the longest time.
+the oldest. One that comes again word for word is written again if it stands in the older half of the ring,
+so answers that go on being given stay.
 
 An entry of the ring holds a token and the number of its owner, which stands for the salt of its request.
 Contexts are compared entry by entry, so a text of one salt never matches that of another.
@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from .suffix_index import BORDER, REACH, Match
 GRAMS = (8, 3)  # context lengths that places are found by, the longest first
 TRIES = 32  # places compared for one n-gram, at most
 TOKEN_BITS = 24  # bits of an entry that hold the token; those above hold the number of the owner
+MAX_VOCABULARY = 1 << TOKEN_BITS
 
 
 class EarlierAnswers:
@@ -57,7 +59,7 @@ class EarlierAnswers:
         self.end = size + 1  # the place that is written next
         self.kept: deque[Kept] = deque()
         self.starts: dict[int, int] = {}  # key of an answer -> where it was last written
-        self.owners: dict[str, Owner] = {}
+        self.owners: dict[bytes, Owner] = {}  # by `owner_of` their salt
         self.numbered = 0
 
     @property
@@ -72,7 +74,8 @@ class EarlierAnswers:
             return
         ids = answer[max(0, len(answer) + 1 - self.size) :]
         self._forget(len(ids) + 1)
-        start, base = self.end, self._own(salt) << TOKEN_BITS
+        owner = owner_of(salt)
+        start, base = self.end, self._own(owner) << TOKEN_BITS
         entries = [base + token for token in ids]
         for place, entry in enumerate([*entries, BORDER], start):
             self.entries[place % self.size] = entry
@@ -80,39 +83,39 @@ class EarlierAnswers:
             for at in range(chain.gram, len(entries)):
                 chain.add(start + at, entries[at - chain.gram : at])
         self.end = start + len(entries) + 1  # last, so that nothing is found of an answer half written
-        self.kept.append(Kept(start, salt, key))
+        self.kept.append(Kept(start, owner, key))
         self.starts[key] = start
 
     def index(self, salt: str, prompt: Sequence[int]) -> AnswerIndex:
         """What a request with this prompt may copy from: the answers of its salt."""
         return AnswerIndex(self, salt, prompt)
 
-    def _own(self, salt: str) -> int:
+    def _own(self, name: bytes) -> int:
         """The number of an owner, who gets an answer more."""
-        if salt not in self.owners:
+        if name not in self.owners:
             self.numbered += 1  # from 1 on: entries never written are 0, which is nobody's
-            self.owners[salt] = Owner(self.numbered)
-        owner = self.owners[salt]
+            self.owners[name] = Owner(self.numbered)
+        owner = self.owners[name]
         owner.answers += 1
         return owner.number
 
     def _forget(self, count: int) -> None:
         """Drop the answers that so many new entries overwrite, if only in part."""
         while self.kept and self.kept[0].start < self.floor + count:
-            start, salt, key = self.kept.popleft()
+            start, name, key = self.kept.popleft()
             if self.starts.get(key) == start:
                 del self.starts[key]
-            owner = self.owners[salt]
+            owner = self.owners[name]
             owner.answers -= 1
             if not owner.answers:
-                del self.owners[salt]
+                del self.owners[name]
 
 
 class AnswerIndex:
     """Where the end of one request's text has stood in earlier answers of its salt."""
 
     def __init__(self, answers: EarlierAnswers, salt: str, prompt: Sequence[int]) -> None:
-        self.answers, self.salt = answers, salt
+        self.answers, self.owner = answers, owner_of(salt)
         self.tail = list(prompt[-REACH:])  # the end of the text
         self.base = 0  # the owner's number in an entry
 
@@ -132,7 +135,7 @@ class AnswerIndex:
     def find(self, most: int) -> list[Match]:
         """Places after contexts like the end of the text, the longest first, at most `most`: of each n-gram
         the latest."""
-        owner = self.answers.owners.get(self.salt)
+        owner = self.answers.owners.get(self.owner)
         if owner is None:
             return []
         self.base = owner.number << TOKEN_BITS
@@ -164,7 +167,7 @@ class Kept(NamedTuple):
     """An answer in the ring."""
 
     start: int  # its first place
-    salt: str
+    owner: bytes
     key: int  # hash of salt and answer
 
 
@@ -197,6 +200,11 @@ class Chain:
                 return
             yield place
             end, place = place, self.earlier[place % self.size]
+
+
+def owner_of(salt: str) -> bytes:
+    """What stands for a salt, however long that is."""
+    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _numbers(count: int) -> memoryview[int]:

@@ -170,13 +170,18 @@ class DraftTreeBuilder(Generic[S]):
             node = above.children[token] = Node(token, parent, above.depth + 1, -reached, source, state)
             nodes.append(node)
 
+    @property
+    def max_node_value(self) -> float:
+        """Tokens gained by a row that is always reached, at most."""
+        return 1.0
+
     def _hopeless(self, candidates: Sequence[Candidates]) -> bool:
         """True if no tree can pay that begins with these candidates: this spares most of the work on a text
         that has nothing to draft. With noise one may win in spite of that, too seldom to look for it."""
         left = 1.0
         for kind, _, _ in candidates:
             left *= 1 - self.rates[kind]
-        return 1 - left <= self.budget.least_chance(self.max_rows, MARGIN)
+        return (1 - left) * self.max_node_value <= self.budget.least_chance(self.max_rows, MARGIN)
 
     def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
         """As many nodes as pay."""

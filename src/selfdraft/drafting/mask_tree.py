@@ -178,6 +178,11 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
                 self.rates.learn((ONWARD, offset), through)
         return accepted
 
+    @property
+    def max_node_value(self) -> float:
+        """Tokens gained by a row that is always reached and has all masks under it."""
+        return 1 + sum(self._reach())
+
     def _reach(self) -> list[float]:
         """By offset, how often a walk goes on through candidates of the masks as far as that."""
         return list(accumulate((self.rates[ONWARD, i] for i in range(len(self.ids))), mul))

@@ -99,8 +99,9 @@ class Drafter(Protocol):
     """Drafting state of one request.
 
     An attribute `sources`, if it has one, says how many draft tokens there were: a mapping from the name of
-    where they are from to a `DraftCount`. An attribute `readouts` says the same of the picks that a looped
-    model's passes gave for the text's tokens, by pass: how many there were, and how many were the final ones.
+    where they are from to a `DraftCount`; it is read after steps that had some. An attribute `readouts` says
+    the same of the picks that a looped model's passes gave for the text's tokens, by pass: how many there
+    were, and how many were the final ones.
     """
 
     def propose(self, tokens: Sequence[int]) -> Tree:

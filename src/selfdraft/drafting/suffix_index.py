@@ -5,7 +5,8 @@ prompt and the text that grows. A *place* is an index into it with a token; what
 is its context. What is there at the start is sorted once: places in the order of their contexts read
 backwards (a suffix array of the reversed sequence, after Manber and Myers' prefix doubling, SIAM J.
 Comput. 1993), up to REACH tokens. The places after the last n tokens of the text are then one range of
-that order, and each token further back narrows it by bisection. 8 bytes a token, int32.
+that order, and each token further back narrows it by bisection. 8 bytes a token, int32, and a table of the
+ranges of single tokens, some 150 bytes each.
 
 What is generated later is kept by its n-grams of a few lengths: one entry of each a token, O(1).
 """

@@ -28,7 +28,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from ..drafting.acceptance import SharedAcceptance
-from ..drafting.answers import EarlierAnswers
+from ..drafting.answers import MAX_VOCABULARY, EarlierAnswers
 from ..drafting.method import DraftContext, Drafter, Method
 from ..drafting.references import is_ids
 from ..errors import (
@@ -67,6 +67,12 @@ class Engine:
         self.limits = limits or Limits()
         self.pool = model.pool(self.limits.kv_memory)
         kept = self.limits.earlier_answers
+        if kept and model.vocab_size > MAX_VOCABULARY:
+            raise InvalidOption(
+                f"earlier_answers={kept}: the model has {model.vocab_size} tokens, and answers are kept of "
+                f"models with up to {MAX_VOCABULARY}",
+                option="earlier_answers",
+            )
         self.answers = EarlierAnswers(kept) if kept else None
         """Answers that later requests may draft from."""
         self.scheduler = Scheduler(self.limits, self.pool, model.ragged, self.answers)
@@ -100,8 +106,8 @@ class Engine:
         params: None is the default, greedy. Stop strings in it need a tokenizer, which an engine does not
         have: give them as `stop`. references: token ids that drafters may copy from. eos_ids: the ids that
         end a text of the model, unless `params` names others. sample: keys the noise, beside the seed. salt:
-        requests of different salts share nothing. timeout: seconds from now after which it ends in any
-        case. guide: the state of a grammar that the text must follow.
+        requests of different salts share no text and no memory. timeout: seconds from now after which it
+        ends in any case. guide: the state of a grammar that the text must follow.
 
         Raises InvalidPrompt for a prompt that is empty, too long or not of ids, InvalidReference and
         InvalidOption; QueueFull and KVMemoryExhausted (see `Limits`); ModelUnsupported for a method that

@@ -53,7 +53,7 @@ class Request:
     stop: Stop | None = None
     """What else ends it."""
     salt: str = ""
-    """Texts of other salts share nothing with it."""
+    """Requests of other salts share no text and no memory with it."""
     deadline: float | None = None
     """When it ends in any case, as `time.monotonic` counts."""
     early: bool = False

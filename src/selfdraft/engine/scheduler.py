@@ -42,7 +42,8 @@ class Limits:
     """Requests that wait, at most; None: any number."""
     earlier_answers: int = 0
     """Tokens of answers that are kept for later requests of the same salt to draft from (with `auto` and
-    `llma`), 40 to 56 bytes each; 0: none. How fast an answer comes then tells whether it was given before."""
+    `llma`), 40 to 56 bytes each and some 300 an answer; 0: none. How fast an answer comes then tells whether
+    it was given before."""
 
     def __post_init__(self) -> None:
         for name, least in (
