@@ -22,7 +22,7 @@ PLACES = 8  # places considered, at most; more of them gain nothing
 # was measured on edits and on code. AGREED: all places of such a context continue alike, or there is one.
 AGREED = (0.25, 0.55, 0.8, 0.9, 0.95, 0.97)
 DIVIDED = (0.2, 0.4, 0.5, 0.7, 0.85, 0.9)
-# The same of earlier answers, as measured on questions like earlier ones. Their contexts have 3 tokens or more.
+# The same of earlier answers, as measured on questions like earlier ones; contexts have 3 tokens or more.
 AGREED_EARLIER = (0.1, 0.3, 0.5, 0.6, 0.85, 0.95)
 DIVIDED_EARLIER = (0.1, 0.25, 0.4, 0.55, 0.7, 0.9)
 SOURCE, EARLIER = "copy", "answer"  # what copies are counted as, and those from earlier answers
