@@ -21,7 +21,7 @@ from selfdraft.models import numerics
 from selfdraft.models.loading import drive, load_pretrained
 from selfdraft.models.looped.config import LoopedConfig, OuroConfig, Shape
 from selfdraft.models.looped.decoder import LoopedForCausalLM, LoopedModel
-from selfdraft.models.looped.lora import RelaxedLinear, relaxed
+from selfdraft.models.looped.lora import RelaxedLinear, closed, relaxed
 from selfdraft.models.looped.retrofit import blank, share
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.verify.adversaries import Restless
@@ -132,8 +132,9 @@ def test_a_pass_is_layers_with_their_deltas_added() -> None:
 def test_threads_and_copies_have_passes_of_their_own() -> None:
     model = tiny_looped(lora_rank=4)
     twin = copy.deepcopy(model)
-    assert twin.model.turn is not model.model.turn
-    assert {m.turn for m in twin.modules() if isinstance(m, RelaxedLinear)} == {twin.model.turn}
+    for layer, own in zip(twin.model.layers, model.model.layers, strict=True):
+        assert layer.turn is not own.turn
+        assert {linear.turn for linear in relaxed(layer).values()} == {layer.turn}
     alone, made = model(IDS).logits, []
     work = [threading.Thread(target=lambda: made.append(model(IDS).logits)) for _ in range(4)]
     for thread in work:
@@ -141,6 +142,47 @@ def test_threads_and_copies_have_passes_of_their_own() -> None:
     for thread in work:
         thread.join()
     assert all(torch.equal(logits, alone) for logits in [*made, twin(IDS).logits])
+
+
+def gradients(model: LoopedForCausalLM) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # the only name before v6
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("parts", [{}, {"prelude": 1, "coda": 1}], ids=str)
+def test_gradient_checkpointing_changes_no_gradient(parts: dict[str, int], reentrant: bool) -> None:
+    """Layers run once more in the backward pass, each with the delta of the same pass."""
+    model = tiny_looped(lora_rank=4, **parts).train()
+    whole = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients(model)
+    assert found.keys() == whole.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in whole.items():
+        assert gradient.abs().sum() > 0, name
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_layers_rerun_with_another_delta_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have that of the pass that the model made last, which is the last one in a backward pass."""
+    last: list[torch.Tensor] = []
+    group, forward = LoopedModel.group, RelaxedLinear.forward
+
+    def noted(self: LoopedModel, hidden: torch.Tensor, passes: Any, *rest: Any, **given: Any) -> Any:
+        last[:] = [closed(passes, self.config, hidden.device)]
+        return group(self, hidden, passes, *rest, **given)
+
+    def stale(self: RelaxedLinear, rows: torch.Tensor) -> torch.Tensor:
+        self.turn.closed = last[0]
+        return forward(self, rows)
+
+    monkeypatch.setattr(LoopedModel, "group", noted)
+    monkeypatch.setattr(RelaxedLinear, "forward", stale)
+    with pytest.raises(AssertionError):
+        test_gradient_checkpointing_changes_no_gradient({}, False)
 
 
 # From an ordinary model.
@@ -181,7 +223,7 @@ def test_fresh_deltas_add_nothing() -> None:
 
 
 def test_ranks_that_cannot_be_are_named() -> None:
-    for rank in (0, -1, 1.5):
+    for rank in (0, -1, 1.5, True):
         with pytest.raises(InvalidOption, match="lora_rank must be at least 1, or left out"):
             Shape(2, 2, lora_rank=rank)  # type: ignore[arg-type]
     with pytest.raises(InvalidOption, match="lora_rank must be at most 64, the smallest side"):

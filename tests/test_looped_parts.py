@@ -19,7 +19,7 @@ from selfdraft.errors import InvalidOption, ModelUnsupported
 from selfdraft.models import numerics
 from selfdraft.models.loading import drive, load_pretrained
 from selfdraft.models.looped import stages
-from selfdraft.models.looped.config import Shape
+from selfdraft.models.looped.config import LoopedConfig, Shape
 from selfdraft.models.looped.decoder import LoopedForCausalLM
 from selfdraft.models.looped.retrofit import blank, share
 from selfdraft.models.looped.stages import StagedModel
@@ -202,6 +202,11 @@ def test_what_does_not_fit_is_named() -> None:
         share(model, Shape(1, 2, 2, 2))
     with pytest.raises(InvalidOption, match="coda must be at least 0; got -1"):
         Shape(1, 2, coda=-1)
+    for name in ("unique", "loops", "prelude", "coda"):
+        with pytest.raises(InvalidOption, match=rf"{name} must be at least .*; got True"):
+            Shape(**{"unique": 1, "loops": 2, name: True})
+    with pytest.raises(InvalidOption, match=r"loops must be at least 1.*; got True"):
+        LoopedConfig(loops=True)
     looped = share(model, Shape(1, 2, 1))
     assert share(looped, Shape(1, 3, 1)).config.num_hidden_layers == 4
     with pytest.raises(ModelUnsupported, match="a looped model with prelude 1 cannot go on with 0"):

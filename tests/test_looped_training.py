@@ -22,7 +22,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from selfdraft.errors import InvalidOption, ModelUnsupported
+from selfdraft.errors import InvalidOption, ModelUnsupported, SelfdraftError
 from selfdraft.models.adapters.fingerprint import fingerprint
 from selfdraft.models.loading import load_pretrained
 from selfdraft.models.looped import retrofit
@@ -30,11 +30,13 @@ from selfdraft.models.looped.config import Shape
 from selfdraft.models.looped.decoder import LoopedForCausalLM, exit_weights
 from selfdraft.models.looped.retrofit import blank, share, sources
 from selfdraft.models.transformers import MARK
-from selfdraft.train import exits, windows
+from selfdraft.train import exits, pipeline, windows
+from selfdraft.train import looped as looped_run
 from selfdraft.train.exits import Places, distribution, exit_loss, measure
 from selfdraft.train.looped import LoopedPlan, LoopedSchedule, train
 
 from conftest import TEXT, VOCABULARY, Run, tiny_llama
+from looping import tiny_looped
 
 LENGTH = 24
 IDS = torch.arange(2, 26)[None]
@@ -431,6 +433,58 @@ def test_a_looped_model_goes_on_and_scratch_is_not_tuned(
     card = (more / "README.md").read_text()
     assert "lossless to the **tuned** weights" in card
     assert "first, from which this run started, has a loss of" in card
+
+
+def test_windows_as_long_as_the_context_are_continued() -> None:
+    """By the one token that there is room for."""
+    for context in (LENGTH, pipeline.PROMPT):
+        rows = datasets.Dataset.from_dict(
+            {"input_ids": torch.arange(2, 2 + 3 * context).view(3, -1) % 90 + 2}
+        )
+        found = pipeline.decode(tiny_looped(max_position_embeddings=context), rows)
+        assert (found.prompts, found.tokens) == (3, 3)
+
+
+def test_a_model_that_does_not_decode_keeps_its_attention() -> None:
+    model = diverged(tiny_looped(attn_implementation="sdpa"))
+    with pytest.raises(SelfdraftError):
+        pipeline.decode(model, random_rows(2))
+    assert (model.config._attn_implementation, model.training) == ("sdpa", False)
+
+
+def diverged(model: LoopedForCausalLM) -> LoopedForCausalLM:
+    model.model.norm.weight.data.fill_(torch.nan)
+    return model
+
+
+def test_a_diverged_model_is_saved(
+    command: Run, folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def badly(model: LoopedForCausalLM, *given: Any) -> Any:
+        log = train(model, *given)
+        diverged(model)
+        return log
+
+    monkeypatch.setattr(looped_run, "train", badly)
+    out = tmp_path / "looped"
+    code, _, err = speed(command, folder, texts, out)
+    assert code == 0, err
+    assert "how the model decodes is not measured: its loss is not finite" in err
+    assert json.loads((out / "training.json").read_text())["pipeline"] is None
+    assert (out / "model.safetensors").exists()
+    assert "tokens per forward" not in (out / "README.md").read_text()
+
+
+def test_a_model_is_saved_before_it_decodes(
+    command: Run, folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pulled(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "decode", pulled)
+    out = tmp_path / "looped"
+    assert speed(command, folder, texts, out)[0] != 0
+    assert isinstance(load_pretrained(str(out))[0], LoopedForCausalLM)
 
 
 def test_documents_are_cut_end_to_end(tokenizer: Any, texts: Path, tmp_path: Path) -> None:

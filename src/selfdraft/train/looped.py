@@ -10,6 +10,7 @@ in that dtype.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from .._common import machine
-from ..errors import InvalidOption
+from ..errors import InvalidOption, SelfdraftError
 from ..models import conformance
 from ..models.adapters.fingerprint import fingerprint
 from ..models.loading import load_pretrained
@@ -135,7 +136,6 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
     report("measuring the model on held-out windows")
     recast(model, base.dtype)
     found = measure(model, data.held_out, plan.schedule.batch, autocast=False)
-    decoded = pipeline.decode(model, data.held_out) if model.config.loops > 1 else None
     mark = getattr(model.config, MARK, None)
     own_loss = None if plan.scratch else _own_loss(base, data, plan.schedule.batch)
     teacher_loss = own_loss
@@ -143,11 +143,12 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
         teacher_loss = _own_loss(teacher, data, plan.schedule.batch)
     if mark and teacher is not None:
         setattr(model.config, MARK, {**mark, "tuning_cost": _tuning_cost(teacher_loss, found)})
+    _save(plan, model, tokenizer, found)  # first, so that no failure after it costs the weights
     about: dict[str, Any] = {
         "base": mark["base"] if mark else plan.model,
         "parameters": size,
         "exits": asdict(found),
-        "pipeline": None if decoded is None else asdict(decoded),
+        "pipeline": _decoded(model, data, found, report) if model.config.loops > 1 else None,
         "base_loss": own_loss,
         "teacher_loss": None if teacher is None else teacher_loss,
         "grade": "tuned" if mark else "base",
@@ -155,7 +156,6 @@ def loop(plan: LoopedPlan, report: Callable[[str], None] = lambda line: None) ->
         "peak_bytes": peak,
         "run": settings,
     }
-    _save(plan, model, tokenizer, found)
     record = json.dumps({**about, "log": log}, indent=1)
     (plan.out / "training.json").write_text(record + "\n", encoding="utf-8")
     looped_card.write(plan.out, model.config.model_type, about, machine.describe(model.device))
@@ -196,6 +196,19 @@ def _teacher(plan: LoopedPlan, base: PreTrainedModel) -> PreTrainedModel | None:
 def _tuning_cost(loss: float | None, found: Exits) -> dict[str, Any]:
     """The losses of teacher and model as a `tuning_cost.TuningCost`, whose other figures are not measured."""
     return {"tokens": found.tokens, "loss": [loss, found.loss[-1]], "agreement": None, "repeated": None}
+
+
+def _decoded(
+    model: LoopedForCausalLM, data: windows.Windows, found: Exits, report: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """How the model decodes; None if it cannot, which is reported."""
+    try:
+        return asdict(pipeline.decode(model, data.held_out))
+    except SelfdraftError as error:
+        finite = math.isfinite(found.loss[-1])
+        why = error if finite else "its loss is not finite, the training has diverged; try lower rates"
+        report(f"how the model decodes is not measured: {why}")
+        return None
 
 
 def _own_loss(base: PreTrainedModel, data: windows.Windows, batch: int) -> float:

@@ -7,6 +7,8 @@ easy to draft.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,17 +42,18 @@ class Pipeline:
 
 
 def decode(model: LoopedForCausalLM, rows: Any) -> Pipeline:
-    """Continue windows with `speed`. The model must have more than one pass."""
-    attention = model.config._attn_implementation
+    """Continue windows with `speed`. The model must have more than one pass. Raises SelfdraftError if it does
+    not decode, as with weights that are not finite."""
     chosen = rows.select(spread(len(rows), PROMPTS))
     sources: dict[str, DraftCount] = {}
     readouts: dict[str, DraftCount] = {}
     tokens, forwards = 0, 0.0
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), _keeping_attention(model), torch.inference_mode():
         engine = Engine(StagedModel(model, "fast"))
         for row in chosen:
-            prompt = row[IDS][:PROMPT]
-            room = engine.model.context - len(prompt)
+            context = engine.model.context
+            prompt = row[IDS][: min(PROMPT, context - 1)]
+            room = context - len(prompt)
             request = engine.submit(
                 prompt, Speed(spawn=1), SamplingParams(max_new_tokens=min(TOKENS, room), ignore_eos=True)
             )
@@ -58,7 +61,6 @@ def decode(model: LoopedForCausalLM, rows: Any) -> Pipeline:
                 pass
             tokens, forwards = tokens + request.added, forwards + request.forwards
             sources, readouts = added(sources, request.sources), added(readouts, request.readouts)
-    model.set_attn_implementation(attention)
     total = sum(sources.values(), DraftCount())
     return Pipeline(
         len(chosen),
@@ -68,3 +70,13 @@ def decode(model: LoopedForCausalLM, rows: Any) -> Pipeline:
         total.drafted,
         round(1 - total.accepted / max(1, total.drafted), 4),
     )
+
+
+@contextmanager
+def _keeping_attention(model: LoopedForCausalLM) -> Iterator[None]:
+    """A `StagedModel` sets its own attention; the model gets back that which it has."""
+    before = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

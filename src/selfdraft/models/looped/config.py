@@ -27,14 +27,14 @@ class Shape:
 
     def __post_init__(self) -> None:
         rank = self.lora_rank
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
+        if rank is not None and (type(rank) is not int or rank < 1):
             raise InvalidOption(
                 f"lora_rank must be at least 1, or left out for no LoRA; got {rank!r}", option="lora_rank"
             )
         counts = {name: count for name, count in asdict(self).items() if name != "lora_rank"}
         for name, count in counts.items():
             least = int(name in ("unique", "loops"))
-            if not isinstance(count, int) or count < least:
+            if type(count) is not int or count < least:
                 why = ": a group has layers, and is run" if least else ""
                 raise InvalidOption(f"{name} must be at least {least}{why}; got {count!r}", option=name)
 

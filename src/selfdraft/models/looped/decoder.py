@@ -18,7 +18,6 @@ a layer is also followed by a norm, and the final norm stands at the end of ever
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,7 +39,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..transformers_inputs import CACHE
 from .config import LoopedConfig, OuroConfig
-from .lora import Turn, relax
+from .lora import RelaxedLayer, closed
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [lanes, rows, head size]
 
@@ -83,7 +82,7 @@ class OuroLayer(LlamaDecoderLayer):
 class LoopedPreTrainedModel(LlamaPreTrainedModel):
     config: LoopedConfig
     config_class = LoopedConfig
-    _no_split_modules = ["LlamaDecoderLayer", "OuroLayer"]  # noqa: RUF012
+    _no_split_modules = ["LlamaDecoderLayer", "OuroLayer", "RelaxedLayer"]  # noqa: RUF012
     _can_record_outputs: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -96,22 +95,19 @@ class LoopedModel(LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig) -> None:
         super().__init__(config)
         self.embed_tokens = torch.nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.prelude = self._layers(config.prelude)
-        self.layers = self._layers(config.unique_layers)
-        self.coda = self._layers(config.coda)
-        self.turn = Turn()
-        if config.lora_rank is not None:
-            for layer in self.layers:
-                relax(layer, config.loops, config.lora_rank, self.turn)
+        self.prelude = self._layers(self.layer, config.prelude)
+        shared = self.layer if config.lora_rank is None else RelaxedLayer
+        self.layers = self._layers(shared, config.unique_layers)
+        self.coda = self._layers(self.layer, config.coda)
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self._more(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def _layers(self, count: int) -> torch.nn.ModuleList:
+    def _layers(self, kind: type[LlamaDecoderLayer], count: int) -> torch.nn.ModuleList:
         """Their index is that within the part; `Pass` makes it one of the cache."""
-        return torch.nn.ModuleList([self.layer(self.config, i) for i in range(count)])
+        return torch.nn.ModuleList([kind(self.config, i) for i in range(count)])
 
     def _more(self, config: LoopedConfig) -> None:
         """Further modules of a kind."""
@@ -125,12 +121,9 @@ class LoopedModel(LoopedPreTrainedModel):
 
     def group(self, hidden: Tensor, passes: int | Tensor, cache: Any, **given: Any) -> Tensor:
         """One pass through the unique layers. passes: which one, of all rows or by lane, [lanes] int64."""
-        config = self.config
-        turn: AbstractContextManager[None] = nullcontext()
-        if config.lora_rank is not None:
-            turn = self.turn.of(passes, config.loops, config.lora_rank, hidden.device)
-        with turn:
-            hidden = self.through(self.layers, hidden, cache, **given)
+        if self.config.lora_rank is not None:
+            given["closed"] = closed(passes, self.config, hidden.device)
+        hidden = self.through(self.layers, hidden, cache, **given)
         return cast(Tensor, self.norm(hidden)) if self.norms_groups else hidden
 
     def readout(self, state: Tensor) -> Tensor:

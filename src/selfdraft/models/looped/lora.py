@@ -6,8 +6,9 @@ set to zero, and the rest is multiplied by all of B: adding zeros changes no bit
 share these two products as they share that with W, and every row's delta is the same chain of operations in a
 stage and in a whole forward.
 
-A forward says which passes its rows make (`Turn`), since transformers' layers hand nothing to their matrices
-but the rows.
+A layer is told which passes its rows make, and lets its matrices know by a `Turn`, since transformers' layers
+hand them nothing but the rows. It is an argument of each layer's call so that gradient checkpointing, which
+calls layers once more in the backward pass, gives it again.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from .config import LoopedConfig
 
 
 class Turn(threading.local):
-    """Which columns of A x the rows of the current call have no part in. Each thread has its own, so that
-    several can run one model at the same time."""
+    """Which columns of A x the rows of a layer's current call have no part in. Each thread has its own, so
+    that several can run one model at the same time."""
 
-    closed: Tensor | None = None  # bool, [loops * rank] or [lanes, 1, loops * rank]
+    closed: Tensor | None = None  # as `closed` makes it
 
     @contextmanager
-    def of(self, passes: int | Tensor, loops: int, rank: int, device: torch.device) -> Iterator[None]:
-        """For the time of one call. passes: that of all rows, or [lanes] int64."""
-        self.closed = ~torch.eye(loops, dtype=torch.bool, device=device).repeat_interleave(rank, 1)[passes]
-        if self.closed.ndim == 2:
-            self.closed = self.closed[:, None]
+    def of(self, closed: Tensor) -> Iterator[None]:
+        """For the time of one call."""
+        self.closed = closed
         try:
             yield
         finally:
@@ -69,11 +71,30 @@ class RelaxedLinear(torch.nn.Linear):
         self.up.weight[:, own] = (left[:, : self.rank] * roots).to(self.weight.dtype)
 
 
-def relax(layer: torch.nn.Module, loops: int, rank: int, turn: Turn) -> None:
-    """Give each linear layer in it a delta per pass."""
-    for name, module in list(layer.named_modules()):
-        if type(module) is torch.nn.Linear:
-            layer.set_submodule(name, RelaxedLinear(module, loops, rank, turn))
+class RelaxedLayer(LlamaDecoderLayer):
+    """A layer whose matrices have a delta per pass."""
+
+    def __init__(self, config: LoopedConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        assert config.lora_rank is not None
+        self.turn = Turn()
+        for name, module in list(self.named_modules()):
+            if type(module) is torch.nn.Linear:
+                self.set_submodule(name, RelaxedLinear(module, config.loops, config.lora_rank, self.turn))
+
+    def forward(self, hidden_states: Tensor, *, closed: Tensor, **kwargs: Any) -> Tensor:
+        """closed: see there."""
+        with self.turn.of(closed):
+            return cast(Tensor, super().forward(hidden_states, **kwargs))
+
+
+def closed(passes: int | Tensor, config: LoopedConfig, device: torch.device) -> Tensor:
+    """Which columns of A x rows have no part in, those of other passes: bool, [loops * rank] or [lanes, 1,
+    loops * rank]. passes: that of all rows, or [lanes] int64."""
+    assert config.lora_rank is not None
+    own = torch.eye(config.loops, dtype=torch.bool, device=device).repeat_interleave(config.lora_rank, 1)
+    others = ~own[passes]
+    return others if others.ndim == 1 else others[:, None]
 
 
 def relaxed(layer: torch.nn.Module) -> dict[str, RelaxedLinear]:
