@@ -30,7 +30,7 @@ from conftest import VOCABULARY, Run, tiny_llama
 from runs import random_prompt
 
 PARTS = [(0, 0, 0), (16, 0, 0), (0, 4, 0), (4, 4, 32)]
-DRAFTS_WITH = {"bita": "bita", "space": "space", "space-tuned": "space", "cllm": "jacobi"}
+DRAFTS_WITH = {"bita": "bita", "space": "space", "space-tuned": "space-tuned", "cllm": "jacobi"}
 QUESTIONS = ["Why is the sky blue?", "What is 12 times 3?", "Say that I am late.", "Name two rivers."]
 ODDS = {"hazard": [[0.1] * 14] * 3, "onward": [[0.5, 0.4, 0.3]]}
 
