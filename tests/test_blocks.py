@@ -14,6 +14,7 @@ from selfdraft.drafting import blocks, create
 from selfdraft.drafting.blocks import BlockDrafter
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.plain import Plain
+from selfdraft.engine.scheduler import Limits
 from selfdraft.engine.step import accept
 from selfdraft.errors import InvalidOption
 from selfdraft.models.transformers import TransformersModel
@@ -170,6 +171,74 @@ def test_other_blocks_are_seen(fault: Patch, monkeypatch: pytest.MonkeyPatch) ->
         as_published()
 
 
+def cut_like_retold() -> None:
+    """A block of which each pass runs some rows only, against a plain re-telling: a row takes the pick after
+    the row before it where that ran, and stays as it was elsewhere. Two blocks keep their length alike."""
+    for most in (1, 2):
+        dice = random.Random(most)
+        options: dict[str, Any] = {"blocks": 2, "spawn": 0.2} if most > 1 else {}
+        drafter = Jacobi(6, faithful=True, **options).drafter(DraftContext(PROMPT))
+        assert isinstance(drafter, BlockDrafter)
+        text, cut, widest = list(PROMPT), 0, 0
+        expected: list[int] = []
+        while len(text) < LENGTH:
+            tree = drafter.propose(text)
+            widest = max(widest, len(tree))
+            assert len(tree) == sum(drafter.left)
+            assert list(tree.tokens[: len(expected)]) == expected
+            ran = tree.prune(dice.randrange(len(tree)))
+            cut += len(ran) < len(tree)
+            picks = [pick([*text, *ran.tokens[1 : row + 1]]) for row in range(len(ran))]
+            path, in_flight = accept(ran, picks, [True] * len(ran))
+            drafter.observe(Step(ran, lambda: torch.empty(0), picks, path, in_flight))
+            expected = [tree.tokens[0], *picks, *tree.tokens[len(ran) + 1 :]][: len(tree)][len(path) :]
+            text += [picks[row] for row in path]
+        assert cut > 20
+        assert widest > 6 * (most - 1)
+
+
+def test_blocks_keep_their_length_where_rows_are_left_out() -> None:
+    cut_like_retold()
+
+
+def rows_that_did_not_run_are_lost(patch: pytest.MonkeyPatch) -> None:
+    observe = BlockDrafter.observe
+
+    def wrong(self: BlockDrafter, step: Step) -> None:
+        self.drafts = self.drafts[: len(step.tree) - 1]
+        observe(self, step)
+
+    patch.setattr(BlockDrafter, "observe", wrong)
+
+
+def test_lost_rows_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_that_did_not_run_are_lost(monkeypatch)
+    with pytest.raises(AssertionError):
+        cut_like_retold()
+
+
+def test_text_that_a_grammar_forces_does_not_lengthen_a_block() -> None:
+    drafter = BlockDrafter(4, random.Random(0))
+    tree = drafter.propose(PROMPT).prune(0).hang(0, [5, 6, 7, 8, 9])
+    drafter.observe(Step(tree, lambda: torch.empty(0), [5, 6, 1, 2, 3, 4], [0, 1], []))
+    assert drafter.propose([*PROMPT, 5, 6]) == Tree.chain([6, 1])
+
+
+def test_a_line_is_that_of_the_walk_and_then_of_the_blocks() -> None:
+    """Also where a grammar left some of the blocks' rows out, so that a branch is longer than they are."""
+
+    def line(tree: Tree, path: Sequence[int]) -> Sequence[int]:
+        return blocks._line(Step(tree, lambda: torch.empty(0), [0] * len(tree), path, []))
+
+    cut = Tree((1, 2, 7, 8, 9, 10), (-1, 0, 0, 2, 3, 4))
+    assert line(cut, [0]) == [0, 1]
+    assert line(cut, [0, 1]) == [0, 1]
+    assert line(cut, [0, 2]) == [0, 2, 3, 4, 5]
+    whole = Tree.chain([1, 2, 3, 4]).hang(0, [7, 8])
+    assert line(whole, [0]) == [0, 1, 2, 3]
+    assert line(whole, [0, 4]) == [0, 4, 5, 3]
+
+
 def drafted_is_plain(model: TransformersModel, params: SamplingParams) -> None:
     """Alone and in a batch, with rows that were accepted."""
     method = Jacobi(6, faithful=True, blocks=2, spawn=0.3, recycled=4)
@@ -184,6 +253,11 @@ def drafted_is_plain(model: TransformersModel, params: SamplingParams) -> None:
     while engine.requests:
         engine.step()
     assert [request.emitted for request in batch] == plain
+    engine = Engine(model, Limits(max_rows=9))
+    short = [engine.submit(prompt, method, params) for prompt in prompts]
+    while engine.requests:
+        engine.step()
+    assert [request.emitted for request in short] == plain
 
 
 def unverified(patch: pytest.MonkeyPatch) -> None:
@@ -217,6 +291,10 @@ def test_drafted_is_plain(
         ({"spawn": 0, "blocks": 2, "faithful": True}, "spawn"),
         ({"spawn": 1.1, "blocks": 2, "faithful": True}, "spawn"),
         ({"spawn": 0.5, "faithful": True}, "blocks=2"),
+        ({"block": 600}, "block=600, .* make 600 rows .* limit is 512"),
+        ({"block": 513, "faithful": True}, "make 513 rows"),
+        ({"block": 128, "faithful": True, "blocks": 4, "recycled": 4}, "make 1020 rows"),
+        ({"faithful": True, "blocks": 33}, "block=16, blocks=33 .* make 528 rows"),
     ],
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any], wish: str) -> None:
@@ -227,3 +305,5 @@ def test_options_that_cannot_be_honoured(options: dict[str, Any], wish: str) -> 
 def test_options_by_name() -> None:
     given = {"faithful": "true", "blocks": "2", "spawn": "0.5", "recycled": "4"}
     assert create("jacobi", given) == Jacobi(faithful=True, blocks=2, spawn=0.5, recycled=4)
+    for most in (Jacobi(512), Jacobi(512, faithful=True), Jacobi(128, faithful=True, blocks=4)):
+        assert most.drafter(DraftContext(PROMPT))

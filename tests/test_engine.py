@@ -17,8 +17,8 @@ from selfdraft import Engine, Method, Request, SamplingParams, Step, Tree
 from selfdraft.drafting.jacobi import Jacobi
 from selfdraft.drafting.llma import Llma
 from selfdraft.drafting.plain import Plain
-from selfdraft.engine.request import MAX_DRAFT
 from selfdraft.engine.scheduler import Limits
+from selfdraft.engine.tree import MAX_DRAFT
 from selfdraft.errors import DraftError, InvalidPrompt, InvalidTree
 from selfdraft.models import attention
 from selfdraft.models.numerics import RowRange

@@ -11,15 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("llguidance", reason="the extra serve is not installed")
 
-from selfdraft import LLM, Request, SamplingParams
+from selfdraft import LLM, Method, Request, SamplingParams, Tree
+from selfdraft.drafting.speed import Speed
 from selfdraft.errors import GrammarError, InvalidOption, NotFinite
 from selfdraft.sampling.grammar import Grammar, Grammars, Guide, check, grammars
 
 from conftest import TEXT, VOCABULARY
+from looping import tiny_looped
 
 SCHEMA = Grammar("json_schema", json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}}))
 WORDS = Grammar("regex", "(return|def) [a-z]{1,4}")
@@ -96,6 +99,14 @@ def test_rows_of_a_tree(known: Grammars, tokenizer: PreTrainedTokenizerFast) -> 
     assert guide.rows(tokens, parents) == [True, True, True, True, False, False, False]
 
 
+def test_an_end_of_the_text_is_no_draft(known: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A mask behind it would leave the matcher a token back, so that the text could go on."""
+    guide = known.guide(Grammar("regex", "ab?"))
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    tree = Tree((5, ids[0], 1, ids[1], 1), (-1, 0, 1, 1, 3))
+    assert guide.cut(tree, 9, VOCABULARY) == Tree((5, *ids), (-1, 0, 1))
+
+
 def test_forced_text_is_a_draft(known: Grammars, tokenizer: PreTrainedTokenizerFast) -> None:
     guide = known.guide(Grammar("regex", "return add"))
     ids = guide.forced()
@@ -159,7 +170,7 @@ def test_a_model_without_an_end_takes_no_grammar(tokenizer: PreTrainedTokenizerF
 GUIDED = (SCHEMA, WORDS, Grammar("lark", 'start: "def " NAME "(" NAME ")"\nNAME: /[a-z]{1,5}/'))
 
 
-def guided(llm: LLM, grammar: Grammar | None, method: str, **options: object) -> Request:
+def guided(llm: LLM, grammar: Grammar | None, method: str | Method, **options: object) -> Request:
     """One request, to its end."""
     params = SamplingParams.read({"max_new_tokens": 40, "seed": 3, **options})
     request = llm.using(method).submit(llm.encode("def add"), (TEXT,), params, grammar=grammar)
@@ -168,14 +179,13 @@ def guided(llm: LLM, grammar: Grammar | None, method: str, **options: object) ->
     return request
 
 
-def differing(llm: LLM) -> list[str]:
+def differing(llm: LLM, methods: Sequence[str | Method] = ("llma", "jacobi", "auto")) -> list[str]:
     """Drafted texts that differ from plain guided decoding, or that the grammar excludes."""
     wrong = []
     for grammar in GUIDED:
         for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 9, "presence_penalty": 0.5}):
             plain, *drafted = (
-                guided(llm, grammar, method, **options).emitted
-                for method in ("plain", "llma", "jacobi", "auto")
+                guided(llm, grammar, method, **options).emitted for method in ("plain", *methods)
             )
             state = grammars(llm.tokenizer, VOCABULARY, frozenset(llm.eos_ids)).guide(grammar)
             allowed = state.allowed([token for token in plain if token != 1]) >= len(plain) - 1
@@ -195,6 +205,22 @@ def test_drafted_is_plain_under_a_grammar(llm: LLM) -> None:
     assert llm.completion(whole, False).text == "return add"
     assert whole.finish_reason == "eos"
     assert len(whole.runs) < whole.added  # forced text is drafted
+
+
+@pytest.fixture(scope="module")
+def looped(tokenizer: PreTrainedTokenizerFast) -> LLM:
+    return LLM(tiny_looped(torch.bfloat16), tokenizer=tokenizer)
+
+
+EARLY = [Speed(spawn=1), Speed(spawn=1, revise=False), Speed(spawn=2, second=True), Speed()]
+
+
+def test_early_drafts_are_plain_under_a_grammar(looped: LLM) -> None:
+    """Text that the grammar forces is hung on their trees, and rows that it excludes are left out."""
+    assert differing(looped, EARLY) == []
+    whole = guided(looped, Grammar("regex", "return add"), EARLY[0])
+    assert len(whole.runs) < whole.added * looped.model.loops.count
+    assert "pass 0" not in whole.sources, "forced text did not start on a pick"
 
 
 def test_a_planted_fault_in_the_tails_is_found(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

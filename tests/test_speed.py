@@ -22,13 +22,14 @@ from selfdraft.drafting.method import Loops
 from selfdraft.drafting.plain import Plain
 from selfdraft.drafting.speed import CHOSEN, Depth, Speed, SpeedDrafter
 from selfdraft.engine.request import FinishReason
+from selfdraft.engine.tree import matches
 from selfdraft.errors import InvalidOption, InvalidTree, ModelUnsupported
 from selfdraft.llm import LLM
 from selfdraft.models import numerics
 from selfdraft.models.adapters.adapter import AdapterConfig
 from selfdraft.models.loading import drive
 from selfdraft.models.looped import lanes, stages
-from selfdraft.models.looped.lanes import StageLane, StageLanes, matches
+from selfdraft.models.looped.lanes import StageLane, StageLanes
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.train.student import fresh
 from selfdraft.verify import verify

@@ -19,7 +19,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from selfdraft import LLM, DraftContext, SamplingParams, Step
 from selfdraft._common.repetition import fresh
 from selfdraft.drafting.plain import Plain
-from selfdraft.errors import TrainingDataError
+from selfdraft.engine.scheduler import Limits
+from selfdraft.errors import InvalidOption, TrainingDataError
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.sampler import Sampler
 from selfdraft.train import shards, trajectories
@@ -282,6 +283,49 @@ def beside(llm: LLM, file: str, tmp_path: Path, augment: bool = False) -> None:
     assert [row["index"] for row in alone] == [*range(7)]
     assert {row["temperature"] for row in alone} == {0.0, 0.8}
     assert record(llm, file, tmp_path / "batch", SHORT, batch=4, augment=augment) == alone
+
+
+def test_blocks_of_a_large_batch_run_whole(llms: Recorders, tmp_path: Path) -> None:
+    """40 blocks of 64 are more rows than an engine runs by default; in a batch, and for the card."""
+    large, texts = llms(64), [f"def f{i}(a):" for i in range(40)]
+    one = written(tmp_path / "many.jsonl", texts)
+    alone = record(large, one, tmp_path / "alone", batch=1)
+    assert record(large, one, tmp_path / "batch", batch=40) == alone
+    assert isinstance(large.model, TransformersModel)
+    prompts = [large.encode(text) for text in texts]
+    for at, row in enumerate(watch(large.model, prompts, 64, greedy(37))):
+        if at % 8 == 7:
+            assert [row] == watch(large.model, [prompts[at]], 64, greedy(37))
+
+
+def short_of_rows(llms: Recorders, file: str, out: Path, patch: pytest.MonkeyPatch) -> None:
+    """Passes may run one row of a block alone. States are whole, and lose nothing of the text."""
+    patch.setattr(Recorded, "limits", lambda self, requests: Limits(max_rows=13))
+    made = record(llms(5), file, out / "short", batch=7)
+    for row in made:
+        for i, states in enumerate(row["states"]):
+            aim = row["answer"][i * 5 : (i + 1) * 5]
+            assert all(len(state) == len(aim) for state in states)
+            settled = [agreed(state, aim) for state in states]
+            assert settled == sorted(settled)
+    augmented = record(llms(5), file, out / "augmented", batch=7, augment=True)
+    assert [row["answer"] for row in augmented] == [row["answer"] for row in made]
+
+
+def test_states_are_whole_where_rows_are_short(
+    llms: Recorders, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_rows(llms, file, tmp_path / "right", monkeypatch)
+    observing(
+        monkeypatch, lambda self, step: [*self.known, *step.picks[len(step.path) :]]
+    )  # the rest is lost
+    with pytest.raises(AssertionError):
+        short_of_rows(llms, file, tmp_path / "wrong", monkeypatch)
+
+
+def test_blocks_longer_than_a_draft_are_refused() -> None:
+    with pytest.raises(InvalidOption, match="block=513"):
+        Recorded(513)
 
 
 @pytest.mark.parametrize("at", [1, 5])

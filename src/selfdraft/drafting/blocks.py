@@ -17,6 +17,9 @@ one of them contains the last token of the text, what followed there is one more
 block. The published code runs candidates as rows of a batch, each one a whole copy of all blocks; here they
 are branches of one tree, as far as they differ. Where the walk takes a branch, its picks are the new draft
 tokens as far as it goes, and those of the blocks' own rows from there on.
+
+Not all rows may run: the engine leaves rows out where it is short of them, and a grammar those that it
+excludes. Draft tokens without a new pick stay as they are, so that each block keeps its length.
 """
 
 from __future__ import annotations
@@ -73,11 +76,12 @@ class BlockDrafter:
         self.settled = self._settled(step, line)
         # The pick after row i is the new draft token of row i + 1; the pick after the last row lies outside
         # the blocks and is dropped, as in the published code. A row that is not finite has none (-1).
-        self.drafts = [max(0, step.picks[row]) for row in line[kept:-1]]
+        drafts = [max(0, step.picks[row]) for row in line[kept:]] + self.drafts[len(line) :]
         while self.left and kept >= self.left[0]:
             kept -= self.left.pop(0)
         if self.left:
             self.left[0] -= kept
+        self.drafts = drafts[: max(0, sum(self.left) - 1)]
 
     def _settled(self, step: Step, line: Sequence[int]) -> int:
         """Rows of the newest block, counted from its beginning, that a pass emitted or left as they were."""
@@ -102,14 +106,16 @@ def _with_branch(tree: Tree, tokens: Sequence[int]) -> Tree:
 
 
 def _line(step: Step) -> Sequence[int]:
-    """The row of each depth: of the blocks, whose rows come first, but where the walk took a branch those
-    of the branch."""
-    tree, row = step.tree, 0
-    line = list(range(max(tree.depth) + 1))
-    for row in step.path:
-        line[tree.depth[row]] = row
+    """The row of each depth: of the line that the walk took as far as it goes, then of the blocks, whose rows
+    come first among siblings."""
+    taken = [*step.path[:-1], *_first_line(step.tree, step.path[-1])]
+    return taken + _first_line(step.tree, 0)[len(taken) :]
+
+
+def _first_line(tree: Tree, row: int) -> list[int]:
+    """A row, its first child, the first child of that one, and so on."""
+    line = [row]
     for child in range(row + 1, len(tree)):
-        if tree.parents[child] == row:
-            row = child
-            line[tree.depth[row]] = row
+        if tree.parents[child] == line[-1]:
+            line.append(child)
     return line

@@ -32,7 +32,7 @@ from typing import Annotated, NamedTuple
 from annotated_types import Ge, Gt, Le
 
 from ..engine.step import Step
-from ..engine.tree import Tree
+from ..engine.tree import MAX_DRAFT, Tree
 from ..errors import InvalidOption
 from .acceptance import AcceptanceStats, Budget, Candidates, Kind
 from .blocks import BlockDrafter
@@ -78,13 +78,24 @@ class Jacobi:
                 f"spawn={self.spawn} says when a further block begins, and blocks=1 has none; give blocks=2",
                 option="spawn",
             )
+        rows = self.blocks * self._rows + self.recycled * (self._rows - 1)
+        if rows > MAX_DRAFT:
+            raise InvalidOption(
+                f"block={self._rows}, blocks={self.blocks} and recycled={self.recycled} make {rows} rows of "
+                f"drafts; the limit is {MAX_DRAFT}: give a smaller block",
+                option="block",
+            )
+
+    @property
+    def _rows(self) -> int:
+        return self.block or (16 if self.faithful else 64)
 
     def drafter(self, context: DraftContext) -> Drafter:
         if not self.faithful:
-            return JacobiDrafter(self.block or 64, context)
+            return JacobiDrafter(self._rows, context)
         filler = context.lookahead.filler if context.lookahead is not None else None
         dice = random.Random(context.seed)
-        return BlockDrafter(self.block or 16, dice, filler, self.blocks, self.spawn, self.recycled)
+        return BlockDrafter(self._rows, dice, filler, self.blocks, self.spawn, self.recycled)
 
 
 class Point(NamedTuple):

@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Le
 
 from ..engine.step import Step
-from ..engine.tree import Tree
+from ..engine.tree import Tree, matches
 from .acceptance import DraftCount
 from .method import Cost, DraftContext, Drafter, Loops
 
@@ -148,17 +148,16 @@ class SpeedDrafter:
         """Count the tokens that became text, and those that were flushed. kept: rows that stay in flight."""
         accepted = {*step.path[1:], *(step.in_flight[:1] if step.path else ())}
         for row in range(1, len(step.tree)):
-            if row in accepted or row not in kept:
+            if self.started[row] and (row in accepted or row not in kept):
                 self.counts[self.started[row]] += DraftCount(1, int(row in accepted))
 
     def _hear(self, step: Step) -> None:
         """Note the picks of this stage, and compare those of tokens that are through with their last."""
         assert self.grown is not None
-        if len(step.tree) < len(self.heard):  # rows too deep to be emitted were left out
-            deepest = max(step.tree.depth)
-            stay = [row for row, at in enumerate(self.grown.depth) if at <= deepest]
-            self.heard = [self.heard[row] for row in stay]
-            self.started = [self.started[row] for row in stay]
+        if step.tree != self.grown:  # rows were left out, or text that a grammar forces was added
+            same, rows = matches(step.tree, self.grown), range(len(step.tree))
+            self.heard = [self.heard[same[row]] if row in same else [] for row in rows]
+            self.started = [self.started[same[row]] if row in same else 0 for row in rows]
         for own, pick in zip(self.heard, step.picks, strict=True):
             own.append(pick)
         for row in step.path:

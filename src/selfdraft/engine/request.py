@@ -17,10 +17,7 @@ from ..params import SamplingParams
 from ..sampling.sampler import Draws, Sampler
 from ..sampling.stopping import Stop, StopWatch
 from .step import Step, accept
-from .tree import Tree
-
-MAX_DRAFT = 512
-"""Rows that a drafter may propose, at most."""
+from .tree import MAX_DRAFT, Tree
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled", "deadline", "error"]
 MIN_SHARED = 32

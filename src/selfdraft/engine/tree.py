@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ..errors import InvalidTree
 
+MAX_DRAFT = 512
+"""Rows that a drafter may propose, at most."""
 SHARED = 512  # rows up to which a shape is kept; larger ones are those of training, which do not come again
 
 
@@ -102,6 +104,17 @@ class Tree:
     def below(self, row: int) -> list[int]:
         """A row and all its descendants, in order."""
         return self.visible[:, row].nonzero().flatten().tolist()
+
+
+def matches(tree: Tree, held: Tree) -> dict[int, int]:
+    """Rows of a tree that stand on the same path of tokens in another one, and where they are there."""
+    same = {0: 0} if tree.tokens[0] == held.tokens[0] else {}
+    for row in range(1, len(tree)):
+        above = same.get(tree.parents[row])
+        old = held.child(above, tree.tokens[row]) if above is not None else None
+        if old is not None:
+            same[row] = old
+    return same
 
 
 @lru_cache(maxsize=1024)

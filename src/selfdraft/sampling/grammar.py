@@ -11,7 +11,7 @@ What a model thinks between `<think>` and `</think>` is free of the grammar.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -74,13 +74,14 @@ class Grammars:
             raise InvalidOption(
                 f"llguidance cannot read this tokenizer, so there are no grammars: {error}", option="grammar"
             ) from error
+        self._ends = frozenset(ends)
         self._matcher = lru_cache(KEPT)(self._compile)
 
     def guide(self, grammar: Grammar) -> Guide:
         """The state of one answer. Compiling takes 1 to 200 ms, without Python's lock; any thread may do it.
         Raises InvalidOption for a grammar that says nothing sound."""
         matcher = self._matcher(grammar).deep_copy()
-        return Guide(matcher, self._tokenizer, grammar.think, grammar.thinking)
+        return Guide(matcher, self._tokenizer, self._ends, grammar.think, grammar.thinking)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         """A matcher at the beginning, which is only copied."""
@@ -109,9 +110,15 @@ class Guide:
     """Where one answer stands in its grammar."""
 
     def __init__(
-        self, matcher: LLMatcher, tokenizer: LLTokenizer, think: tuple[int, int] | None, thinking: bool
+        self,
+        matcher: LLMatcher,
+        tokenizer: LLTokenizer,
+        ends: Set[int],
+        think: tuple[int, int] | None,
+        thinking: bool,
     ) -> None:
         self._matcher = matcher
+        self._ends = ends
         self._tokenizer = tokenizer
         self._vocabulary = tokenizer.vocab_size
         self._think = think
@@ -119,8 +126,10 @@ class Guide:
         self._begun = thinking  # the first token may be `<think>`
 
     def allowed(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens the grammar lets follow the text."""
-        free, bound = self._split(tokens)
+        """How many of these tokens the grammar lets follow the text, before an end of the text: nothing comes
+        behind that, and a rollback of it takes llguidance one token too far."""
+        end = next((i for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        free, bound = self._split(tokens[:end])
         count: int = self._matcher.validate_tokens(list(bound)) if bound else 0
         return free + count
 

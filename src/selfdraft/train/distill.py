@@ -27,6 +27,7 @@ from .._common.machine import describe
 from .._common.repetition import fresh
 from ..engine.engine import Engine
 from ..engine.request import Request
+from ..engine.scheduler import Limits
 from ..errors import InvalidOption
 from ..llm import LLM
 from ..models.adapters.fingerprint import fingerprint
@@ -109,6 +110,11 @@ class Distillation:
         """Indices of the prompts to answer."""
         return range(min(len(self.prompts), self.limit or len(self.prompts)))
 
+    @property
+    def _limits(self) -> Limits:
+        """Of the engine."""
+        return Limits()
+
     def run(self, report: Callable[[Progress], None] = lambda progress: None) -> dict[str, Any]:
         """Answer the prompts without an answer and return the summary; `report` is called after each row.
 
@@ -126,7 +132,7 @@ class Distillation:
 
     def _answers(self, progress: Progress) -> Iterator[Row]:
         """Rows in the order in which they finish."""
-        engine, live = Engine(self.llm.model), dict[Request, int]()
+        engine, live = Engine(self.llm.model, self._limits), dict[Request, int]()
         pending = self._pending(progress)
         while True:
             while len(live) < self.batch and (following := next(pending, None)) is not None:

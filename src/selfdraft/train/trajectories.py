@@ -6,7 +6,8 @@ far. Each forward pass maps a state to the next one, the picks after its tokens,
 model's own text. The states are recorded while the engine decodes by `jacobi` as published, with its KV cache
 and in batches: the correct prefix of a block is committed, and the rest of the block together with that
 prefix is the state that a pass over the whole text would give. A row is an answer as `selfdraft distill`
-writes it, with its states.
+writes it, with its states. Where memory for keys and values is short a pass may run a part of a block; the
+tokens that it does not replace stay in the state.
 
 An end of text inside a block cuts all states of the block there. Answers that repeat themselves are cut where
 they begin to; an answer that has less than a block left, or is one token repeated, is counted as degenerate
@@ -28,8 +29,10 @@ from .._common.repetition import fresh
 from ..drafting.blocks import BlockDrafter
 from ..drafting.method import DraftContext, Drafter
 from ..engine.request import Request
+from ..engine.scheduler import Limits
 from ..engine.step import Step
-from ..engine.tree import Tree
+from ..engine.tree import MAX_DRAFT, Tree
+from ..errors import InvalidOption
 from ..models.transformers import TransformersModel
 from ..params import SamplingParams
 from .distill import Distillation, Progress
@@ -47,8 +50,19 @@ class Recorded:
     # Tokens of a block (n).
     block: Annotated[int, Ge(2)] = 16
 
+    def __post_init__(self) -> None:
+        if self.block > MAX_DRAFT:
+            raise InvalidOption(
+                f"block={self.block}: a draft has at most {MAX_DRAFT} rows; give a smaller block, such as 16",
+                option="block",
+            )
+
     def drafter(self, context: DraftContext) -> Drafter:
         return Recorder(self.block, context)
+
+    def limits(self, requests: int) -> Limits:
+        """Of an engine with rows enough for the blocks of so many requests."""
+        return Limits(max_rows=max(Limits.max_rows, requests * self.block))
 
 
 class Recorder:
@@ -74,7 +88,8 @@ class Recorder:
     def observe(self, step: Step) -> None:
         self.inner.observe(step)
         self.known += step.emitted
-        self.blocks[-1].append([*self.known, *step.picks[len(step.path) :]])
+        state = [*self.known, *step.picks[len(step.path) :]]
+        self.blocks[-1].append([*state, *self.blocks[-1][-1][len(state) :]])
 
 
 def states(blocks: Iterable[Sequence[State]], answer: Sequence[int], block: int) -> list[list[list[int]]]:
@@ -105,11 +120,19 @@ class Recording(Distillation):
     # See `augmented`.
     augment: bool = False
 
+    @property
+    def _method(self) -> Recorded:
+        assert isinstance(self.llm.method, Recorded)
+        return self.llm.method
+
+    @property
+    def _limits(self) -> Limits:
+        return self._method.limits(self.batch)
+
     def _row(self, index: int, request: Request) -> Row:
         row = super()._row(index, request)
-        recorder, method = request.drafter, self.llm.method
+        recorder, method = request.drafter, self._method
         assert isinstance(recorder, Recorder)
-        assert isinstance(method, Recorded)
         if degenerate(row, method.block):
             return replace(row, finish_reason=DEGENERATE)
         found = states(recorder.blocks, list(row.answer), method.block)
@@ -185,8 +208,8 @@ def watch(
     model: TransformersModel, prompts: Iterable[Sequence[int]], block: int, params: SamplingParams
 ) -> list[dict[str, Any]]:
     """Greedy answers to prompts with their trajectories, decoded as one batch."""
-    rows = []
-    for request in answer_all(model, Recorded(block), prompts, params):
+    rows, method, asked = [], Recorded(block), list(prompts)
+    for request in answer_all(model, method, asked, params, method.limits(len(asked))):
         assert isinstance(request.drafter, Recorder)
         answer = list(request.emitted)
         answer = answer[: fresh(answer)]

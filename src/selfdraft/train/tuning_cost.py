@@ -17,6 +17,7 @@ from ..drafting import create
 from ..drafting.method import Method
 from ..engine.engine import Engine
 from ..engine.request import Request
+from ..engine.scheduler import Limits
 from ..models.transformers import TransformersModel
 from ..params import SamplingParams
 
@@ -62,10 +63,14 @@ def measure(
 
 
 def answer_all(
-    model: TransformersModel, method: Method, prompts: Iterable[Sequence[int]], params: SamplingParams
+    model: TransformersModel,
+    method: Method,
+    prompts: Iterable[Sequence[int]],
+    params: SamplingParams,
+    limits: Limits | None = None,
 ) -> list[Request]:
-    """Finished requests with greedy answers to all prompts, decoded as one batch."""
-    engine = Engine(model)
+    """Finished requests with greedy answers to all prompts, decoded as one batch. limits: of the engine."""
+    engine = Engine(model, limits)
     requests = [engine.submit(prompt, method, params) for prompt in prompts]
     while engine.requests:
         engine.step()

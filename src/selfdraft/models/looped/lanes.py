@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...engine.tree import Tree
+from ...engine.tree import Tree, matches
 from ..kv_cache import Lane, Lanes, Layer, finite_, pick
 
 
@@ -81,17 +81,6 @@ class StageLane(Lane):
 def _inverse(order: Sequence[int]) -> list[int]:
     """Where each number stands in an order of all of them."""
     return sorted(range(len(order)), key=lambda at: order[at])
-
-
-def matches(tree: Tree, held: Tree) -> dict[int, int]:
-    """Rows of a tree that stand on the same path of tokens in another one, and where they are there."""
-    same = {0: 0} if tree.tokens[0] == held.tokens[0] else {}
-    for row in range(1, len(tree)):
-        above = same.get(tree.parents[row])
-        old = held.child(above, tree.tokens[row]) if above is not None else None
-        if old is not None:
-            same[row] = old
-    return same
 
 
 class StageLanes(Lanes):
