@@ -14,8 +14,7 @@ read back into `SamplingParams`; what cannot be read is refused. The criteria ar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -140,7 +139,7 @@ class Hook:
         prompts = _prompts(input_ids, mask)
         _check_positions(model_kwargs.get("position_ids"), input_ids, mask)
         params = _params(logits_processor, stopping_criteria, generation_config, input_ids.shape[1])
-        with _own_attention(model):
+        with attention.keeping(model):
             engine = Engine(self._of(model), acceptance=self._acceptance)
             requests = [
                 engine.submit(
@@ -191,17 +190,6 @@ class Hook:
                 shown = len(requests[0].tokens)
         if self.streamer is not None:
             self.streamer.end()
-
-
-@contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Leave the model with the attention implementation that its user chose."""
-    own = model.config._attn_implementation
-    try:
-        yield
-    finally:
-        if model.config._attn_implementation != own:
-            model.set_attn_implementation(own)
 
 
 @dataclass(frozen=True)

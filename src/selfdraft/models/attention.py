@@ -13,18 +13,31 @@ A model that transformers itself drives (`model.generate`, training) works with 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import ModelUnsupported
 
 NAME = "selfdraft"
 FOLD = 32  # rows up to which folding the heads pays on a CPU (docs/LOG.md); on CUDA it always does
+
+
+@contextmanager
+def keeping(model: PreTrainedModel) -> Iterator[None]:
+    """Leave a model with the attention implementation that it has now, whatever drives it meanwhile."""
+    own = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != own:
+            model.set_attn_implementation(own)
 
 
 def attend(

@@ -7,8 +7,6 @@ easy to draft.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from ..drafting.acceptance import DraftCount, added
 from ..drafting.speed import Speed
 from ..engine.engine import Engine
+from ..models import attention
 from ..models.looped.decoder import LoopedForCausalLM
 from ..models.looped.stages import StagedModel
 from ..params import SamplingParams
@@ -48,7 +47,7 @@ def decode(model: LoopedForCausalLM, rows: Any) -> Pipeline:
     sources: dict[str, DraftCount] = {}
     readouts: dict[str, DraftCount] = {}
     tokens, forwards = 0, 0.0
-    with evaluating(model), _keeping_attention(model), torch.inference_mode():
+    with evaluating(model), attention.keeping(model), torch.inference_mode():
         engine = Engine(StagedModel(model, "fast"))
         for row in chosen:
             context = engine.model.context
@@ -70,13 +69,3 @@ def decode(model: LoopedForCausalLM, rows: Any) -> Pipeline:
         total.drafted,
         round(1 - total.accepted / max(1, total.drafted), 4),
     )
-
-
-@contextmanager
-def _keeping_attention(model: LoopedForCausalLM) -> Iterator[None]:
-    """A `StagedModel` sets its own attention; the model gets back that which it has."""
-    before = model.config._attn_implementation
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
