@@ -13,6 +13,8 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
@@ -39,8 +41,10 @@ from selfdraft.errors import InvalidOption, InvalidTree, ModelCorrupt, NotFinite
 from selfdraft.models.decoder import Decoder
 from selfdraft.models.decoder_config import unsupported
 from selfdraft.models.kernels import library as kernels
+from selfdraft.models.kernels import weight_memory
 from selfdraft.models.kernels.crowding import Crowding
 from selfdraft.models.kernels.library import FORMATS, WEIGHT_TYPES, Library
+from selfdraft.models.kernels.weight_memory import WeightMemory
 from selfdraft.models.paged_cache import PagedCache
 from selfdraft.models.weights import FolderWeights, ModuleWeights, Stored
 from selfdraft.sampling.gumbel import gumbel
@@ -412,12 +416,25 @@ def test_blocks_hold_the_numbers_of_the_gguf_package(name: str, kind: str) -> No
     shape, library = (29, 512), build(name)
     rows = as_blocks(np.random.default_rng(0).standard_normal(shape).astype(np.float32), kind)
     theirs = dequantize(rows, GGMLQuantizationType[kind]).reshape(shape)
-    out = library.empty("f32", *shape)
+    out = WeightMemory().zeros(library.packed_bytes("f32", *shape))
     library.pack(kind, rows, shape[1], "f32", 0, out, 2)
     panels = out.view(np.float32).reshape(-1, shape[1], library.lanes)
     ours = panels.transpose(0, 2, 1).reshape(-1, shape[1])[: shape[0]]
     bound = 1e-3 * float(np.abs(theirs).max()) if kind.endswith("_K") else 0
     np.testing.assert_allclose(ours, theirs, atol=bound, rtol=0)
+
+
+@given(st.lists(st.integers(0, 300), max_size=12))
+def test_weights_cut_from_one_array_do_not_overlap(sizes: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_memory, "CHUNK", 256)
+        memory = WeightMemory()
+        cut = [memory.zeros(size) for size in sizes]
+    for number, part in enumerate(cut, start=1):
+        assert not part.any()
+        part[:] = number
+    assert [part.tolist() for part in cut] == [[i] * size for i, size in enumerate(sizes, start=1)]
+    assert all(part.ctypes.data % weight_memory.ALIGNED == 0 for part in cut if len(part))
 
 
 def test_a_build_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from .decoder_config import (
 )
 from .kernels import structures
 from .kernels.library import FORMATS, WEIGHT_TYPES, Library
+from .kernels.weight_memory import WeightMemory
 from .weights import Stored, Weights
 
 Packed = dict[tuple[str, ...], NDArray[np.uint8]]
@@ -56,6 +57,7 @@ class Build:
         """packed: matrices that are there already, from the same weights."""
         self.packed = dict(packed or {})
         self._library, self._weights, self._kind, self._threads = library, weights, kind, threads
+        self._memory = WeightMemory()
         self.quantised = False
         self.places: dict[str, Place] = {}
         """Linear layers by name."""
@@ -204,7 +206,7 @@ class Build:
         return padded
 
     def _pack(self, format: str, parts: Sequence[Stored], outs: int) -> NDArray[np.uint8]:
-        out, at = self._library.empty(format, outs, parts[0].ins), 0
+        out, at = self._memory.zeros(self._library.packed_bytes(format, outs, parts[0].ins)), 0
         for part in parts:
             self._library.pack(part.kind, part.rows, part.ins, format, at, out, self._threads)
             at += len(part.rows)

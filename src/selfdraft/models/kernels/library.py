@@ -143,9 +143,9 @@ class Library:
         """Outputs of a packed matrix: whole pairs of panels."""
         return -(-outs // (2 * self.lanes)) * 2 * self.lanes
 
-    def empty(self, format: str, outs: int, ins: int) -> NDArray[np.uint8]:
-        """Room for a packed matrix of that format."""
-        return np.zeros(self._lib.selfdraft_packed_bytes(FORMATS[format], outs, ins), np.uint8)
+    def packed_bytes(self, format: str, outs: int, ins: int) -> int:
+        """The size of a packed matrix of that format."""
+        return int(self._lib.selfdraft_packed_bytes(FORMATS[format], outs, ins))
 
     def pack(
         self,
