@@ -14,7 +14,6 @@ bits of keys and values depend on the text alone, a shared page is what a fresh 
 from __future__ import annotations
 
 import copy
-import mmap
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .._common.machine import available_memory
 from ..errors import InvalidOption
@@ -53,8 +51,10 @@ class PagePool:
         self.page, self.capacity = page, capacity
         self.wide = wide
         self.key_heads, self.head_size = key_heads, head_size
-        self._shape = (layers, capacity, key_heads * page * head_size * wide)
-        self.keys, self.values = _reserved(self._shape), _reserved(self._shape)
+        # The layers of a page lie together, so that a text fills huge pages one after another. For arrays of
+        # this size NumPy asks for them, and the system finds memory where it is written.
+        self._shape = (capacity, layers, key_heads * page * head_size * wide)
+        self.keys, self.values = np.zeros(self._shape, np.uint8), np.zeros(self._shape, np.uint8)
         self._empty()
 
     def _empty(self) -> None:
@@ -142,9 +142,8 @@ class PagePool:
     @property
     def memory(self) -> structures.Memory:
         """The addresses, for the kernels."""
-        return structures.Memory(
-            self.keys.ctypes.data, self.values.ctypes.data, self._shape[1] * self._shape[2]
-        )
+        _, layers, size = self._shape
+        return structures.Memory(self.keys.ctypes.data, self.values.ctypes.data, size, layers * size)
 
     def _use(self, page: int) -> None:
         self._users[page] += 1
@@ -207,6 +206,8 @@ class PagedCache:
         """Count so many tokens as held, whatever their keys and values: for measurements."""
         self.reserve(length)
         self.length = length
+        # Memory that was never written is one page of zeros, which would be read from the caches.
+        self.pool.keys[self.pages] = self.pool.values[self.pages] = 0
 
     def _note(self, prefix: Prefix) -> int:
         self._remembered += 1
@@ -217,11 +218,12 @@ class PagedCache:
         """Copy the key and value at one slot to another."""
         pool = self.pool
         (from_page, from_lane), (to_page, to_lane) = (divmod(slot, pool.page) for slot in (old, new))
-        layers, dtype = len(pool.keys), np.uint16 if pool.wide == 2 else np.float32
-        keys = pool.keys.view(dtype).reshape(layers, -1, pool.key_heads, pool.head_size, pool.page)
-        keys[:, self.pages[to_page], :, :, to_lane] = keys[:, self.pages[from_page], :, :, from_lane]
-        values = pool.values.view(dtype).reshape(layers, -1, pool.key_heads, pool.page, pool.head_size)
-        values[:, self.pages[to_page], :, to_lane] = values[:, self.pages[from_page], :, from_lane]
+        dtype = np.uint16 if pool.wide == 2 else np.float32
+        shape = pool.capacity, -1, pool.key_heads
+        keys = pool.keys.view(dtype).reshape(*shape, pool.head_size, pool.page)
+        keys[self.pages[to_page], ..., to_lane] = keys[self.pages[from_page], ..., from_lane]
+        values = pool.values.view(dtype).reshape(*shape, pool.page, pool.head_size)
+        values[self.pages[to_page], ..., to_lane, :] = values[self.pages[from_page], ..., from_lane, :]
 
 
 def page_limit(memory: int | None, wide: int, context: int) -> int:
@@ -242,10 +244,3 @@ def page_limit(memory: int | None, wide: int, context: int) -> int:
             f"kv_memory={memory}: this machine has {available} bytes of free memory", option="kv_memory"
         )
     return memory // wide
-
-
-def _reserved(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Zeros, for which the system finds memory where they are written, in its smallest pages: large ones
-    would cost two megabytes for each layer of a short text."""
-    memory = mmap.mmap(-1, max(1, shape[0] * shape[1] * shape[2]))
-    return np.frombuffer(memory, np.uint8, shape[0] * shape[1] * shape[2]).reshape(shape)

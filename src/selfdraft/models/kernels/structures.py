@@ -65,7 +65,7 @@ class Model(Structure):
 
 
 class Memory(Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("layer_bytes", c_int64)]
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("layer_bytes", c_int64), ("page_bytes", c_int64)]
 
 
 class LowRank(Structure):

@@ -23,6 +23,7 @@ enum {
 typedef struct {
     const void *keys;   /* pages of [key head][size][PAGE] */
     const void *values; /* pages of [key head][PAGE][size] */
+    int64_t page_bytes; /* from one page to the next */
     int32_t wide;       /* bytes of a value: 2 is bfloat16, 4 is float */
     int32_t heads, key_heads, size, window;
     float scale, cap; /* cap: scores become cap * tanh(score / cap); 0 for none */
@@ -42,7 +43,7 @@ typedef struct {
 typedef struct { float most, total; float *values; } Partial;
 
 INLINE const void *page_of(const void *memory, const Attention *a, int32_t page, int head) {
-    return (const char *)memory + ((size_t)page * a->key_heads + head) * a->size * PAGE * a->wide;
+    return (const char *)memory + (size_t)page * a->page_bytes + (size_t)head * a->size * PAGE * a->wide;
 }
 
 /* Scores of `queries` queries and the keys of `pages` pages, [PAGE] for each. */

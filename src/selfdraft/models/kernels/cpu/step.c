@@ -154,7 +154,8 @@ static void place(Step *s, const Layer *layer, int index, int row) {
     const int32_t page = b->tables[(size_t)b->request[row] * b->table_width + slot / PAGE];
     for (int h = 0; h < kv; h++) {
         const float *key = qkv + (size_t)(m->heads + h) * size, *value = key + (size_t)kv * size;
-        const size_t at = (size_t)index * s->memory->layer_bytes / m->wide + ((size_t)page * kv + h) * size * PAGE;
+        const size_t layer_at = page * s->memory->page_bytes + index * s->memory->layer_bytes;
+        const size_t at = layer_at / m->wide + (size_t)h * size * PAGE;
         for (int i = 0; i < size; i++) {
             if (m->wide == 2) {
                 ((uint16_t *)s->memory->keys)[at + (size_t)i * PAGE + lane] = narrow_bf16(key[i]);
@@ -223,13 +224,15 @@ static void attend(Step *s, int stage, int thread, int threads, const Layer *lay
     const Batch *b = s->batch;
     const Work *w = s->work;
     const size_t at = (size_t)index * s->memory->layer_bytes;
-    Kinds kinds = {.text = {(const char *)s->memory->keys + at, (const char *)s->memory->values + at, m->wide, m->heads,
-                            m->key_heads, m->head_size, layer->window, m->attention_scale, m->attention_cap}};
+    Kinds kinds = {.text = {(const char *)s->memory->keys + at, (const char *)s->memory->values + at,
+                            s->memory->page_bytes, m->wide, m->heads, m->key_heads, m->head_size, layer->window,
+                            m->attention_scale, m->attention_cap}};
     kinds.prefix = kinds.text;
     if (s->adapter && s->adapter->prefix) {
         const size_t before = (size_t)index * s->adapter->prefix_layer_bytes;
         kinds.prefix.keys = (const char *)s->adapter->prefix_keys + before;
         kinds.prefix.values = (const char *)s->adapter->prefix_values + before;
+        kinds.prefix.page_bytes = (int64_t)m->key_heads * m->head_size * PAGE * m->wide;
         kinds.prefix.window = 0;
     }
     const int queries = BLOCK_ROWS * (m->heads / m->key_heads);

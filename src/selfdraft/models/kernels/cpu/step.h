@@ -28,10 +28,10 @@ typedef struct {
     int32_t joint_norms;        /* query and key norms are over all heads together */
 } Model;
 
-/* Keys and values: pages of all layers, [layers][pages][key heads][...]; see attention.h. */
+/* Keys and values: pages of all layers, [pages][layers][key heads][...]; see attention.h. */
 typedef struct {
     void *keys, *values;
-    int64_t layer_bytes; /* from one layer to the next */
+    int64_t layer_bytes, page_bytes; /* from one layer, one page to the next */
 } Memory;
 
 /* What an adapter adds to a model for the rows of mask tokens alone. Parts that it has not are none or 0. */
