@@ -16,7 +16,7 @@ from typing import NamedTuple
 PRIOR_COUNT = 8.0  # outcomes that a prior rate counts for
 MEMORY = 64.0  # outcomes of a kind that count in a request, about; older ones fade
 SHARED_MEMORY = 1024.0  # and over all requests
-CREDIT = 0.3  # time that drafts may lose in all, in units of a step of one row,
+CREDIT = 1.0  # time that drafts may lose in all, in units of a step of one row,
 CREDIT_PER_STEP = 0.02  # and more of it for each step
 COST_STEPS = 32  # steps for which a cost is remembered; requests that join or leave may change it
 

@@ -190,7 +190,8 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
     def _sized(self, growing: Iterator[Node[S]]) -> Sequence[Node[S]]:
         """The nodes that pay for their rows; with `groups`. Where neither masks nor their candidates are run,
         sizes are compared as without masks."""
-        plan: Plan[S] = Plan(self.budget, self.expected[0] / self.expected[1], self._reach())
+        rate = max(1.0, self.expected[0] / self.expected[1])  # plain decoding makes 1
+        plan: Plan[S] = Plan(self.budget, rate, self._reach())
         grown: list[Node[S]] = []
         for node in growing:
             grown.append(node)
