@@ -111,12 +111,7 @@ class Budget:
     The unit of time is a step of one row.
     """
 
-    def __init__(
-        self,
-        cost: Callable[[int], float],
-        credit: float = CREDIT,
-        mask_cost: Callable[[], float] = lambda: 0.0,
-    ) -> None:
+    def __init__(self, cost: Callable[[int], float], mask_cost: Callable[[], float] = lambda: 0.0) -> None:
         """cost: of so many rows. mask_cost: what it adds if there are mask tokens among them."""
         self.measured, self.mask_cost = cost, mask_cost
         self.costs = {1: cost(1)}  # asked here, so that a first measurement does not fall into a step
@@ -124,7 +119,7 @@ class Budget:
         self.least: dict[tuple[int, float], float] = {}
         self.reading: float | None = None
         self.steps = 0
-        self.credit = credit
+        self.credit = CREDIT
 
     def begin(self) -> None:
         """Called when a step begins."""

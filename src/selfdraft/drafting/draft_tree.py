@@ -28,7 +28,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from ..engine.step import Step
 from ..engine.tree import Tree
-from .acceptance import CREDIT, AcceptanceStats, Budget, Candidates, DraftCount
+from .acceptance import AcceptanceStats, Budget, Candidates, DraftCount
 
 S = TypeVar("S")
 
@@ -95,14 +95,12 @@ class DraftTreeBuilder(Generic[S]):
         cost: Callable[[int], float],
         noise: Callable[[int, Sequence[int]], Sequence[float]] | None,
         max_rows: int,
-        credit: float = CREDIT,
         mask_cost: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """noise: as `DraftContext.noise`; None when greedy. max_rows: of one step. credit, mask_cost: as of
-        `Budget`."""
+        """noise: as `DraftContext.noise`; None when greedy. max_rows: of a step. mask_cost: as of `Budget`."""
         self.source, self.rates, self.noise, self.max_rows = source, rates, noise, max_rows
         self.known_noise: dict[int, dict[int, float]] = {}  # position -> token -> noise
-        self.budget = Budget(cost, credit, mask_cost)
+        self.budget = Budget(cost, mask_cost)
         self.root: Node[S] | None = None
         self.counts: defaultdict[Hashable, DraftCount] = defaultdict(DraftCount)  # by source
         self.hung: Hashable = None  # source of the rows that a drafter hangs behind the trees

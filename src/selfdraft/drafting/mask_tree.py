@@ -52,7 +52,6 @@ ONWARD = "onward"  # and of how often a walk that comes to an offset goes on thr
 TRUST = 0.7  # rate per hazard where nothing was calibrated: hazards are overconfident
 FIRST_ONWARD = 0.4  # and the rate of going on through an offset there
 PRIOR_STEPS = 8.0  # steps that the rate expected at first counts for
-CREDIT = 2.0  # steps that drafts may lose at first: a few rounds of masks and their candidates
 PROBING = 0.01  # share of the time that goes to masks when they do not seem to pay
 
 
@@ -148,7 +147,7 @@ class MaskTreeBuilder(DraftTreeBuilder[S]):
     ) -> None:
         """source: of all candidates. masks: the part of it, or it itself, that the masks predict. The others
         as of `DraftTreeBuilder`."""
-        super().__init__(source, rates, cost, noise, max_rows, CREDIT, mask_cost)
+        super().__init__(source, rates, cost, noise, max_rows, mask_cost)
         self.masks, self.ids = masks, tuple(look.ids)
         self.expected = [
             PRIOR_STEPS * (1 + sum(self._reach())),
