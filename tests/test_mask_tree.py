@@ -136,6 +136,14 @@ def test_rows_follow_their_cost() -> None:
     assert rows(0.001, most=5) <= 5
 
 
+@pytest.mark.parametrize("expected", [0.3, 1.5])
+def test_masks_must_pay_against_plain_decoding(expected: float) -> None:
+    """From the first step, whatever drafting was expected to make: plain decoding makes a token per time."""
+    drafter = GroupDrafter(LOOK, lambda rows: 1 + 0.5 * (rows - 1), 64)  # a row costs more than FIRST_ONWARD
+    drafter.builder.expected[:] = [8 * expected, 8.0]
+    assert len(drafter.propose([1])) == 1
+
+
 @given(st.lists(st.floats(0.05, 0.95), min_size=1, max_size=5), st.floats(0.01, 0.2), st.floats(0.5, 2.5))
 def test_no_chain_with_masks_is_worth_more(chances: list[float], slope: float, rate: float) -> None:
     """Of all lengths of a chain, with as many masks behind each of its rows as there may be, the plan has

@@ -97,7 +97,7 @@ class DraftTreeBuilder(Generic[S]):
         max_rows: int,
         mask_cost: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """noise: as `DraftContext.noise`; None when greedy. max_rows: of a step. mask_cost: as of `Budget`."""
+        """noise: as `DraftContext.noise`; None when greedy. max_rows: of a step. mask_cost: see `Budget`."""
         self.source, self.rates, self.noise, self.max_rows = source, rates, noise, max_rows
         self.known_noise: dict[int, dict[int, float]] = {}  # position -> token -> noise
         self.budget = Budget(cost, mask_cost)
