@@ -30,6 +30,7 @@ from conftest import Run, tiny_llama
 from looping import tiny_looped
 from runs import random_prompt, run, sampled
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 IDS = torch.tensor([random_prompt(12, 1), random_prompt(12, 2)])
 WHOLE = 64  # the smallest side of the tiny models' matrices
 

@@ -30,6 +30,7 @@ from conftest import Run, tiny_llama
 from looping import tiny_looped
 from runs import greedy, random_prompt, run, sampled
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 IDS = torch.tensor([random_prompt(12, 1), random_prompt(12, 2)])
 PARTS = [{"prelude": 1, "coda": 1}, {"prelude": 2}, {"coda": 2}]
 METHODS = [Speed(spawn=1), Speed(spawn=1, revise=False), Speed(spawn=2, second=True)]

@@ -38,6 +38,7 @@ from selfdraft.train.looped import LoopedPlan, LoopedSchedule, train
 from conftest import TEXT, VOCABULARY, Run, tiny_llama
 from looping import tiny_looped
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 LENGTH = 24
 IDS = torch.arange(2, 26)[None]
 ALL = Places(1.0)
