@@ -150,7 +150,7 @@ def build(name: str | None = None) -> Library:
 def decoder(
     kind: str = "f32",
     library: Library | None = None,
-    threads: int = 2,
+    threads: int = 1,
     activations: int = 8,
     run_as: str | None = None,
     **changed: Any,
@@ -257,7 +257,7 @@ def test_bits_depend_on_a_rows_own_keys(name: str, kind: str, activations: int) 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q4"])
 def test_drafted_is_plain(kind: str) -> None:
-    model = decoder(kind)
+    model = decoder(kind, threads=2)
     for params in (greedy(), sampled()):
         plain = run(model, Plain(), random_prompt(30, seed=3), params)
         for method in (Garbage(), Oracle(plain.emitted)):
