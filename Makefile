@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	$(BIN)/selfdraft demo
 
 test: $(INSTALLED)-dev
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # It also compares docs/models.md, which `make models` writes, with what was seen.
 conformance: $(INSTALLED)-dev

@@ -60,6 +60,13 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of trained models, which answer held-out prompts for their cards."""
+    monkeypatch.setattr("selfdraft.train.tuning.MAX_ANSWER", 32)
+    monkeypatch.setattr("selfdraft.train.pipeline.TOKENS", 16)
+
+
+@pytest.fixture
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine is measured with small copies and few rounds."""
     monkeypatch.setattr(bound, "COPY", 2**16)

@@ -211,6 +211,7 @@ def chatting(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("short_answers")
 def test_a_whole_job_ends_in_adapters_that_load(
     job_modules: dict[str, ModuleType],
     chatting: Path,

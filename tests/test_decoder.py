@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from selfdraft.models.kernels.crowding import Crowding
 from selfdraft.models.kernels.library import FORMATS, WEIGHT_TYPES, Library
 from selfdraft.models.kernels.weight_memory import WeightMemory
 from selfdraft.models.paged_cache import PagedCache
-from selfdraft.models.weights import FolderWeights, ModuleWeights, Stored
+from selfdraft.models.weights import FolderWeights, ModuleWeights, Stored, Weights
 from selfdraft.sampling.gumbel import gumbel
 from selfdraft.verify.adversaries import Garbage, Oracle
 
@@ -108,10 +109,14 @@ class BlockWeights(ModuleWeights):
     def __init__(self, model: PreTrainedModel, kind: str, head: str = "F32") -> None:
         super().__init__(model)
         self._kind, self._head = kind, head
+        self.stored: dict[str, Stored] = {}
 
     def linear(self, name: str) -> Stored:
-        kind, values = self._head if name == "lm_head.weight" else self._kind, self.vector(name)
-        return Stored(kind, as_blocks(values, kind), values.shape[1], WEIGHT_TYPES[kind].format)
+        if name not in self.stored:
+            kind, values = self._head if name == "lm_head.weight" else self._kind, self.vector(name)
+            blocks = as_blocks(values, kind)
+            self.stored[name] = Stored(kind, blocks, values.shape[1], WEIGHT_TYPES[kind].format)
+        return self.stored[name]
 
 
 def as_blocks(values: NDArray[np.float32], kind: str) -> NDArray[np.uint8]:
@@ -149,18 +154,23 @@ def build(name: str | None = None) -> Library:
 def decoder(
     kind: str = "f32",
     library: Library | None = None,
-    threads: int = 2,
+    threads: int = 1,
     activations: int = 8,
     run_as: str | None = None,
     **changed: Any,
 ) -> Decoder:
     """A random model in a packed format (f32, bf16, q8, q4), or stored in a type of ggml's; that one runs as
     stored, or in the format `run_as`. changed: of its configuration."""
-    shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind.endswith("_K") else {}
-    config = LlamaConfig(**{**BASE, **shape, **changed})
-    packed = ModuleWeights(made(config)) if kind in FORMATS else BlockWeights(made(config), kind)
+    config, weights = random_weights(kind, tuple(changed.items()))
     run_as = run_as or (kind if kind in FORMATS else "as-stored")
-    return Decoder(config, packed, library or build(), kind=run_as, activations=activations, threads=threads)
+    return Decoder(config, weights, library or build(), kind=run_as, activations=activations, threads=threads)
+
+
+@cache  # the same for each build and number of threads
+def random_weights(kind: str, changed: Sequence[tuple[str, Any]]) -> tuple[LlamaConfig, Weights]:
+    shape = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind.endswith("_K") else {}
+    config = LlamaConfig(**{**BASE, **shape, **dict(changed)})
+    return config, ModuleWeights(made(config)) if kind in FORMATS else BlockWeights(made(config), kind)
 
 
 def read(model: Decoder, cache: PagedCache, tree: Tree) -> Tensor:
@@ -211,13 +221,16 @@ def test_bits_depend_on_a_rows_own_keys(name: str, kind: str, activations: int) 
     """Chunks of prompts, trees, threads, pages in any order, other requests beside it: the same bits."""
     quick = name == "portable"  # which is slow
     ids, library = random_prompt(270 if quick else 530, seed=2), build(name)
-    model = decoder(kind, library, activations=activations)
-    alone, _ = chain(model, ids, 1)
+
+    def on(threads: int) -> Decoder:
+        return decoder(kind, library, threads, activations, num_hidden_layers=2)
+
+    alone, _ = chain(on(1), ids, 1)
+    model = on(2)
     for chunk in (32,) if quick else (7, 32, 512):
         assert torch.equal(chain(model, ids, chunk)[0], alone), chunk
     for threads in (3,) if quick else (1, 3, 8, 16):
-        other = decoder(kind, library, threads, activations)
-        assert torch.equal(chain(other, ids[:270], 128)[0], alone[:270]), threads
+        assert torch.equal(chain(on(threads), ids[:270], 128)[0], alone[:270]), threads
     pool = model.pool()
     dice = random.Random(0)
     used = pool.open()
@@ -248,7 +261,7 @@ def test_bits_depend_on_a_rows_own_keys(name: str, kind: str, activations: int) 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q4"])
 def test_drafted_is_plain(kind: str) -> None:
-    model = decoder(kind)
+    model = decoder(kind, threads=2)
     for params in (greedy(), sampled()):
         plain = run(model, Plain(), random_prompt(30, seed=3), params)
         for method in (Garbage(), Oracle(plain.emitted)):

@@ -256,7 +256,7 @@ def ordinary(model: Decoder) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["f32", "bf16", "q8", "q4"])
 @pytest.mark.parametrize("name", kernels.builds())
 def test_ordinary_rows_keep_their_bits(name: str, kind: str) -> None:
-    own = tiny(kind, build(name))
+    own = tiny(kind, build(name), threads=2)
     right = ordinary(own)
     poisons = ["masks", "keys", "values", "lora"] if name == kernels.builds()[0] else []
     for poison in ["", *poisons]:

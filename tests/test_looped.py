@@ -203,8 +203,8 @@ def test_the_embedded_model_drafts_for_itself() -> None:
     llm = LLM("looped-tiny", "speed")
     plain = llm.using("plain")
     for asked in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 3}):
-        fast = llm.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
-        slow = plain.generate("def mean(values):\n", max_new_tokens=32, ignore_eos=True, **asked)
+        fast = llm.generate("def mean(values):\n", max_new_tokens=16, ignore_eos=True, **asked)
+        slow = plain.generate("def mean(values):\n", max_new_tokens=16, ignore_eos=True, **asked)
         assert fast.ids == slow.ids
         assert fast.grade == "tuned"
         assert fast.tokens_per_forward > slow.tokens_per_forward == 1

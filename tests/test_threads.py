@@ -55,7 +55,7 @@ def test_callers_at_once_on_one_model_and_on_several() -> None:
 
 
 def test_two_threads_with_an_engine_each() -> None:
-    model = decoder("q4")
+    model = decoder("q4", threads=2)
     prompts = [random_prompt(40, seed) for seed in range(2)]
     alone = [run(model, Plain(), prompt, greedy(60)).emitted for prompt in prompts]
     with ThreadPoolExecutor(2) as pool:

@@ -13,6 +13,7 @@ from selfdraft.cli.train import BITA, CLLM, SPACE_TUNED
 
 from conftest import TEXT, Run
 
+pytestmark = pytest.mark.usefixtures("short_answers")
 SMALL = (
     "--steps",
     "6",

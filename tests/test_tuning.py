@@ -523,6 +523,7 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = ("--steps", "2", "--batch", "2", "--every", "1", "--length", "48")
+pytestmark = pytest.mark.usefixtures("short_answers")
 
 
 def test_answers_by_somebody_else_are_learned_instead_of_the_text(
@@ -658,7 +659,7 @@ def test_full_weights_are_measured_as_they_are_loaded(data: Path, folder: Path, 
     loaded = LLM(str(tmp_path / "mine" / "model"), numerics="fast").model
     base = LLM(str(folder), numerics="fast").model
     prompts = [row["prompt"] for row in run_.split(shards.read(data).rows, data)[1]]
-    again = tuning_cost.measure(base, loaded, prompts, SamplingParams(max_new_tokens=160, eos=(1,)))
+    again = tuning_cost.measure(base, loaded, prompts, SamplingParams(max_new_tokens=8, eos=(1,)))
     assert again.loss[1] == pytest.approx(about["tuning_cost"]["loss"][1], rel=1e-6)
     assert again.loss[1] != again.loss[0]
 

@@ -17,7 +17,7 @@ from selfdraft.engine import request
 from selfdraft.models.transformers import TransformersModel
 from selfdraft.sampling.gumbel import Noise
 from selfdraft.sampling.processors import filtered
-from selfdraft.verify import compare
+from selfdraft.verify import compare, distribution
 from selfdraft.verify.distribution import fits
 from selfdraft.verify.verdict import Verification
 from selfdraft.verify.verify import QUICK, THOROUGH, Effort, verify
@@ -37,11 +37,18 @@ def llm(tokenizer: PreTrainedTokenizerFast) -> LLM:
 TOKENS = 16
 
 
+@pytest.fixture
+def few_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where texts are what is compared."""
+    monkeypatch.setattr(distribution, "PICKS", 1000)
+
+
 def check(llm: LLM, seed: int, prompts: int = 2) -> Verification:
     texts = [random_prompt(15, seed + i) for i in range(prompts)]
     return verify(llm, texts, replace(QUICK, max_new_tokens=TOKENS), seed)
 
 
+@pytest.mark.usefixtures("few_picks")
 def test_a_clean_run_is_exact(llm: LLM) -> None:
     for seed in (0, 50, 100):
         result = check(llm, seed)
@@ -51,23 +58,27 @@ def test_a_clean_run_is_exact(llm: LLM) -> None:
         assert all(found.compared >= 2 * TOKENS for found in result.checks)
 
 
+@pytest.mark.usefixtures("few_picks")
 def test_defaults_of_a_generation_config_are_no_difference(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_llama()
     model.generation_config.repetition_penalty = 1.5  # type: ignore[union-attr]
     assert check(LLM(model, "plain", tokenizer=tokenizer), 0).generate.verdict == "exact"
 
 
+@pytest.fixture(scope="module", params=["exact", "fast"])
+def sound(tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest) -> LLM:
+    return LLM(tiny_llama(torch.bfloat16), "jacobi", tokenizer=tokenizer, numerics=request.param)
+
+
+@pytest.mark.usefixtures("few_picks")
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("numerics", ["exact", "fast"])
-def test_a_planted_fault_is_found(
-    fault: Patch, numerics: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llm = LLM(tiny_llama(torch.bfloat16), "jacobi", tokenizer=tokenizer, numerics=numerics)  # type: ignore[arg-type]
+def test_a_planted_fault_is_found(fault: Patch, sound: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "MAX_DIFFERENCES", 2)  # one is enough to tell
     fault(monkeypatch)
-    assert check(llm, 7, prompts=1).verdict == "broken"
+    assert check(sound, 7, prompts=1).verdict == "broken"
 
 
+@pytest.mark.usefixtures("few_picks")
 def test_rounding_is_told_from_breakage(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +104,7 @@ def test_rounding_is_told_from_breakage(
     assert found
     assert all(abs(d.margin) <= 1.0 and d.expected != d.got for d in found)
     monkeypatch.setattr("selfdraft.verify.verify.rounding", lambda *_: 1e-6)
+    monkeypatch.setattr(compare, "MAX_DIFFERENCES", 2)
     assert check(llm, 3, prompts=1).verdict == "broken"
 
 
@@ -119,6 +131,7 @@ def test_a_wrong_distribution_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(broken) == 4, "every setting with a filter"
 
 
+@pytest.mark.usefixtures("few_picks")
 def test_command_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +150,7 @@ def test_command_line(
     record = json.loads(out.splitlines()[-1])
     assert (code, record["verdict"], record["method"]) == (0, "exact", "auto")
     assert record["compared"] > 0
+    prompts.write_text('{"prompt": "def add"}\n')
     code, out, _ = run("--method", "jacobi")
     assert code == 0
     assert "exact" in out
