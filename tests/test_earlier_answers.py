@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from selfdraft import LLM, DraftContext, Engine, Method, Request
@@ -52,6 +52,8 @@ answer = st.tuples(st.sampled_from(SALTS), st.lists(st.integers(0, 2), min_size=
 
 
 @given(st.lists(answer, max_size=6), st.lists(st.integers(0, 2), min_size=1, max_size=40), st.integers(8, 30))
+@example([("a", [0, 1, 2, 0]), ("b", [0, 1, 2, 1])], [0, 1, 2], 30)
+@example([("a", [0] * 7), ("a", [0] * 7)], [0] * 5, 8)  # places that were overwritten look as before
 def test_finds_what_brute_force_finds(given: list[tuple[str, list[int]]], text: list[int], size: int) -> None:
     """All that is in an answer that is there as a whole, and nothing that was overwritten."""
     store = EarlierAnswers(size)
