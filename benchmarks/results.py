@@ -28,6 +28,7 @@ SECTIONS = {  # name -> what was measured
     "smollm2": "SmolLM2-135M-Instruct, the default model",
     "smollm2-tasks": "SmolLM2-135M-Instruct, 40 prompts of each task, without other engines",
     "smollm2-bf16": "SmolLM2-135M-Instruct in bfloat16",
+    "smollm2-bf16-tasks": "SmolLM2-135M-Instruct in bfloat16, 10 prompts of each task, without other engines",
     "qwen-coder": "Qwen2.5-Coder, a model of code",
     "smollm2-transformers": "SmolLM2-135M-Instruct on transformers' forward (SELFDRAFT_KERNELS=none)",
     "looped-tiny": "looped-tiny, a toy: the looped model in the package",

@@ -440,7 +440,8 @@ def test_blocks_hold_the_numbers_of_the_gguf_package(name: str, kind: str) -> No
 @given(st.lists(st.integers(0, 300), max_size=12))
 def test_weights_cut_from_one_array_do_not_overlap(sizes: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_memory, "CHUNK", 256)
+        patch.setattr(weight_memory, "CHUNK", 512)
+        patch.setattr(weight_memory, "LARGE", 250)
         memory = WeightMemory()
         cut = [memory.zeros(size) for size in sizes]
     for number, part in enumerate(cut, start=1):
