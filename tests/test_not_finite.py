@@ -178,7 +178,7 @@ def poison(request: Request, which: Literal["keys", "values"], value: float) -> 
         .view(dtype)
         .reshape(len(pool.keys), -1, pool.key_heads, pool.head_size * pool.page)
     )
-    flat[1, page, 0, 5 * pool.page + lane if which == "keys" else lane * pool.head_size + 5] = stored
+    flat[page, 1, 0, 5 * pool.page + lane if which == "keys" else lane * pool.head_size + 5] = stored
 
 
 @pytest.mark.parametrize("config", CONFIGS)
